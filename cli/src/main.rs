@@ -1,0 +1,3 @@
+//! The `drover` command line.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Assigned PCI functions and GPU partitions.
