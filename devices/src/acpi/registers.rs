@@ -1,0 +1,210 @@
+//! One small register block in port I/O space for sleep, reset and events.
+
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
+
+use serde::{Deserialize, Serialize};
+
+use super::{GuestRequest, GuestRequests};
+use crate::bus::IoHandler;
+use crate::device::{Device, DeviceError, DeviceId, Migratability};
+use crate::interrupt::IrqLine;
+use crate::state::{DeviceState, RestoreError, SaveError};
+
+const KIND: &str = "acpi-registers";
+
+/// Bytes of the block.
+pub const REGISTER_BYTES: u64 = 8;
+/// `SLEEP_CONTROL_REG` (ACPI 6.5 section 4.8.3.7), one byte.
+pub const SLEEP_CONTROL_OFFSET: u64 = 0;
+/// `SLEEP_STATUS_REG`, one byte.
+pub const SLEEP_STATUS_OFFSET: u64 = 1;
+/// `RESET_REG` (section 4.8.3.6), one byte.
+pub const RESET_OFFSET: u64 = 2;
+/// Pending events of the generic event device, four bytes; reading clears them.
+pub const GED_EVENTS_OFFSET: u64 = 4;
+
+/// `RESET_VALUE`.
+pub const RESET_VALUE: u8 = 1;
+/// The `SLP_TYP` value of the S5 state, as the `_S5` package says.
+pub const SLEEP_TYPE_S5: u8 = 5;
+/// Event bit: the power button was pressed.
+pub const GED_POWER_BUTTON: u32 = 1 << 0;
+
+/// `SLP_EN`.
+const SLEEP_ENABLE: u8 = 1 << 5;
+/// `SLP_TYP` field.
+const SLEEP_TYPE_SHIFT: u8 = 2;
+const SLEEP_TYPE_MASK: u8 = 0b111;
+/// `WAK_STS`: always set, the machine only ever wakes from power-on.
+const WAKE_STATUS: u8 = 1 << 7;
+
+/// Wire structure of [`AcpiRegisters`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcpiRegistersStateV1 {
+    /// Events raised and not yet read.
+    pub events: u32,
+}
+
+/// Sleep, reset and event registers.
+pub struct AcpiRegisters {
+    id: DeviceId,
+    requests: Arc<dyn GuestRequests>,
+    line: Arc<dyn IrqLine>,
+    events: Mutex<u32>,
+}
+
+impl AcpiRegisters {
+    /// Registers that raise `requests` and signal events on `line` (edge-triggered).
+    #[must_use]
+    pub fn new(id: DeviceId, requests: Arc<dyn GuestRequests>, line: Arc<dyn IrqLine>) -> Self {
+        Self {
+            id,
+            requests,
+            line,
+            events: Mutex::new(0),
+        }
+    }
+
+    /// Presses the power button: the guest decides what to do about it.
+    pub fn press_power_button(&self) {
+        *self.events() |= GED_POWER_BUTTON;
+        self.line.pulse();
+    }
+
+    fn events(&self) -> MutexGuard<'_, u32> {
+        self.events.lock()
+    }
+}
+
+impl IoHandler for AcpiRegisters {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let value = match (offset, data.len()) {
+            (SLEEP_STATUS_OFFSET, 1) => u32::from(WAKE_STATUS),
+            (GED_EVENTS_OFFSET, 4) => std::mem::take(&mut *self.events()),
+            _ => 0,
+        };
+        data.fill(0);
+        for (byte, value) in data.iter_mut().zip(value.to_le_bytes()) {
+            *byte = value;
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let &[value] = data else { return };
+        match offset {
+            SLEEP_CONTROL_OFFSET => {
+                let sleep_type = value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
+                if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_S5 {
+                    self.requests.raise(GuestRequest::PowerOff);
+                }
+            }
+            RESET_OFFSET if value == RESET_VALUE => self.requests.raise(GuestRequest::Reset),
+            _ => {}
+        }
+    }
+}
+
+impl Device for AcpiRegisters {
+    fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
+    fn start(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        *self.events() = 0;
+        Ok(())
+    }
+
+    fn migratability(&self) -> Migratability {
+        Migratability::Supported
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        let events = *self.events();
+        DeviceState::encode(KIND, 1, &AcpiRegistersStateV1 { events })
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
+        let wire: AcpiRegistersStateV1 = state.decode(KIND, 1..=1)?;
+        if wire.events & !GED_POWER_BUTTON != 0 {
+            let value = format!("{:#x}", wire.events);
+            return Err(RestoreError::field(
+                KIND,
+                "events",
+                value,
+                "unknown event bits",
+            ));
+        }
+        *self.events() = wire.events;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{FakeLine, FakeRequests};
+
+    fn registers() -> (AcpiRegisters, Arc<FakeRequests>, Arc<FakeLine>) {
+        let requests = Arc::new(FakeRequests::default());
+        let line = Arc::new(FakeLine::default());
+        let id = DeviceId::new("acpi").unwrap();
+        let registers = AcpiRegisters::new(id, requests.clone(), line.clone());
+        (registers, requests, line)
+    }
+
+    #[test]
+    fn only_s5_with_sleep_enable_powers_off() {
+        let (registers, requests, _line) = registers();
+        registers.write(SLEEP_CONTROL_OFFSET, &[SLEEP_TYPE_S5 << 2]);
+        registers.write(SLEEP_CONTROL_OFFSET, &[3 << 2 | SLEEP_ENABLE]);
+        registers.write(SLEEP_CONTROL_OFFSET, &[0x34, 0]);
+        assert!(requests.taken().is_empty());
+        registers.write(SLEEP_CONTROL_OFFSET, &[0x34]);
+        assert_eq!(requests.taken(), [GuestRequest::PowerOff]);
+    }
+
+    #[test]
+    fn reset_register_takes_only_the_reset_value() {
+        let (registers, requests, _line) = registers();
+        registers.write(RESET_OFFSET, &[0xfe]);
+        assert!(requests.taken().is_empty());
+        registers.write(RESET_OFFSET, &[RESET_VALUE]);
+        assert_eq!(requests.taken(), [GuestRequest::Reset]);
+    }
+
+    #[test]
+    fn power_button_is_an_edge_and_an_event_that_reading_clears() {
+        let (registers, _requests, line) = registers();
+        registers.press_power_button();
+        assert_eq!(line.edges(), 1);
+        let read = || {
+            let mut data = [0xff; 4];
+            registers.read(GED_EVENTS_OFFSET, &mut data);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!(read(), GED_POWER_BUTTON);
+        assert_eq!(read(), 0);
+    }
+
+    #[test]
+    fn pending_event_survives_save_and_restore() {
+        let (source, ..) = registers();
+        source.press_power_button();
+        let state = source.save().unwrap();
+        let (target, ..) = registers();
+        target.restore(&state).unwrap();
+        assert_eq!(target.save().unwrap(), state);
+        let unknown = DeviceState::encode(KIND, 1, &AcpiRegistersStateV1 { events: 2 }).unwrap();
+        assert!(target.restore(&unknown).is_err());
+    }
+}

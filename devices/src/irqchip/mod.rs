@@ -1,0 +1,7 @@
+//! The interrupt controller that lives in user space: the I/O APIC. Local APICs are KVM's.
+
+mod ioapic;
+mod state;
+
+pub use ioapic::{IOAPIC_BYTES, IOAPIC_PINS, IoApic, IoApicPin};
+pub use state::{IoApicEntryV1, IoApicStateV1};

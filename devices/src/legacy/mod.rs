@@ -1,0 +1,12 @@
+//! The few legacy devices that x86 guests look for: a 16550 serial port, the keyboard
+//! controller's reset line, the CMOS clock and the panic notifier.
+
+mod cmos;
+mod i8042;
+mod pvpanic;
+mod serial;
+
+pub use cmos::{CMOS_BYTES, Cmos, CmosStateV1};
+pub use i8042::{I8042, I8042_BYTES};
+pub use pvpanic::{PVPANIC_BYTES, PvPanic};
+pub use serial::{SERIAL_BYTES, Serial, SerialStateV1};

@@ -1,0 +1,21 @@
+//! PCI as the guest sees it: one root bus of conventional configuration spaces reached through
+//! ECAM and the 0xcf8/0xcfc ports.
+//!
+//! A function never calls back into the bus: a configuration write returns its [`BarChange`]s and
+//! the root applies them after the function's lock is released.
+
+mod address;
+mod bar;
+mod config;
+mod function;
+mod msix;
+mod root;
+mod state;
+
+pub use address::{Bdf, InvalidBdf};
+pub use bar::{BarChange, BarKind, BarLocation, BarSpec};
+pub use config::{CapabilityId, ConfigSpace, FunctionIdentity};
+pub use function::{Doorbell, PciFunction};
+pub use msix::{MSIX_CAP_LEN, Msix, MsixLayout};
+pub use root::{BarWindows, DoorbellRegistry, PciRoot, PciRootError, Window};
+pub use state::{BarStateV1, ConfigStateV1, MsixStateV1};

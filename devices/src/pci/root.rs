@@ -1,0 +1,474 @@
+//! The host bridge and root bus: configuration access, BAR placement and BAR mapping.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::address::Bdf;
+use super::bar::{BarChange, BarKind, BarLocation, BarSpec};
+use super::config::{ConfigSpace, FunctionIdentity};
+use super::function::{Doorbell, PciFunction};
+use crate::bus::{Bus, IoHandler};
+
+/// Bytes of configuration space per function in ECAM (PCIe 4.0 section 7.2.2).
+const ECAM_FUNCTION_BYTES: u64 = 4096;
+/// `CONFIG_ADDRESS` enable bit (PCI 3.0 section 3.2.2.3.2).
+const CONFIG_ADDRESS_ENABLE: u32 = 1 << 31;
+
+/// Port where doorbell writes are caught in the kernel.
+pub trait DoorbellRegistry: Send + Sync {
+    /// From now on a guest write to `address` signals `event`.
+    ///
+    /// # Errors
+    /// The kernel's refusal. Writes then reach the function's BAR handler, slower.
+    fn register(&self, address: u64, event: &EventFd) -> io::Result<()>;
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    fn unregister(&self, address: u64, event: &EventFd) -> io::Result<()>;
+}
+
+/// A range of guest addresses for BARs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// First address.
+    pub base: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl Window {
+    fn contains(&self, address: u64, len: u64) -> bool {
+        let last = len.checked_sub(1).and_then(|l| address.checked_add(l));
+        address >= self.base && last.is_some_and(|last| last - self.base < self.len)
+    }
+}
+
+/// Where BARs may lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarWindows {
+    /// Below 4 GiB.
+    pub memory32: Window,
+    /// Above RAM.
+    pub memory64: Window,
+    /// Ports.
+    pub io: Window,
+}
+
+/// A function could not be placed on the bus.
+#[derive(Debug, thiserror::Error)]
+pub enum PciRootError {
+    /// The address is taken.
+    #[error("pci address {0} is already in use")]
+    AddressInUse(Bdf),
+    /// No device number is left.
+    #[error("the root bus is full: 31 devices are in use")]
+    Full,
+    /// A BAR does not fit any more.
+    #[error("function {bdf}: no room for BAR {bar} of {size_bytes:#x} bytes")]
+    NoRoom {
+        /// The function.
+        bdf: Bdf,
+        /// The BAR.
+        bar: u8,
+        /// Its size.
+        size_bytes: u64,
+    },
+}
+
+/// Next free address of each window.
+struct Allocator {
+    windows: BarWindows,
+    next: [u64; 3],
+}
+
+impl Allocator {
+    fn take(&mut self, kind: BarKind, size: u64) -> Option<u64> {
+        let [next32, next64, next_io] = &mut self.next;
+        let (window, next) = match kind {
+            BarKind::Memory32 => (self.windows.memory32, next32),
+            BarKind::Memory64 => (self.windows.memory64, next64),
+            BarKind::Io => (self.windows.io, next_io),
+        };
+        let address = next.checked_next_multiple_of(size)?;
+        if !window.contains(address, size) {
+            return None;
+        }
+        *next = address + size;
+        Some(address)
+    }
+}
+
+/// Addresses of the BARs that are on a bus.
+type Mapped = BTreeMap<(Bdf, u8), u64>;
+
+/// The PCI root: functions by address, the windows for their BARs and the buses they appear on.
+///
+/// Lock order: `mapped` -> a function's own lock (released) -> a bus's lock.
+pub struct PciRoot {
+    functions: RwLock<BTreeMap<Bdf, Arc<dyn PciFunction>>>,
+    allocator: Mutex<Allocator>,
+    /// BARs on the buses, by function and index. Held over a configuration write and its effects,
+    /// so that two vCPUs cannot apply their changes in another order than the function saw them.
+    mapped: Mutex<Mapped>,
+    config_address: Mutex<u32>,
+    windows: BarWindows,
+    memory_bus: Arc<Bus>,
+    io_bus: Arc<Bus>,
+    doorbells: Arc<dyn DoorbellRegistry>,
+}
+
+impl PciRoot {
+    /// A root bus with only the host bridge at 00:00.0.
+    #[must_use]
+    pub fn new(
+        windows: BarWindows,
+        memory_bus: Arc<Bus>,
+        io_bus: Arc<Bus>,
+        doorbells: Arc<dyn DoorbellRegistry>,
+    ) -> Arc<Self> {
+        let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::new());
+        Arc::new(Self {
+            functions: RwLock::new(BTreeMap::from([(Bdf::from_requester_id(0), bridge)])),
+            allocator: Mutex::new(Allocator {
+                windows,
+                next: [
+                    windows.memory32.base,
+                    windows.memory64.base,
+                    windows.io.base,
+                ],
+            }),
+            mapped: Mutex::new(Mapped::new()),
+            config_address: Mutex::new(0),
+            windows,
+            memory_bus,
+            io_bus,
+            doorbells,
+        })
+    }
+
+    /// The lowest free device number, function 0.
+    ///
+    /// # Errors
+    /// [`PciRootError::Full`] when all 31 are taken.
+    pub fn next_free(&self) -> Result<Bdf, PciRootError> {
+        let functions = self.functions.read();
+        (1..32)
+            .filter_map(|device| Bdf::new(0, device, 0).ok())
+            .find(|bdf| !functions.contains_key(bdf))
+            .ok_or(PciRootError::Full)
+    }
+
+    /// Places `function` at `bdf` and gives each of its BARs an address.
+    ///
+    /// # Errors
+    /// [`PciRootError`] when the address is taken or a window is full.
+    pub fn add(&self, bdf: Bdf, function: Arc<dyn PciFunction>) -> Result<(), PciRootError> {
+        let mut functions = self.functions.write();
+        if functions.contains_key(&bdf) {
+            return Err(PciRootError::AddressInUse(bdf));
+        }
+        let mut allocator = self.allocator.lock();
+        for bar in function.bars() {
+            let address = allocator.take(bar.kind, bar.size_bytes);
+            let address = address.ok_or(PciRootError::NoRoom {
+                bdf,
+                bar: bar.index,
+                size_bytes: bar.size_bytes,
+            })?;
+            function.place_bar(bar.index, address);
+        }
+        functions.insert(bdf, function);
+        Ok(())
+    }
+
+    /// The windows given to [`PciRoot::new`], for the ACPI tables.
+    #[must_use]
+    pub fn windows(&self) -> BarWindows {
+        self.windows
+    }
+
+    /// Puts every function's configuration space back to power-on.
+    pub fn reset(&self) {
+        let mut mapped = self.mapped.lock();
+        *self.config_address.lock() = 0;
+        for (bdf, function) in self.all() {
+            let changes = function.reset_config();
+            self.apply(&mut mapped, bdf, &function, &changes);
+        }
+    }
+
+    /// Maps what restored configuration spaces decode. Called once, before the guest runs.
+    pub fn map_restored(&self) {
+        let mut mapped = self.mapped.lock();
+        for (bdf, function) in self.all() {
+            let changes = function.decoded();
+            self.apply(&mut mapped, bdf, &function, &changes);
+        }
+    }
+
+    /// The handler for the ECAM range (bus 0 first, 1 MiB per bus).
+    #[must_use]
+    pub fn ecam(self: &Arc<Self>) -> Arc<dyn IoHandler> {
+        Arc::new(Ecam(Arc::clone(self)))
+    }
+
+    /// The handler for ports 0xcf8 to 0xcff.
+    #[must_use]
+    pub fn config_ports(self: &Arc<Self>) -> Arc<dyn IoHandler> {
+        Arc::new(ConfigPorts(Arc::clone(self)))
+    }
+
+    fn all(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
+        let functions = self.functions.read();
+        let pairs = functions.iter();
+        pairs
+            .map(|(bdf, function)| (*bdf, Arc::clone(function)))
+            .collect()
+    }
+
+    fn get(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
+        let functions = self.functions.read();
+        functions.get(&bdf).cloned()
+    }
+
+    /// Accesses wider than a register are split, as a bridge does; absent functions read as ones.
+    fn read_config(&self, bdf: Bdf, offset: u16, data: &mut [u8]) {
+        match self.get(bdf) {
+            Some(function) => {
+                for (part, at) in data.chunks_mut(4).zip((offset..).step_by(4)) {
+                    function.read_config(at, part);
+                }
+            }
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write_config(&self, bdf: Bdf, offset: u16, data: &[u8]) {
+        let Some(function) = self.get(bdf) else {
+            return;
+        };
+        let mut mapped = self.mapped.lock();
+        for (part, at) in data.chunks(4).zip((offset..).step_by(4)) {
+            let changes = function.write_config(at, part);
+            self.apply(&mut mapped, bdf, &function, &changes);
+        }
+    }
+
+    fn apply(
+        &self,
+        mapped: &mut Mapped,
+        bdf: Bdf,
+        function: &Arc<dyn PciFunction>,
+        changes: &[BarChange],
+    ) {
+        for change in changes {
+            match change {
+                BarChange::Map(location) => {
+                    if self.map(function, location) {
+                        mapped.insert((bdf, location.spec.index), location.address);
+                    }
+                }
+                // A BAR that was refused its place is not on the bus: another may be.
+                BarChange::Unmap(location) => {
+                    if mapped.remove(&(bdf, location.spec.index)).is_some() {
+                        self.unmap(function, location);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A guest may program any address. One outside the windows or on top of something else is
+    /// not decoded, as if another agent had claimed it.
+    fn map(&self, function: &Arc<dyn PciFunction>, location: &BarLocation) -> bool {
+        let (bar, address) = (location.spec.index, location.address);
+        if !self.inside_window(location) {
+            log::debug!(bar, address; "BAR outside its window is not mapped");
+            return false;
+        }
+        let handler = Arc::new(BarHandler {
+            function: Arc::clone(function),
+            bar,
+        });
+        let bus = self.bus_of(location);
+        if let Err(error) = bus.insert(address, location.spec.size_bytes, handler) {
+            log::debug!(error:% = error; "BAR is not mapped");
+            return false;
+        }
+        function.doorbells(bar, &mut |bell| {
+            let address = address + bell.offset;
+            if let Err(error) = self.doorbells.register(address, bell.event) {
+                log::warn!(address, error:% = error; "doorbell is not caught in the kernel");
+            }
+        });
+        true
+    }
+
+    fn unmap(&self, function: &Arc<dyn PciFunction>, location: &BarLocation) {
+        self.bus_of(location).remove(location.address);
+        function.doorbells(location.spec.index, &mut |bell| {
+            let address = location.address + bell.offset;
+            if let Err(error) = self.doorbells.unregister(address, bell.event) {
+                log::warn!(address, error:% = error; "doorbell stays caught in the kernel");
+            }
+        });
+    }
+
+    fn bus_of(&self, location: &BarLocation) -> &Bus {
+        match location.spec.kind {
+            BarKind::Io => &self.io_bus,
+            BarKind::Memory32 | BarKind::Memory64 => &self.memory_bus,
+        }
+    }
+
+    /// A 64-bit BAR may also lie below 4 GiB: Linux moves it there when told to.
+    fn inside_window(&self, location: &BarLocation) -> bool {
+        let size = location.spec.size_bytes;
+        let inside = |window: Window| window.contains(location.address, size);
+        let windows = &self.windows;
+        match location.spec.kind {
+            BarKind::Io => inside(windows.io),
+            BarKind::Memory32 => inside(windows.memory32),
+            BarKind::Memory64 => inside(windows.memory64) || inside(windows.memory32),
+        }
+    }
+}
+
+/// ECAM: bus in bits 27:20, device 19:15, function 14:12, register 11:0.
+struct Ecam(Arc<PciRoot>);
+
+impl Ecam {
+    fn decode(offset: u64) -> Option<(Bdf, u16)> {
+        let id = u16::try_from(offset / ECAM_FUNCTION_BYTES).ok()?;
+        let register = u16::try_from(offset % ECAM_FUNCTION_BYTES).ok()?;
+        Some((Bdf::from_requester_id(id), register))
+    }
+}
+
+impl IoHandler for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match Self::decode(offset) {
+            Some((bdf, register)) => self.0.read_config(bdf, register, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some((bdf, register)) = Self::decode(offset) {
+            self.0.write_config(bdf, register, data);
+        }
+    }
+}
+
+/// `CONFIG_ADDRESS` and `CONFIG_DATA` (PCI 3.0 section 3.2.2.3.2), at 0xcf8 and 0xcfc.
+struct ConfigPorts(Arc<PciRoot>);
+
+impl ConfigPorts {
+    /// The function and register that `CONFIG_DATA` byte `lane` stands for.
+    fn target(&self, lane: u64) -> Option<(Bdf, u16)> {
+        let address = *self.0.config_address.lock();
+        let lane = u16::try_from(lane).ok()?;
+        let register = (address & 0xfc) as u16 + lane;
+        let bdf = Bdf::from_requester_id((address >> 8 & 0xffff) as u16);
+        (address & CONFIG_ADDRESS_ENABLE != 0).then_some((bdf, register))
+    }
+}
+
+impl IoHandler for ConfigPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if offset == 0 && data.len() == 4 {
+            let address = *self.0.config_address.lock();
+            data.copy_from_slice(&address.to_le_bytes());
+            return;
+        }
+        match offset.checked_sub(4).and_then(|lane| self.target(lane)) {
+            Some((bdf, register)) => self.0.read_config(bdf, register, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if offset == 0 {
+            if let Ok(bytes) = <[u8; 4]>::try_from(data) {
+                let mut address = self.0.config_address.lock();
+                *address = u32::from_le_bytes(bytes);
+            }
+            return;
+        }
+        if let Some((bdf, register)) = offset.checked_sub(4).and_then(|lane| self.target(lane)) {
+            self.0.write_config(bdf, register, data);
+        }
+    }
+}
+
+/// A mapped BAR on a bus.
+struct BarHandler {
+    function: Arc<dyn PciFunction>,
+    bar: u8,
+}
+
+impl IoHandler for BarHandler {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.function.read_bar(self.bar, offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.function.write_bar(self.bar, offset, data);
+    }
+}
+
+/// The function at 00:00.0 that stands for the bridge itself; it has no registers of its own.
+struct HostBridge(Mutex<ConfigSpace>);
+
+impl HostBridge {
+    fn new() -> Self {
+        // Red Hat's generic PCIe host, which guests know without a driver.
+        let identity = FunctionIdentity {
+            vendor: 0x1b36,
+            device: 0x0008,
+            class: 0x06_00_00,
+            revision: 0,
+            subsystem_vendor: 0,
+            subsystem: 0,
+        };
+        Self(Mutex::new(ConfigSpace::new(identity, &[])))
+    }
+
+    fn space(&self) -> parking_lot::MutexGuard<'_, ConfigSpace> {
+        self.0.lock()
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        self.space().read(offset, data);
+    }
+    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        self.space().write(offset, data)
+    }
+    fn read_bar(&self, _bar: u8, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn write_bar(&self, _bar: u8, _offset: u64, _data: &[u8]) {}
+    fn bars(&self) -> Vec<BarSpec> {
+        Vec::new()
+    }
+    fn place_bar(&self, _bar: u8, _address: u64) {}
+    fn doorbells(&self, _bar: u8, _visit: &mut dyn FnMut(Doorbell<'_>)) {}
+    fn reset_config(&self) -> Vec<BarChange> {
+        self.space().reset()
+    }
+    fn decoded(&self) -> Vec<BarChange> {
+        Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,142 @@
+//! What differs between virtio devices.
+
+use std::io;
+use std::sync::Arc;
+
+use super::interrupt::VirtioInterrupt;
+use super::queue::Virtqueue;
+use crate::GuestRam;
+use crate::device::Migratability;
+use crate::state::{DeviceState, RestoreError, SaveError};
+
+/// Device types (virtio 1.2 section 5) that Drover offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DeviceType {
+    /// Network device.
+    Net = 1,
+    /// Block device.
+    Block = 2,
+    /// Console.
+    Console = 3,
+    /// Entropy source.
+    Rng = 4,
+    /// Memory balloon.
+    Balloon = 5,
+    /// Socket device.
+    Vsock = 19,
+    /// File system.
+    Fs = 26,
+}
+
+impl DeviceType {
+    /// PCI class code, `0xBBSSPP`.
+    #[must_use]
+    pub fn pci_class(self) -> u32 {
+        match self {
+            Self::Net => 0x02_00_00,
+            Self::Block | Self::Fs => 0x01_80_00,
+            Self::Console => 0x07_80_00,
+            Self::Vsock => 0x02_80_00,
+            Self::Rng | Self::Balloon => 0xff_00_00,
+        }
+    }
+}
+
+/// What a device is; fixed for its life.
+#[derive(Clone, Debug)]
+pub struct DeviceIdentity {
+    /// Its type.
+    pub device_type: DeviceType,
+    /// Feature bits it offers. The transport adds its own.
+    pub features: u64,
+    /// Most entries of each queue, powers of two.
+    pub queue_sizes: Vec<u16>,
+}
+
+/// Everything a device needs to work.
+pub struct Activation {
+    /// Guest RAM.
+    pub memory: Arc<GuestRam>,
+    /// The queues that the driver has enabled, by ascending index.
+    pub queues: Vec<Virtqueue>,
+    /// Negotiated feature bits.
+    pub features: u64,
+    /// For configuration changes.
+    pub interrupt: Arc<VirtioInterrupt>,
+}
+
+impl Activation {
+    /// Whether feature bit number `bit` was negotiated.
+    #[must_use]
+    pub fn has_feature(&self, bit: u32) -> bool {
+        self.features & 1 << bit != 0
+    }
+}
+
+/// A device could not begin to work. The queues come back.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivationError {
+    /// The driver has not enabled a queue that the device cannot do without.
+    #[error("queue {0} is not enabled")]
+    MissingQueue(u16),
+    /// The host refused a thread or descriptor.
+    #[error("{what}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The process that emulates the device failed.
+    #[error("{what}")]
+    Peer {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// A virtio device without its transport. The transport calls it under its own lock.
+pub trait VirtioDevice: Send {
+    /// Type, features and queues.
+    fn identity(&self) -> &DeviceIdentity;
+
+    /// Reads device configuration at `offset`; beyond its end, zeroes.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes device configuration; read-only fields keep their value.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// Begins to work on the queues, on threads of its own, and looks at each queue once: the
+    /// driver may have filled it before.
+    ///
+    /// # Errors
+    /// [`ActivationError`]; the device stays inactive.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivationError>;
+
+    /// Stops work and returns the queues. On return nothing is in flight and no thread of the
+    /// device is left. Without effect while inactive.
+    fn deactivate(&mut self) -> Vec<Virtqueue>;
+
+    /// Forgets what a driver has set. Called while inactive.
+    fn reset(&mut self);
+
+    /// See [`crate::Device::migratability`].
+    fn migratability(&self) -> Migratability;
+
+    /// State beyond what the transport keeps. Called while inactive.
+    ///
+    /// # Errors
+    /// [`SaveError`] when the device cannot be saved.
+    fn save(&self) -> Result<DeviceState, SaveError>;
+
+    /// Takes over a saved state, untrusted. Called while inactive.
+    ///
+    /// # Errors
+    /// [`RestoreError`] names the field at fault.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
+}

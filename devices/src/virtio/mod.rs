@@ -1,0 +1,24 @@
+//! Virtio 1.2 devices over the modern PCI transport.
+//!
+//! The transport ([`VirtioPci`]) owns status, features, queues and MSI-X, and saves them once for
+//! all devices. A [`VirtioDevice`] is what remains: identity, configuration, and the work on its
+//! queues, which it is lent between `activate` and `deactivate` and gives back each time.
+//!
+//! A device works on threads of its own ([`worker::Worker`]). Pausing ends them and returns the
+//! queues, so that a paused device has no thread that could still touch guest memory, and saving
+//! reads plain data.
+
+pub mod block;
+pub mod buffers;
+mod device;
+mod interrupt;
+mod pci;
+mod queue;
+mod state;
+pub mod worker;
+
+pub use device::{Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice};
+pub use interrupt::{QueueInterrupt, VirtioInterrupt};
+pub use pci::VirtioPci;
+pub use queue::{Chain, QueueError, Segment, Segments, Virtqueue};
+pub use state::{QueueStateV1, VirtioPciStateV1};

@@ -1,0 +1,7 @@
+//! The modern PCI transport (virtio 1.2 section 4.1), MSI-X only.
+
+mod capabilities;
+mod common;
+mod transport;
+
+pub use transport::VirtioPci;
