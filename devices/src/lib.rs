@@ -22,6 +22,8 @@
 //! | [`pci`] | configuration space, BARs, MSI-X, the root bus, ECAM |
 //! | [`virtio`] | queues, the PCI transport and every virtio device |
 //! | [`legacy`] | 16550 serial port, i8042, CMOS clock, pvpanic |
+//! | [`memory`] | guest RAM and the log of what the VMM writes there |
+//! | [`rate`], [`counters`], [`events`] | I/O limits and what operators see |
 //! | [`acpi`] | the fixed hardware behind ACPI: sleep, reset and event registers |
 #![forbid(unsafe_code)]
 #![warn(clippy::indexing_slicing)]
@@ -35,6 +37,7 @@ pub mod events;
 pub mod interrupt;
 pub mod irqchip;
 pub mod legacy;
+pub mod memory;
 pub mod pci;
 pub mod rate;
 pub mod rate_log;
@@ -46,8 +49,5 @@ pub mod testing;
 
 pub use bus::{Bus, BusError, IoHandler};
 pub use device::{Device, DeviceError, DeviceId, Migratability};
+pub use memory::GuestRam;
 pub use state::{DeviceState, RestoreError, SaveError};
-
-/// Guest RAM as devices see it: volatile access only, every write recorded in a dirty bitmap of
-/// 4 KiB pages so that a migration also sees what the VMM itself wrote.
-pub type GuestRam = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;

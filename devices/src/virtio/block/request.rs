@@ -8,7 +8,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
-use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 
 use super::backend::{BlockInfo, BlockOp, SECTOR_BYTES};
 use super::config::{MAX_RANGE_SECTORS, MAX_RANGES};
