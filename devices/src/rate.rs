@@ -173,7 +173,7 @@ mod tests {
     fn tighter_of_two_limits_holds() {
         let start = Instant::now();
         let mut limiter = RateLimiter::new(limits(Some(4096 * 10), Some(100)), start);
-        assert_eq!(run(&mut limiter, start, 10, 4096), 111);
+        assert_eq!(run(&mut limiter, start, 10, 4096), 110);
         assert!(RateLimiter::new(RateLimits::default(), start).is_unlimited());
     }
 

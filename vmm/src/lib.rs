@@ -1,1 +1,6 @@
 //! The virtual machine monitor.
+
+pub mod arch;
+pub mod boot;
+pub mod kvm;
+pub mod memory;

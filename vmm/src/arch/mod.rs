@@ -1,0 +1,3 @@
+//! What the processor and its platform look like: x86-64 only.
+
+pub mod x86_64;

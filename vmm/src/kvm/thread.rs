@@ -1,0 +1,285 @@
+//! vCPU threads and the orders they take.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use devices::irqchip::IoApic;
+
+use super::error::KvmError;
+use super::kick;
+use super::vcpu::{Buses, Exit, ExitCounters, Vcpu, VcpuExitError};
+
+/// How long a vCPU may take to leave the guest. It leaves in microseconds, unless a device
+/// handler on its thread waits for a disk.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a vCPU thread reports.
+#[derive(Debug)]
+pub enum VcpuEvent {
+    /// The guest shut itself down by a triple fault.
+    TripleFault {
+        /// On which vCPU.
+        vcpu: u32,
+    },
+    /// The vCPU cannot go on.
+    Failed {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Why.
+        error: VcpuExitError,
+    },
+}
+
+/// Where vCPU threads report to. Called on vCPU threads; returns at once.
+pub trait VcpuEvents: Send + Sync {
+    /// Passes an event on. The vCPU waits for orders afterwards.
+    fn report(&self, event: VcpuEvent);
+}
+
+/// Closed by a device when the guest has asked for something that ends its run (power-off,
+/// reset): the vCPU that asked does not execute another instruction.
+#[derive(Debug, Default)]
+pub struct GuestGate(AtomicBool);
+
+impl GuestGate {
+    /// Holds every vCPU at its next exit.
+    pub fn close(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Lets vCPUs run again.
+    pub fn open(&self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What all vCPU threads of a VM share.
+#[derive(Clone)]
+pub struct VcpuContext {
+    /// The machine's buses.
+    pub buses: Buses,
+    /// Hears of ends of level-triggered interrupts.
+    pub ioapic: Arc<IoApic>,
+    /// Hears of ends of vCPUs.
+    pub events: Arc<dyn VcpuEvents>,
+    /// See [`GuestGate`].
+    pub gate: Arc<GuestGate>,
+}
+
+type Job = Box<dyn FnOnce(&mut Vcpu) + Send>;
+
+enum Order {
+    Run,
+    /// Answered once the vCPU is out of the guest.
+    Pause(Sender<()>),
+    /// Work on the paused vCPU.
+    Call(Job),
+}
+
+struct Handle {
+    orders: Sender<Order>,
+    thread: JoinHandle<()>,
+    counters: Arc<ExitCounters>,
+}
+
+/// All vCPUs of a VM, each on its own thread, paused at first.
+///
+/// Dropping it ends the threads.
+pub struct VcpuSet {
+    handles: Vec<Handle>,
+}
+
+impl VcpuSet {
+    /// Starts a thread per vCPU, named `vcpu-N`. `on_start` runs first on each of them, to pin it.
+    ///
+    /// # Errors
+    /// [`KvmError::Thread`] when the host has no thread left.
+    pub fn spawn(
+        vcpus: Vec<Vcpu>,
+        context: &VcpuContext,
+        on_start: impl Fn(u32) + Clone + Send + 'static,
+    ) -> Result<Self, KvmError> {
+        kick::install().map_err(|source| KvmError::Thread { vcpu: 0, source })?;
+        let mut set = Self {
+            handles: Vec::with_capacity(vcpus.len()),
+        };
+        for vcpu in vcpus {
+            let index = vcpu.index();
+            let (orders, inbox) = channel();
+            let counters = vcpu.counters();
+            let context = context.clone();
+            let on_start = on_start.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu-{index}"))
+                .spawn(move || {
+                    on_start(index);
+                    let mut vcpu = vcpu;
+                    vcpu.with_kicks(|vcpu| main_loop(vcpu, &inbox, &context));
+                })
+                .map_err(|source| KvmError::Thread {
+                    vcpu: index,
+                    source,
+                })?;
+            set.handles.push(Handle {
+                orders,
+                thread,
+                counters,
+            });
+        }
+        Ok(set)
+    }
+
+    /// Lets all vCPUs run.
+    pub fn run(&self) {
+        for handle in &self.handles {
+            handle.order(Order::Run);
+        }
+    }
+
+    /// Takes all vCPUs out of the guest: all are signalled, then all are awaited.
+    ///
+    /// # Errors
+    /// [`KvmError::Stuck`] when one does not come.
+    pub fn pause(&self) -> Result<(), KvmError> {
+        let answers: Vec<_> = self
+            .handles
+            .iter()
+            .map(|handle| {
+                let (answer, answered) = channel();
+                handle.order(Order::Pause(answer));
+                kick::kick(&handle.thread);
+                answered
+            })
+            .collect();
+        self.await_all(&answers)
+    }
+
+    /// Runs `job` on every paused vCPU, side by side, and returns the results by vCPU.
+    ///
+    /// # Errors
+    /// [`KvmError::Stuck`] when a vCPU is not paused or does not come to it.
+    pub fn call<T: Send + 'static>(
+        &self,
+        job: impl Fn(&mut Vcpu) -> T + Clone + Send + 'static,
+    ) -> Result<Vec<T>, KvmError> {
+        let answers: Vec<_> = self
+            .handles
+            .iter()
+            .map(|handle| {
+                let (answer, answered) = channel();
+                let job = job.clone();
+                handle.order(Order::Call(Box::new(move |vcpu| {
+                    // The caller may have given up waiting.
+                    let _ = answer.send(job(vcpu));
+                })));
+                answered
+            })
+            .collect();
+        self.await_all(&answers)
+    }
+
+    /// Counts of exits by vCPU.
+    pub fn counters(&self) -> impl Iterator<Item = &ExitCounters> {
+        self.handles.iter().map(|handle| &*handle.counters)
+    }
+
+    /// How many vCPUs there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.handles.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.handles.is_empty()
+    }
+
+    fn await_all<T, C: FromIterator<T>>(&self, answers: &[Receiver<T>]) -> Result<C, KvmError> {
+        let deadline = Instant::now() + PATIENCE;
+        let await_one = |(answer, vcpu): (&Receiver<T>, u32)| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            answer.recv_timeout(left).map_err(|_| KvmError::Stuck {
+                vcpu,
+                seconds: PATIENCE.as_secs(),
+            })
+        };
+        answers.iter().zip(0..).map(await_one).collect()
+    }
+}
+
+impl Handle {
+    fn order(&self, order: Order) {
+        // The receiver lives as long as the thread, which ends only when the sender is dropped.
+        let _ = self.orders.send(order);
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        for Handle { orders, thread, .. } in self.handles.drain(..) {
+            drop(orders);
+            kick::kick(&thread);
+            if thread.join().is_err() {
+                log::error!("a vCPU thread has panicked");
+            }
+        }
+    }
+}
+
+fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
+    let mut running = false;
+    loop {
+        if !running {
+            // A closed channel is the order to end.
+            let Ok(order) = orders.recv() else { return };
+            running = obey(order, vcpu, running);
+            continue;
+        }
+        match vcpu.run(&context.buses) {
+            Ok(Exit::Handled) => running = !context.gate.is_closed(),
+            Ok(Exit::EndOfInterrupt(vector)) => context.ioapic.end_of_interrupt(vector),
+            Ok(Exit::Interrupted) => loop {
+                use std::sync::mpsc::TryRecvError;
+                match orders.try_recv() {
+                    Ok(order) => running = obey(order, vcpu, running),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            },
+            Ok(Exit::TripleFault) => {
+                running = false;
+                let vcpu = vcpu.index();
+                context.events.report(VcpuEvent::TripleFault { vcpu });
+            }
+            Err(error) => {
+                running = false;
+                let vcpu = vcpu.index();
+                context.events.report(VcpuEvent::Failed { vcpu, error });
+            }
+        }
+    }
+}
+
+/// Follows one order; returns whether the vCPU runs afterwards.
+fn obey(order: Order, vcpu: &mut Vcpu, running: bool) -> bool {
+    match order {
+        Order::Run => true,
+        Order::Pause(answer) => {
+            // The one who asked may have given up waiting.
+            let _ = answer.send(());
+            false
+        }
+        Order::Call(job) => {
+            job(vcpu);
+            running
+        }
+    }
+}

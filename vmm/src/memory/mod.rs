@@ -1,0 +1,10 @@
+//! Guest-physical memory: where things lie, and the host memory behind RAM.
+
+mod layout;
+mod ram;
+
+pub(crate) use layout::{
+    ECAM_BASE, ECAM_BYTES, IOAPIC_BASE, KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE, LOCAL_APIC_BASE,
+};
+pub use layout::{Layout, LayoutError, RamRange};
+pub use ram::{HugePages, MemoryError, RamOptions, allocate};
