@@ -2,5 +2,6 @@
 
 pub mod arch;
 pub mod boot;
+pub mod config;
 pub mod kvm;
 pub mod memory;

@@ -23,7 +23,7 @@ use vm_memory::{
 use super::layout::{Layout, RamRange};
 
 /// Pages from the host's hugetlb pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum HugePages {
     /// 2 MiB.
     #[serde(rename = "2M")]

@@ -42,7 +42,7 @@ impl Feature {
         let part = part.to_ascii_lowercase().replace('_', "-");
         features()
             .map(|feature| feature.name)
-            .filter(|name| name.contains(&part) || part.contains(name))
+            .filter(|name| name.contains(&part) || (name.len() > 2 && part.contains(name)))
             .take(5)
             .collect()
     }
