@@ -80,6 +80,14 @@ pub enum ActivationError {
     /// The driver has not enabled a queue that the device cannot do without.
     #[error("queue {0} is not enabled")]
     MissingQueue(u16),
+    /// The driver has placed a queue where none can be.
+    #[error("queue {queue}: {why}")]
+    Queue {
+        /// Queue index.
+        queue: u16,
+        /// What is wrong.
+        why: String,
+    },
     /// The host refused a thread or descriptor.
     #[error("{what}")]
     Host {
@@ -98,6 +106,15 @@ pub enum ActivationError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl ActivationError {
+    /// Whether the driver is to blame: then the device asks to be reset, else the host's
+    /// operator hears of it.
+    #[must_use]
+    pub fn is_guest_caused(&self) -> bool {
+        matches!(self, Self::MissingQueue(_) | Self::Queue { .. })
+    }
 }
 
 /// A virtio device without its transport. The transport calls it under its own lock.

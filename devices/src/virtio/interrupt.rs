@@ -44,6 +44,18 @@ impl VirtioInterrupt {
         }
     }
 
+    /// One route for everything, MSI-X on.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn for_test(id: DeviceId, route: Arc<dyn MsiRoute>, queues: usize) -> Self {
+        let interrupt = Self::new(id, vec![route], queues);
+        interrupt.set_msix_enabled(true);
+        interrupt.set_config_vector(0);
+        for queue in 0..u16::try_from(queues).unwrap_or(u16::MAX) {
+            interrupt.set_queue_vector(queue, 0);
+        }
+        interrupt
+    }
+
     /// Tells the driver that the configuration changed.
     pub fn config_changed(&self) {
         self.config_generation.fetch_add(1, Ordering::SeqCst);

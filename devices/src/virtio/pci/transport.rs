@@ -150,17 +150,10 @@ impl VirtioPci {
             .zip(0..)
             .filter(|(slot, _)| slot.enabled)
         {
-            let queue = slot
-                .queue(event_idx)
-                .map_err(|source| ActivationError::Peer {
-                    what: "queue registers",
-                    source: Box::new(source),
-                })?;
+            let wrong = |why: String| ActivationError::Queue { queue: index, why };
+            let queue = slot.queue(event_idx).map_err(|e| wrong(e.to_string()))?;
             if !common::rings_in_ram(&queue, &self.memory) {
-                return Err(ActivationError::Peer {
-                    what: "queue registers",
-                    source: format!("the rings of queue {index} are not in RAM").into(),
-                });
+                return Err(wrong("its rings are not in RAM".to_owned()));
             }
             let doorbell = slot
                 .doorbell
@@ -495,12 +488,17 @@ impl Device for VirtioPci {
         if !running || inner.active {
             return Ok(());
         }
-        self.activate(&mut inner)
-            .map_err(|source| DeviceError::Internal {
+        match self.activate(&mut inner) {
+            Err(error) if error.is_guest_caused() => {
+                self.interrupt.device_error(&error);
+                Ok(())
+            }
+            result => result.map_err(|source| DeviceError::Internal {
                 id: self.id.clone(),
                 what: "device could not be started",
                 source: Box::new(source),
-            })
+            }),
+        }
     }
 
     fn pause(&self) -> Result<(), DeviceError> {

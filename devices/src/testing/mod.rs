@@ -1,5 +1,9 @@
 //! Fakes for tests of this crate and of those above it.
 
+mod driver;
+
+pub use driver::{Buffer, DriverQueue, ram};
+
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
@@ -53,7 +57,7 @@ struct FakeRouteState {
 }
 
 impl FakeRoute {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             state: Mutex::default(),
             event: EventFd::new(0).expect("the host has descriptors left"),
