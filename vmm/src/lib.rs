@@ -3,5 +3,6 @@
 pub mod arch;
 pub mod boot;
 pub mod config;
+pub mod host;
 pub mod kvm;
 pub mod memory;
