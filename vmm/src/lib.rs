@@ -5,4 +5,5 @@ pub mod boot;
 pub mod config;
 pub mod host;
 pub mod kvm;
+pub mod machine;
 pub mod memory;

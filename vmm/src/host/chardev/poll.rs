@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 /// What is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +22,12 @@ pub(super) struct Ready {
     pub(super) hangup: bool,
 }
 
-/// Waits until one of `sources` is ready; results are in the same order. `None` is never ready.
-pub(super) fn wait(sources: &[Option<(BorrowedFd<'_>, Interest)>]) -> io::Result<Vec<Ready>> {
+/// Waits until one of `sources` is ready, or for `timeout`; results are in the same order. `None`
+/// is never ready.
+pub(super) fn wait(
+    sources: &[Option<(BorrowedFd<'_>, Interest)>],
+    timeout: Option<Duration>,
+) -> io::Result<Vec<Ready>> {
     let mut fds: Vec<_> = sources
         .iter()
         .map(|source| libc::pollfd {
@@ -36,8 +41,9 @@ pub(super) fn wait(sources: &[Option<(BorrowedFd<'_>, Interest)>]) -> io::Result
         })
         .collect();
     let count = libc::nfds_t::try_from(fds.len()).map_err(io::Error::other)?;
+    let millis = timeout.map_or(-1, |t| libc::c_int::try_from(t.as_millis()).unwrap_or(-1));
     // SAFETY: the array outlives the call and its length is given; the descriptors are borrowed.
-    let result = unsafe { libc::poll(fds.as_mut_ptr(), count, -1) };
+    let result = unsafe { libc::poll(fds.as_mut_ptr(), count, millis) };
     if result < 0 {
         let error = io::Error::last_os_error();
         return match error.kind() {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use devices::chardev::CharDevice;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -15,6 +16,8 @@ use super::poll::{self, Interest};
 /// Bytes moved at a time. No more than a pipe takes without blocking once it is writable
 /// (POSIX `PIPE_BUF`).
 const CHUNK: usize = 4096;
+/// How long the end of a VM may wait for its console's reader.
+const FLUSH_TIME: Duration = Duration::from_secs(1);
 
 /// A running pump. Dropping it writes what the device has already given out and ends the thread.
 pub struct CharPump {
@@ -95,11 +98,22 @@ impl Pump {
                 }
             }
         }
-        // The guest's last words before it powered off.
+        self.flush();
+    }
+
+    /// Writes the guest's last words. A host end that does not take them in time loses them.
+    fn flush(&mut self) {
+        let deadline = Instant::now() + FLUSH_TIME;
         loop {
             self.fill_output();
-            if self.output.is_empty() {
-                break;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.output.is_empty() || left.is_zero() {
+                return;
+            }
+            let output = self.endpoint.output();
+            let source = output.map(|fd| (fd, Interest::Writable));
+            if source.is_some() && poll::wait(&[source], Some(left)).is_err() {
+                return;
             }
             self.write_output();
         }
@@ -132,7 +146,7 @@ impl Pump {
             input.map(|fd| (fd, Interest::Readable)),
             output.map(|fd| (fd, Interest::Writable)),
         ];
-        let ready = poll::wait(&sources)?;
+        let ready = poll::wait(&sources, None)?;
         let [stop, device, input, output] = ready.as_slice() else {
             return Ok(false);
         };
