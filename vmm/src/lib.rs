@@ -3,6 +3,7 @@
 pub mod arch;
 pub mod boot;
 pub mod config;
+pub mod control;
 pub mod host;
 pub mod kvm;
 pub mod machine;

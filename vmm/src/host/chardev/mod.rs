@@ -9,6 +9,7 @@ mod poll;
 mod pump;
 mod terminal;
 
+pub(crate) use endpoint::remove_stale_socket;
 pub use endpoint::{Endpoint, EndpointError};
 pub use escape::{Escape, EscapeAction};
 pub use pump::CharPump;
