@@ -1,0 +1,87 @@
+//! `serial`: the serial port echoes what it hears, by polling or by interrupt.
+
+use super::{Context, Failure, Outcome, event};
+use crate::apic::{self, SERIAL_VECTOR, TIMER_VECTOR};
+use crate::clock::{self, Deadline};
+use crate::{cpu, heartbeat, serial};
+use drover_guest::heartbeat::State;
+use drover_guest::line::Line;
+
+/// `serial ms= bytes= irq=`: echoes until the time is over, so many bytes have come, or a NUL.
+pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
+    let arguments = context.arguments;
+    let end = Deadline::after_ms(arguments.number("ms", 2000)?);
+    let wanted = arguments.number("bytes", u64::MAX)?;
+    let by_interrupt = arguments.flag("irq")?;
+    let before = apic::interrupts(SERIAL_VECTOR);
+    if by_interrupt {
+        start_interrupts(context)?;
+    }
+    serial::print(&mut event(context, "started"));
+    heartbeat::set_state(State::Waiting);
+    let mut echoed = 0_u64;
+    'echo: while echoed < wanted && !end.passed() {
+        if by_interrupt {
+            // The timer is the second waker: it keeps the deadline.
+            let last = (
+                apic::interrupts(SERIAL_VECTOR),
+                apic::interrupts(TIMER_VECTOR),
+            );
+            cpu::halt_until(|| {
+                last != (
+                    apic::interrupts(SERIAL_VECTOR),
+                    apic::interrupts(TIMER_VECTOR),
+                ) || end.passed()
+            });
+            if last.0 == apic::interrupts(SERIAL_VECTOR) {
+                continue;
+            }
+        }
+        while let Some(byte) = serial::read() {
+            if byte == 0 {
+                break 'echo;
+            }
+            serial::write(&[byte]);
+            echoed += 1;
+        }
+        heartbeat::progress(echoed);
+        core::hint::spin_loop();
+    }
+    if by_interrupt {
+        stop_interrupts(context)?;
+        let interrupts = apic::interrupts(SERIAL_VECTOR) - before;
+        line.put("echoed", echoed).put("interrupts", interrupts);
+        if echoed != 0 && interrupts == 0 {
+            return Err(Failure::new("no-interrupt"));
+        }
+        return Ok(());
+    }
+    line.put("echoed", echoed);
+    Ok(())
+}
+
+fn start_interrupts(context: &mut Context<'_>) -> Outcome {
+    let apic = context.machine.apic(context.arguments)?;
+    if !apic::route_isa(
+        &context.machine.firmware,
+        serial::IRQ,
+        SERIAL_VECTOR,
+        apic.id(),
+    ) {
+        return Err(Failure::new("no-io-apic"));
+    }
+    apic.start_countdown();
+    clock::spin_ms(10);
+    let per_ms = apic.countdown_ticks() / 10;
+    apic.start_periodic(u32::try_from(per_ms * 20).unwrap_or(u32::MAX));
+    serial::set_receive_interrupt(true);
+    Ok(())
+}
+
+fn stop_interrupts(context: &mut Context<'_>) -> Outcome {
+    serial::set_receive_interrupt(false);
+    apic::unroute_isa(&context.machine.firmware, serial::IRQ);
+    context.machine.apic(context.arguments)?.stop_timer();
+    cpu::disable_interrupts();
+    Ok(())
+}
