@@ -1,7 +1,7 @@
 //! The local APIC (xAPIC or x2APIC) and the I/O APIC (Intel SDM volume 3, chapter 11).
 
-use crate::cpu;
 use crate::firmware::Firmware;
+use crate::{clock, cpu};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Vector of the LAPIC timer.
@@ -98,16 +98,23 @@ impl LocalApic {
         }
     }
 
-    /// Runs the timer down once from its maximum, silently, for calibration.
-    pub(crate) fn start_countdown(&self) {
+    /// The timer's ticks per millisecond, measured against the TSC.
+    pub(crate) fn ticks_per_ms(&self) -> u64 {
+        const WINDOW_MS: u64 = 10;
         self.write(TIMER_DIVIDE, DIVIDE_BY_1);
         self.write(LVT_TIMER, LVT_MASKED | u32::from(TIMER_VECTOR));
         self.write(TIMER_INITIAL, u32::MAX);
+        let start = clock::now();
+        clock::spin_ms(WINDOW_MS);
+        let ticks = u64::from(u32::MAX - self.read(TIMER_CURRENT));
+        let micros = clock::micros(clock::now() - start).max(1);
+        ticks * 1000 / micros
     }
 
-    /// Timer ticks since `start_countdown`.
-    pub(crate) fn countdown_ticks(&self) -> u64 {
-        u64::from(u32::MAX - self.read(TIMER_CURRENT))
+    /// Timer interrupts at a leisurely pace, so that no sleep lasts for ever.
+    pub(crate) fn start_watchdog(&self) {
+        const PERIOD_MS: u64 = 50;
+        self.start_periodic(u32::try_from(self.ticks_per_ms() * PERIOD_MS).unwrap_or(u32::MAX));
     }
 
     /// Interrupts with `TIMER_VECTOR` every `count` timer ticks.

@@ -21,6 +21,7 @@ pub(crate) fn start(
         .or_else(|| Some((kvm_clock()?.tsc_khz()?, "kvm-clock")))
         .or_else(|| Some((pm_timer_khz(firmware.pm_timer?)?, "pm-timer")))
         .or_else(|| Some((pit_khz()?, "pit")))
+        .or_else(|| Some((rtc_khz()?, "rtc")))
         .unwrap_or((0, "none"));
     TSC_KHZ.store(khz, Ordering::Relaxed);
     Ok(source)
@@ -52,8 +53,9 @@ pub(crate) fn nanos(ticks: u64) -> u64 {
 }
 
 fn scaled(ticks: u64, per_ms: u64) -> u64 {
-    let value = u128::from(ticks) * u128::from(per_ms) / u128::from(tsc_khz().max(1));
-    u64::try_from(value).unwrap_or(u64::MAX)
+    // An unknown frequency gives no time rather than a wrong one.
+    let value = (u128::from(ticks) * u128::from(per_ms)).checked_div(u128::from(tsc_khz()));
+    u64::try_from(value.unwrap_or(0)).unwrap_or(u64::MAX)
 }
 
 /// Busy-waits, with a beating heart.
@@ -235,25 +237,51 @@ fn pm_timer_khz(port: u16) -> Option<u64> {
     None
 }
 
-/// Measures against the PIT's channel 2 (8254): one-shot, its output readable at port 0x61.
+/// Measures against the PIT's channel 0 (8254), whose count can be latched and read.
 fn pit_khz() -> Option<u64> {
     const HERTZ: u64 = 1_193_182;
-    const COUNT: u16 = 23_864; // 20 ms
-    const GATE: u16 = 0x61;
-    const OUTPUT_HIGH: u8 = 1 << 5;
-    cpu::outb(GATE, (cpu::inb(GATE) & !0b10) | 0b01);
-    cpu::outb(0x43, 0b1011_0000);
-    let [low, high] = COUNT.to_le_bytes();
-    cpu::outb(0x42, low);
-    cpu::outb(0x42, high);
-    let start = now();
-    if cpu::inb(GATE) & OUTPUT_HIGH != 0 {
-        return None; // nothing counts: no PIT
-    }
-    for _ in 0..10_000_000 {
-        if cpu::inb(GATE) & OUTPUT_HIGH != 0 {
-            return Some((now() - start) * HERTZ / u64::from(COUNT) / 1000).filter(|&khz| khz != 0);
+    const WINDOW: u64 = HERTZ / 50;
+    const CHANNEL: u16 = 0x40;
+    const CONTROL: u16 = 0x43;
+    const RATE_GENERATOR: u8 = 0b0011_0100;
+    const LATCH: u8 = 0;
+    // A count of 0 means 65536. The interrupt it raises is masked or off.
+    cpu::outb(CONTROL, RATE_GENERATOR);
+    cpu::outb(CHANNEL, 0);
+    cpu::outb(CHANNEL, 0);
+    let read = || {
+        cpu::outb(CONTROL, LATCH);
+        u64::from(u16::from_le_bytes([cpu::inb(CHANNEL), cpu::inb(CHANNEL)]))
+    };
+    let (begin, start) = (read(), now());
+    for round in 0..1_000_000 {
+        // It counts down.
+        let elapsed = begin.wrapping_sub(read()) & 0xffff;
+        if elapsed >= WINDOW {
+            return Some((now() - start) * HERTZ / elapsed / 1000).filter(|&khz| khz != 0);
+        }
+        if elapsed == 0 && round == 1000 {
+            break; // nothing counts: no PIT
         }
     }
     None
+}
+
+/// Measures a second of the real-time clock (MC146818).
+fn rtc_khz() -> Option<u64> {
+    const PATIENCE: u32 = 5_000_000;
+    let second = || {
+        cpu::outb(0x70, 0);
+        cpu::inb(0x71)
+    };
+    if second() == 0xff {
+        return None; // no RTC
+    }
+    let next_second = || {
+        let current = second();
+        (0..PATIENCE).find(|_| second() != current).map(|_| now())
+    };
+    let start = next_second()?;
+    let end = next_second()?;
+    Some((end - start) / 1000).filter(|&khz| khz != 0)
 }

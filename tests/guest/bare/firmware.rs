@@ -14,7 +14,8 @@ pub(crate) struct Firmware {
     pub(crate) io_apics: Vec<(u32, u32)>,
     /// ISA interrupts that are rewired: irq, GSI, flags.
     pub(crate) overrides: Vec<(u8, u32, u16)>,
-    pub(crate) ecam: Option<(u64, u8)>,
+    /// Address of PCI Express configuration space, bus 0.
+    pub(crate) ecam: Option<u64>,
     pub(crate) sleep_control: Option<Register>,
     pub(crate) pm1a_control: Option<u16>,
     pub(crate) pm_timer: Option<u16>,
@@ -61,7 +62,7 @@ impl Firmware {
                     }
                 }
             }
-            b"MCFG" => self.ecam = acpi::ecam(table),
+            b"MCFG" => self.ecam = acpi::ecam(table).or(self.ecam),
             b"FACP" => {
                 if let Some(fadt) = acpi::fadt(table) {
                     self.sleep_control = fadt.sleep_control;
@@ -79,6 +80,7 @@ impl Firmware {
 
     fn learn_aml(&mut self, aml: &[u8]) {
         self.s5_sleep_type = self.s5_sleep_type.or_else(|| acpi::s5_sleep_type(aml));
+        self.ecam = self.ecam.or_else(|| acpi::config_base_address(aml));
         for &window in acpi::memory_windows(aml).as_slice() {
             self.windows.push(window);
         }

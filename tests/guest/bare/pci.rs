@@ -89,9 +89,7 @@ impl Pci {
         arguments: Arguments<'_>,
         firmware: &Firmware,
     ) -> Result<Self, BadArgument> {
-        let ecam = arguments
-            .optional_number("ecam")?
-            .or(firmware.ecam.map(|(base, _)| base));
+        let ecam = arguments.optional_number("ecam")?.or(firmware.ecam);
         let access = match ecam.filter(|&base| {
             paging::map(Region {
                 base,

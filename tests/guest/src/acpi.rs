@@ -162,13 +162,10 @@ fn generic_address(table: &[u8], offset: usize) -> Option<Register> {
     }
 }
 
-/// The first ECAM window of the MCFG: base and last bus (PCI firmware specification 4.1.2).
+/// The first ECAM window of the MCFG (PCI firmware specification 4.1.2).
 #[must_use]
-pub fn ecam(mcfg: &[u8]) -> Option<(u64, u8)> {
-    Some((
-        u64_at(mcfg, HEADER_LEN + 8)?,
-        *mcfg.get(HEADER_LEN + 8 + 11)?,
-    ))
+pub fn ecam(mcfg: &[u8]) -> Option<u64> {
+    u64_at(mcfg, HEADER_LEN + 8)
 }
 
 /// The sleep type of `\_S5`: the first element of the package that follows the name.
@@ -185,6 +182,23 @@ pub fn s5_sleep_type(aml: &[u8]) -> Option<u8> {
     match package.get(length_bytes + 1..)? {
         [0x0a, value, ..] => Some(*value),
         [value @ (0 | 1), ..] => Some(*value),
+        _ => None,
+    }
+}
+
+/// The ECAM address that a `_CBA` object states as a constant, as a name or as a method that returns it
+/// (PCI firmware specification 4.1.3): for platforms without an MCFG.
+#[must_use]
+pub fn config_base_address(aml: &[u8]) -> Option<u64> {
+    const RETURN_OP: u8 = 0xa4;
+    let name = aml.windows(4).position(|bytes| bytes == b"_CBA")?;
+    let constant = match &aml[name + 4..] {
+        [_flags, RETURN_OP, constant @ ..] => constant,
+        constant => constant,
+    };
+    match constant.first()? {
+        0x0c => u32_at(constant, 1).map(u64::from),
+        0x0e => u64_at(constant, 1),
         _ => None,
     }
 }

@@ -84,6 +84,9 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     };
     // Random bytes: a host that compresses or detects zeroes must not gain.
     fill_random(bench.buffers.as_mut_slice());
+    if interrupts {
+        context.machine.apic(arguments)?.start_watchdog();
+    }
     let mut requests = 0;
     for load in &loads {
         for &depth in &depths {
@@ -271,11 +274,11 @@ impl Bench {
     /// Until a request is done: asleep with `irq=1`, else polling.
     fn wait(&mut self) -> Outcome {
         const PATIENCE_MS: u64 = 20_000;
-        if self.interrupts {
-            cpu::halt_until(|| self.disk.queue.can_pop());
-            return Ok(());
-        }
         let deadline = Deadline::after_ms(PATIENCE_MS);
+        if self.interrupts {
+            // The watchdog timer ends the sleep if the device's interrupt never comes.
+            cpu::halt_until(|| self.disk.queue.can_pop() || deadline.passed());
+        }
         while !self.disk.queue.can_pop() {
             heartbeat::beat();
             core::hint::spin_loop();

@@ -31,6 +31,9 @@ pub(crate) fn cpuid(context: &mut Context<'_>, line: &mut Line) -> Outcome {
 
 /// `tsc ms=`: never goes back, and what a reading costs.
 pub(crate) fn tsc(context: &mut Context<'_>, line: &mut Line) -> Outcome {
+    if clock::tsc_khz() == 0 {
+        return Err(Failure::new("no-clock"));
+    }
     let deadline = clock::Deadline::after_ms(context.arguments.number("ms", 100)?.max(1));
     let start = clock::now();
     let (mut last, mut readings, mut backward, mut largest_gap) = (start, 0_u64, 0_u64, 0);

@@ -2,7 +2,7 @@
 
 use super::{Context, Failure, Outcome, event};
 use crate::apic::{self, SERIAL_VECTOR, TIMER_VECTOR};
-use crate::clock::{self, Deadline};
+use crate::clock::Deadline;
 use crate::{cpu, heartbeat, serial};
 use drover_guest::heartbeat::State;
 use drover_guest::line::Line;
@@ -70,10 +70,7 @@ fn start_interrupts(context: &mut Context<'_>) -> Outcome {
     ) {
         return Err(Failure::new("no-io-apic"));
     }
-    apic.start_countdown();
-    clock::spin_ms(10);
-    let per_ms = apic.countdown_ticks() / 10;
-    apic.start_periodic(u32::try_from(per_ms * 20).unwrap_or(u32::MAX));
+    apic.start_watchdog();
     serial::set_receive_interrupt(true);
     Ok(())
 }

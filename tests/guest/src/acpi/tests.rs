@@ -124,8 +124,7 @@ fn fadt_offers_the_registers_of_its_platform() {
 fn ecam_comes_from_the_first_mcfg_entry() {
     let mut body = vec![0; 8 + 16];
     body[8..16].copy_from_slice(&0xe000_0000_u64.to_le_bytes());
-    body[19] = 255;
-    assert_eq!(ecam(&table(b"MCFG", &body)), Some((0xe000_0000, 255)));
+    assert_eq!(ecam(&table(b"MCFG", &body)), Some(0xe000_0000));
     assert_eq!(ecam(&table(b"MCFG", &[0; 8])), None);
 }
 
@@ -138,6 +137,20 @@ fn sleep_type_is_read_in_each_encoding() {
     assert_eq!(s5_sleep_type(&with(&[0x46, 0, 4, 0x0a, 7])), Some(7));
     assert_eq!(s5_sleep_type(&with(&[6, 4])), None);
     assert_eq!(s5_sleep_type(b"nothing"), None);
+}
+
+#[test]
+fn config_base_address_is_read_from_name_and_method() {
+    let dword = [0x0c, 0, 0, 0, 0xe0];
+    let qword = [0x0e, 0, 0, 0, 0, 0x40, 0, 0, 0];
+    let name = |constant: &[u8]| [b"\x08_CBA", constant].concat();
+    let method = |constant: &[u8]| [b"\x14\x0c_CBA\x00\xa4", constant].concat();
+    assert_eq!(config_base_address(&name(&dword)), Some(0xe000_0000));
+    assert_eq!(config_base_address(&method(&dword)), Some(0xe000_0000));
+    assert_eq!(config_base_address(&method(&qword)), Some(0x40_0000_0000));
+    assert_eq!(config_base_address(&name(&[0x70])), None);
+    assert_eq!(config_base_address(&name(&dword[..3])), None);
+    assert_eq!(config_base_address(b"other"), None);
 }
 
 #[test]
