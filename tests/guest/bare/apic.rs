@@ -161,7 +161,7 @@ impl LocalApic {
 }
 
 /// The 8259s would deliver on vectors the firmware left behind, exceptions among them.
-fn mask_pics() {
+pub(crate) fn mask_pics() {
     cpu::outb(0x21, 0xff);
     cpu::outb(0xa1, 0xff);
 }

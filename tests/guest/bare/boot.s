@@ -112,8 +112,8 @@ ring3_entry:
  call guest_main
  ud2
 
-# Identity map, every page user-accessible: 2 MiB pages for the first 4 GiB. Ring 3 adds 1 GiB pages
-# above at need (paging.rs): the tables are ordinary guest memory.
+# Identity map, every page user-accessible: 2 MiB pages for the first 4 GiB. Ring 3 maps
+# more at need (paging.rs): the tables are ordinary guest memory.
  .section .data.page_tables, "aw", @progbits
  .balign 4096
  .globl page_tables
@@ -136,7 +136,9 @@ page_directories:
  .balign 4096
  .fill 8192, 1, 0
 ring0_stack_top:
- .fill 131072, 1, 0
+ .globl ring3_stack_bottom
+ring3_stack_bottom:
+ .fill 262144, 1, 0
 ring3_stack_top:
  .fill 16384, 1, 0
  .globl exception_stack_top

@@ -1,7 +1,7 @@
 //! How the machine ends.
 
 use crate::firmware::Firmware;
-use crate::{clock, cpu, heartbeat};
+use crate::{apic, clock, cpu, heartbeat};
 use core::cell::UnsafeCell;
 use drover_guest::acpi::Register;
 use drover_guest::cmdline::{Arguments, BadArgument};
@@ -177,8 +177,10 @@ fn power_off() {
     }
 }
 
-/// Stops this CPU: nothing can wake it.
+/// Stops this CPU for good. What still interrupts it puts it back to sleep.
 pub(crate) fn stop_here() -> ! {
+    // The firmware's timer would arrive on an exception's vector.
+    apic::mask_pics();
     loop {
         cpu::disable_interrupts();
         cpu::halt();

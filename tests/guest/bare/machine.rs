@@ -33,6 +33,19 @@ const PAGE: u64 = 4096;
 const HEAP_MIN: u64 = 1 << 20;
 const HEAP_MAX: u64 = 96 << 20;
 
+/// Panics if the stack has ever reached its end. The image's memory starts zeroed.
+pub(crate) fn check_stack() {
+    #[cfg(guest_elf)]
+    {
+        unsafe extern "C" {
+            static ring3_stack_bottom: [u64; 8];
+        }
+        // SAFETY: the lowest bytes of the stack, unused unless it overflows.
+        let lowest = unsafe { (&raw const ring3_stack_bottom).read_volatile() };
+        assert!(lowest == [0; 8], "stack overflow");
+    }
+}
+
 /// Splits RAM into the heap, right behind the image, and free memory; `None` without RAM there.
 pub(crate) fn divide(ram: &Regions) -> Option<(Region, Regions)> {
     let image_end_address = &raw const image_end as u64;

@@ -1,9 +1,9 @@
 //! Mapping what lies above 4 GiB, where the static tables end.
 //!
 //! The tables are ordinary memory, writable from ring 3, and a page that was absent needs no TLB flush,
-//! so entries are added at need: 1 GiB pages where the CPU has them, tables of 2 MiB pages elsewhere.
+//! so a directory of 2 MiB pages is added for each GiB at need. 1 GiB pages would save the directory, but
+//! a CPU without them may show their CPUID bit: some hosts OR their own bits into the guest's.
 
-use crate::cpu;
 use alloc::boxed::Box;
 use drover_guest::memmap::Region;
 
@@ -46,15 +46,11 @@ fn map_gib(gib: u64) {
         return;
     }
     let base = gib << GIB_SHIFT;
-    let value = if has_gib_pages() {
-        base | PRESENT_WRITE_USER | LARGE
-    } else {
-        let mut directory = Box::new(Table([0; 512]));
-        for (index, page) in (0_u64..).zip(&mut directory.0) {
-            *page = base + (index << 21) | PRESENT_WRITE_USER | LARGE;
-        }
-        &raw const *Box::leak(directory) as u64 | PRESENT_WRITE_USER
-    };
+    let mut directory = Box::new(Table([0; 512]));
+    for (index, page) in (0_u64..).zip(&mut directory.0) {
+        *page = (base + (index << 21)) | PRESENT_WRITE_USER | LARGE;
+    }
+    let value = &raw const *Box::leak(directory) as u64 | PRESENT_WRITE_USER;
     // SAFETY: as above; the address was unmapped, so nothing changes for memory in use.
     unsafe { slot.write_volatile(value) };
 }
@@ -75,9 +71,4 @@ fn next_level(table: u64, index: u64) -> u64 {
 
 fn entry(table: u64, index: u64) -> *mut u64 {
     (table + index * 8) as *mut u64
-}
-
-fn has_gib_pages() -> bool {
-    const PDPE1GB: u32 = 1 << 26;
-    cpu::cpuid(0x8000_0001, 0).edx & PDPE1GB != 0
 }

@@ -1,7 +1,7 @@
 //! `serial`: the serial port echoes what it hears, by polling or by interrupt.
 
 use super::{Context, Failure, Outcome, event};
-use crate::apic::{self, SERIAL_VECTOR, TIMER_VECTOR};
+use crate::apic::{self, SERIAL_VECTOR};
 use crate::clock::Deadline;
 use crate::{cpu, heartbeat, serial};
 use drover_guest::heartbeat::State;
@@ -20,22 +20,17 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     serial::print(&mut event(context, "started"));
     heartbeat::set_state(State::Waiting);
     let mut echoed = 0_u64;
+    let mut handled = before;
     'echo: while echoed < wanted && !end.passed() {
         if by_interrupt {
-            // The timer is the second waker: it keeps the deadline.
-            let last = (
-                apic::interrupts(SERIAL_VECTOR),
-                apic::interrupts(TIMER_VECTOR),
-            );
-            cpu::halt_until(|| {
-                last != (
-                    apic::interrupts(SERIAL_VECTOR),
-                    apic::interrupts(TIMER_VECTOR),
-                ) || end.passed()
-            });
-            if last.0 == apic::interrupts(SERIAL_VECTOR) {
+            // The watchdog timer's interrupts make the sleeper look at the time.
+            cpu::halt_until(|| apic::interrupts(SERIAL_VECTOR) != handled || end.passed());
+            let count = apic::interrupts(SERIAL_VECTOR);
+            if count == handled {
                 continue;
             }
+            // Noted before the port is emptied: an interrupt meanwhile means another round.
+            handled = count;
         }
         while let Some(byte) = serial::read() {
             if byte == 0 {

@@ -81,7 +81,7 @@ pub(crate) struct Config {
 /// The device, one of its queues in use.
 pub(crate) struct Disk {
     pub(crate) transport: GuestTransport,
-    pub(crate) queue: VirtQueue<GuestHal, QUEUE_SIZE>,
+    pub(crate) queue: Box<VirtQueue<GuestHal, QUEUE_SIZE>>,
     queue_index: u16,
     pub(crate) features: u64,
     pub(crate) config: Config,
@@ -111,7 +111,12 @@ impl Disk {
             return Err(Failure::new("no-such-queue").with("queues", u64::from(config.queues)));
         }
         let indirect = features & F_INDIRECT != 0;
-        let queue = VirtQueue::new(&mut transport, queue_index, indirect, false)?;
+        let queue = Box::new(VirtQueue::new(
+            &mut transport,
+            queue_index,
+            indirect,
+            false,
+        )?);
         transport.finish_init();
         Ok(Self {
             transport,

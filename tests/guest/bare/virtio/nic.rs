@@ -7,6 +7,7 @@ use crate::clock::Deadline;
 use crate::commands::Failure;
 use crate::heap::PageBuffer;
 use crate::heartbeat;
+use alloc::boxed::Box;
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::Transport;
 
@@ -28,8 +29,8 @@ const F_VERSION_1: u64 = 1 << 32;
 /// The device.
 pub(crate) struct Nic {
     pub(crate) transport: GuestTransport,
-    receive: Ring,
-    send: Ring,
+    receive: Box<Ring>,
+    send: Box<Ring>,
     pub(crate) mac: [u8; 6],
     pub(crate) mtu: u16,
     pub(crate) link_up: bool,
@@ -48,19 +49,20 @@ struct Ring {
 }
 
 impl Ring {
-    fn new(transport: &mut GuestTransport, index: u16) -> Result<Self, Failure> {
+    fn new(transport: &mut GuestTransport, index: u16) -> Result<Box<Self>, Failure> {
         let mut free = [0; QUEUE_SIZE];
         for (number, slot) in (0_u16..).zip(&mut free) {
             *slot = number;
         }
-        Ok(Self {
+        // Kilobytes of bookkeeping: not for the stack.
+        Ok(Box::new(Self {
             queue: VirtQueue::new(transport, index, false, false)?,
             buffers: PageBuffer::new(QUEUE_SIZE * BUFFER)?,
             buffer_of: [0; QUEUE_SIZE],
             free,
             free_len: QUEUE_SIZE,
             unannounced: false,
-        })
+        }))
     }
 
     fn buffer(&mut self, number: u16) -> &mut [u8] {
