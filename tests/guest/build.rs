@@ -9,6 +9,7 @@ fn main() {
     println!("cargo::rustc-check-cfg=cfg(guest_elf)");
     println!("cargo::rerun-if-changed=link.ld");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed=DROVER_GUEST_SYMBOLS");
     let release = env::var("PROFILE").as_deref() == Ok("release");
     let linux = env::var("CARGO_CFG_TARGET_ARCH").as_deref() == Ok("x86_64");
     if !release || !linux || env::var_os("CARGO_FEATURE_HOST").is_some() {
@@ -28,5 +29,9 @@ fn main() {
         &script,
     ] {
         println!("cargo::rustc-link-arg-bins={arg}");
+    }
+    // Symbols are for finding the place of an exception's rip; they are a tenth of the file.
+    if env::var_os("DROVER_GUEST_SYMBOLS").is_none() {
+        println!("cargo::rustc-link-arg-bins=-Wl,--strip-all");
     }
 }

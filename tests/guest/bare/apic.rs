@@ -2,7 +2,7 @@
 
 use crate::firmware::Firmware;
 use crate::{clock, cpu};
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Vector of the LAPIC timer.
 pub(crate) const TIMER_VECTOR: u8 = 0x40;
@@ -32,29 +32,20 @@ const LVT_MASKED: u32 = 1 << 16;
 const TIMER_PERIODIC: u32 = 1 << 17;
 const DIVIDE_BY_1: u32 = 0b1011;
 
-#[cfg(guest_elf)]
-unsafe extern "C" {
-    static irq_counts: [AtomicU64; 256];
-    static mut lapic_eoi: u64;
-    static mut lapic_is_x2apic: u8;
-}
-
-// The stub build has no trap code.
-#[cfg(not(guest_elf))]
-mod stub {
-    use core::sync::atomic::AtomicU64;
-    pub(super) static irq_counts: [AtomicU64; 256] = [const { AtomicU64::new(0) }; 256];
-    pub(super) static mut lapic_eoi: u64 = 0;
-    pub(super) static mut lapic_is_x2apic: u8 = 0;
-}
-#[cfg(not(guest_elf))]
-use stub::{irq_counts, lapic_eoi, lapic_is_x2apic};
+// Shared with the trap code (traps.s), hence the names.
+/// Deliveries of each vector.
+#[cfg_attr(guest_elf, unsafe(no_mangle))]
+static IRQ_COUNTS: [AtomicU64; 256] = [const { AtomicU64::new(0) }; 256];
+/// Address of the memory-mapped EOI register.
+#[cfg_attr(guest_elf, unsafe(no_mangle))]
+static LAPIC_EOI: AtomicU64 = AtomicU64::new(0);
+/// Whether EOI goes through the MSR instead.
+#[cfg_attr(guest_elf, unsafe(no_mangle))]
+static LAPIC_IS_X2APIC: AtomicU8 = AtomicU8::new(0);
 
 /// How often a vector has been delivered.
 pub(crate) fn interrupts(vector: u8) -> u64 {
-    // SAFETY: counted with locked increments by the trap code.
-    let counts = unsafe { &*(&raw const irq_counts) };
-    counts[usize::from(vector)].load(Ordering::Acquire)
+    IRQ_COUNTS[usize::from(vector)].load(Ordering::Acquire)
 }
 
 /// The boot CPU's local APIC, enabled.
@@ -78,10 +69,8 @@ impl LocalApic {
             base: base & 0x000f_ffff_ffff_f000,
             x2apic,
         };
-        // SAFETY: no interrupt is enabled yet, so the trap code does not read them now.
-        unsafe { (&raw mut lapic_eoi).write(apic.base + u64::from(EOI)) };
-        // SAFETY: as above.
-        unsafe { (&raw mut lapic_is_x2apic).write(u8::from(x2apic)) };
+        LAPIC_EOI.store(apic.base + u64::from(EOI), Ordering::Release);
+        LAPIC_IS_X2APIC.store(u8::from(x2apic), Ordering::Release);
         apic.write(SPURIOUS, SOFTWARE_ENABLE | u32::from(SPURIOUS_VECTOR));
         Some(apic)
     }

@@ -88,11 +88,12 @@ impl BootInfo {
 /// # Safety
 /// `address` is 0 or points to a NUL-terminated string.
 unsafe fn copy_string(address: u64, buffer: &'static mut [u8]) -> &'static str {
+    let start = address as *const u8;
     let mut len = 0;
     if address != 0 {
         for slot in buffer.iter_mut() {
             // SAFETY: no NUL seen so far, so the string reaches to here.
-            let byte = unsafe { (address as *const u8).add(len).read() };
+            let byte = unsafe { start.wrapping_add(len).read() };
             if byte == 0 || !byte.is_ascii() {
                 break;
             }

@@ -174,15 +174,17 @@ pub(crate) fn kvm_clock() -> Option<KvmClock> {
 /// A consistent copy: the version is even and the same before and after.
 fn read_kvm_clock() -> Option<KvmClock> {
     let page = KVM_CLOCK.0.get();
+    // The first field.
+    let version = page.cast::<u32>();
     for _ in 0..1_000_000 {
         // SAFETY: a static; the hypervisor writes it, so the read is volatile.
-        let before = unsafe { (&raw const (*page).version).read_volatile() };
+        let before = unsafe { version.read_volatile() };
         fence(Ordering::SeqCst);
         // SAFETY: as above.
         let copy = unsafe { page.read_volatile() };
         fence(Ordering::SeqCst);
         // SAFETY: as above.
-        let after = unsafe { (&raw const (*page).version).read_volatile() };
+        let after = unsafe { version.read_volatile() };
         if before == after && before % 2 == 0 && copy.tsc_to_system_mul != 0 {
             return Some(copy);
         }

@@ -192,10 +192,11 @@ fn triple_fault() -> ! {
     #[cfg(guest_elf)]
     {
         unsafe extern "C" {
-            static mut idt: [u64; 512];
+            safe static idt: [core::sync::atomic::AtomicU64; 512];
         }
-        // SAFETY: the machine ends here; handlers are unwanted.
-        unsafe { (&raw mut idt).write_volatile([0; 512]) };
+        for word in &idt {
+            word.store(0, core::sync::atomic::Ordering::Release);
+        }
     }
     loop {
         // SAFETY: raises #UD, with no handler left.

@@ -1,27 +1,23 @@
 //! Unexpected exceptions and panics: say what happened, then end as `fault_end=` says.
 
 use crate::{end, heartbeat, serial};
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use drover_guest::heartbeat::State;
 use drover_guest::line::Line;
 
 static CRASHED: AtomicBool = AtomicBool::new(false);
 
-// What the trap code notes: vector, error code, rip, cs, rsp, cr2.
-#[cfg(guest_elf)]
-unsafe extern "C" {
-    static exception_record: [u64; 6];
-}
-#[cfg(not(guest_elf))]
-static exception_record: [u64; 6] = [0; 6];
+/// What the trap code notes: vector, error code, rip, cs, rsp, cr2.
+#[cfg_attr(guest_elf, unsafe(no_mangle))]
+static EXCEPTION_RECORD: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
 
 /// Where the trap code resumes ring 3 after an exception, on a stack of its own.
 #[cfg_attr(guest_elf, unsafe(no_mangle))]
 extern "C" fn exception_report() -> ! {
     enter_crash();
-    // SAFETY: written by the trap code before it came here; CRASHED keeps a second writer out.
-    let [vector, error, rip, cs, rsp, cr2] =
-        unsafe { (&raw const exception_record).read_volatile() };
+    let [vector, error, rip, cs, rsp, cr2] = EXCEPTION_RECORD
+        .each_ref()
+        .map(|field| field.load(Ordering::Acquire));
     let mut line = Line::new("exception");
     line.put("vector", vector)
         .put("name", name(vector))

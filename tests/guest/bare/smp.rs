@@ -6,7 +6,7 @@ use crate::{clock, heartbeat};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use drover_guest::cmdline::Arguments;
 
 /// Where a CPU begins after SIPI: a page below 1 MiB (the SIPI vector is its number).
@@ -33,14 +33,20 @@ struct Cpu {
     ring0_stack: UnsafeCell<[u8; RING0_STACK_BYTES]>,
 }
 
-static STARTED: AtomicU32 = AtomicU32::new(0);
-
 struct Started(UnsafeCell<Vec<&'static Cpu>>);
 
 // SAFETY: only the boot CPU touches the list.
 unsafe impl Sync for Started {}
 
 static CPUS: Started = Started(UnsafeCell::new(Vec::new()));
+
+/// What the boot CPU and one other share while the other works.
+#[derive(Default)]
+pub(crate) struct Control {
+    pub(crate) stop: AtomicBool,
+    /// Units done.
+    pub(crate) done: AtomicU64,
+}
 
 /// CPUs at work for one command.
 pub(crate) struct Crew {
@@ -71,7 +77,7 @@ impl Member {
     /// Lets the CPU run `work(argument)`.
     ///
     /// # Safety
-    /// `argument` stays valid and unshared, but for its atomics, until [`Crew::wait`] returns.
+    /// `argument` stays valid and is used by nobody else until [`Crew::wait`] returns.
     pub(crate) unsafe fn assign<T>(&self, work: fn(&mut T), argument: &mut T) {
         self.0
             .argument
@@ -109,7 +115,6 @@ pub(crate) fn start(
     let running = unsafe { &mut *CPUS.0.get() };
     for &apic_id in others.iter().take(wanted as usize).skip(running.len()) {
         running.push(start_one(machine, arguments, apic_id)?);
-        STARTED.fetch_add(1, Ordering::Relaxed);
     }
     Ok(Crew {
         cpus: running.iter().copied().take(wanted as usize).collect(),
@@ -190,7 +195,7 @@ fn place_trampoline(cpu: &'static Cpu) -> bool {
         unsafe extern "C" {
             static ap_trampoline: u8;
             static ap_trampoline_end: u8;
-            static mut ap_cpu: u64;
+            safe static ap_cpu: AtomicU64;
         }
         let start = &raw const ap_trampoline;
         let len = &raw const ap_trampoline_end as usize - start as usize;
@@ -202,8 +207,8 @@ fn place_trampoline(cpu: &'static Cpu) -> bool {
         unsafe { (pointer as *mut u16).write_unaligned(size_of_val(&cpu.gdt) as u16 - 1) };
         // SAFETY: inside the copy.
         unsafe { ((pointer + 2) as *mut u64).write_unaligned(&raw const cpu.gdt as u64) };
-        // SAFETY: one CPU starts at a time, and it reads this before it says it is up.
-        unsafe { (&raw mut ap_cpu).write_volatile(&raw const *cpu as u64) };
+        // One CPU starts at a time, and it reads this before it says that it is up.
+        ap_cpu.store(&raw const *cpu as u64, Ordering::Release);
     }
     let _ = cpu;
     cfg!(guest_elf)

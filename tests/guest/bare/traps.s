@@ -31,10 +31,10 @@ trap_stubs:
 # Stack: rax rip cs rflags rsp ss. Counts the vector and signals EOI.
  .balign 16
 irq_entry:
- lock incq irq_counts(, %rax, 8)
- cmpb $0, lapic_is_x2apic
+ lock incq IRQ_COUNTS(, %rax, 8)
+ cmpb $0, LAPIC_IS_X2APIC
  jne 1f
- movq lapic_eoi, %rax
+ movq LAPIC_EOI, %rax
  movl $0, (%rax)
  popq %rax
  iretq
@@ -144,17 +144,17 @@ gp_in_ring0:
 exception_entry:
  pushq %rax
  movq 8(%rsp), %rax
- movq %rax, exception_record
+ movq %rax, EXCEPTION_RECORD
  movq 16(%rsp), %rax
- movq %rax, exception_record + 8
+ movq %rax, EXCEPTION_RECORD + 8
  movq 24(%rsp), %rax
- movq %rax, exception_record + 16
+ movq %rax, EXCEPTION_RECORD + 16
  movq 32(%rsp), %rax
- movq %rax, exception_record + 24
+ movq %rax, EXCEPTION_RECORD + 24
  movq 48(%rsp), %rax
- movq %rax, exception_record + 32
+ movq %rax, EXCEPTION_RECORD + 32
  movq %cr2, %rax
- movq %rax, exception_record + 40
+ movq %rax, EXCEPTION_RECORD + 40
  pushq $0x1b
  pushq $exception_stack_top
  pushq $0x3002
@@ -191,18 +191,3 @@ gp_table:
  .endif
  .set opcode, opcode + 1
  .endr
-
- .section .bss.traps, "aw", @nobits
- .balign 64
- .globl irq_counts
-irq_counts:
- .fill 256, 8, 0
- .globl exception_record
-exception_record:
- .fill 6, 8, 0
- .globl lapic_eoi
-lapic_eoi:
- .quad 0
- .globl lapic_is_x2apic
-lapic_is_x2apic:
- .byte 0

@@ -8,7 +8,6 @@ use crate::heap::PageBuffer;
 use crate::virtio::disk::{Disk, Operation, QUEUE_SIZE, SECTOR, STATUS_OK, Slot};
 use crate::virtio::transport;
 use crate::{cpu, heartbeat, serial};
-use alloc::boxed::Box;
 use alloc::vec::Vec;
 use drover_guest::histogram::Histogram;
 use drover_guest::line::Line;
@@ -212,7 +211,7 @@ impl Bench {
     fn drive(
         &mut self,
         load: &Load,
-        slots: &mut [Box<Slot>],
+        slots: &mut [Slot],
         picker: &mut Picker,
     ) -> Result<Histogram, Failure> {
         let mut latency_ns = Histogram::default();
@@ -246,7 +245,7 @@ impl Bench {
         Ok(latency_ns)
     }
 
-    fn slots(&mut self, load: &Load, depth: usize) -> Vec<Box<Slot>> {
+    fn slots(&mut self, load: &Load, depth: usize) -> Vec<Slot> {
         let bytes = self.buffers.as_mut_slice();
         let distinct = bytes.len() / load.block as usize;
         let start = bytes.as_mut_ptr();
@@ -267,7 +266,7 @@ impl Bench {
         let sector = (self.offset + picker.pick() * load.block) / SECTOR;
         slot.set(load.operation, sector);
         slot.started = clock::now();
-        // SAFETY: slots are boxed and live until `measure` has completed them all.
+        // SAFETY: the slots stay where they are until `measure` has completed them all.
         unsafe { self.disk.submit(slot) }
     }
 
@@ -326,7 +325,7 @@ fn print_figures(context: &Context<'_>, load: &Load, depth: usize, figures: &Fig
     line.put("us", micros).put("iops", per_second(requests));
     line.thousandths(
         "mib_s",
-        per_second((u128::from(requests * load.block) * 1000 >> 20) as u64),
+        per_second(((u128::from(requests * load.block) * 1000) >> 20) as u64),
     );
     line.thousandths("mean_us", figures.latency_ns.mean());
     line.thousandths("p50_us", figures.latency_ns.percentile(50));

@@ -6,10 +6,12 @@
 use super::memory::{self, Verdict};
 use super::{Context, Failure, Outcome, event};
 use crate::clock::{self, Deadline};
-use crate::{heartbeat, serial, smp};
+use crate::smp::{self, Control};
+use crate::{heartbeat, serial};
+use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 use drover_guest::heartbeat::State;
 use drover_guest::line::Line;
 use drover_guest::memmap::Regions;
@@ -42,8 +44,7 @@ struct Share {
     pacer: Pacer,
     next: u64,
     random_state: u64,
-    touches: AtomicU64,
-    stop: AtomicBool,
+    control: Arc<Control>,
 }
 
 impl Share {
@@ -80,7 +81,7 @@ impl Share {
             };
             self.touch(index);
         }
-        self.touches.fetch_add(due, Ordering::Relaxed);
+        self.control.done.fetch_add(due, Ordering::Relaxed);
         due
     }
 
@@ -146,7 +147,7 @@ impl Share {
 
 /// What another CPU runs.
 fn work(share: &mut Share) {
-    while !share.stop.load(Ordering::Acquire) {
+    while !share.control.stop.load(Ordering::Acquire) {
         if share.step() == 0 {
             core::hint::spin_loop();
         }
@@ -195,7 +196,7 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     let elapsed = clock::micros(clock::now() - start);
     let touches: u64 = shares
         .iter()
-        .map(|share| share.touches.load(Ordering::Relaxed))
+        .map(|share| share.control.done.load(Ordering::Relaxed))
         .sum();
     let verdict = verify(&shares);
     line.put("touches", touches).put("elapsed_us", elapsed);
@@ -242,8 +243,7 @@ fn split(
             ),
             next: end - first - 1,
             random_state: pattern::mix(style.seed ^ cpu),
-            touches: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
+            control: Arc::default(),
         });
     }
     Ok(shares)
@@ -261,16 +261,15 @@ fn run_shares(context: &Context<'_>, shares: &mut [Share], crew: &smp::Crew, tim
     let Some((own, others)) = shares.split_first_mut() else {
         return;
     };
-    let counters: Vec<*const Share> = others.iter().map(|share| &raw const *share).collect();
+    let controls: Vec<Arc<Control>> = others.iter().map(|share| share.control.clone()).collect();
     for (member, share) in crew.members().zip(others.iter_mut()) {
-        // SAFETY: the share outlives the work: `crew.wait` below returns when it is over.
+        // SAFETY: the share outlives `crew.wait` below and is not used in between.
         unsafe { member.assign(work, share) };
     }
     let others_touches = || -> u64 {
-        // SAFETY: only the atomic field is read while the CPU works.
-        counters
+        controls
             .iter()
-            .map(|&share| unsafe { &*(&raw const (*share).touches) }.load(Ordering::Relaxed))
+            .map(|control| control.done.load(Ordering::Relaxed))
             .sum()
     };
     let mut report = Deadline::after_ms(timing.progress_ms);
@@ -280,7 +279,7 @@ fn run_shares(context: &Context<'_>, shares: &mut [Share], crew: &smp::Crew, tim
         if own.step() == 0 {
             core::hint::spin_loop();
         }
-        heartbeat::progress(own.touches.load(Ordering::Relaxed));
+        heartbeat::progress(own.control.done.load(Ordering::Relaxed));
         if poll.passed() {
             poll = Deadline::after_ms(timing.poll_ms);
             if matches!(serial::read(), Some(b's' | b'S')) {
@@ -289,13 +288,12 @@ fn run_shares(context: &Context<'_>, shares: &mut [Share], crew: &smp::Crew, tim
         }
         if report.passed() {
             report = Deadline::after_ms(timing.progress_ms);
-            let touches = own.touches.load(Ordering::Relaxed) + others_touches();
+            let touches = own.control.done.load(Ordering::Relaxed) + others_touches();
             last = print_progress(context, touches, last);
         }
     }
-    for share in counters {
-        // SAFETY: as above.
-        unsafe { &*(&raw const (*share).stop) }.store(true, Ordering::Release);
+    for control in &controls {
+        control.stop.store(true, Ordering::Release);
     }
     crew.wait();
 }

@@ -1,7 +1,7 @@
 //! `mem`: fill memory with a pattern and check it.
 
 use super::{Context, Failure, Outcome, event};
-use crate::{clock, heartbeat};
+use crate::{clock, heartbeat, serial};
 use drover_guest::heartbeat::State;
 use drover_guest::line::Line;
 use drover_guest::memmap::{Region, Regions};
@@ -100,13 +100,14 @@ impl Verdict {
     }
 }
 
-/// Calls `work` with every page's address, heart beating.
-pub(crate) fn each_page(regions: &Regions, mut work: impl FnMut(u64)) {
+/// Calls `work` with every page and its address, heart beating.
+fn each_page(regions: &Regions, mut work: impl FnMut(u64, &mut Page)) {
     let mut done = 0;
     for region in regions.as_slice() {
         let mut address = region.base;
         while address < region.end() {
-            work(address);
+            // SAFETY: both callers pass what `select` returned.
+            work(address, unsafe { page(address) });
             address += PAGE_SIZE;
             done += 1;
             if done % BEAT_PAGES == 0 {
@@ -116,71 +117,99 @@ pub(crate) fn each_page(regions: &Regions, mut work: impl FnMut(u64)) {
     }
 }
 
-/// `mem base= len= mode= seed= generation= passes= op=both|fill|verify`.
-pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
-    let arguments = context.arguments;
-    let regions = select(context, "len")?;
-    let mode = arguments
-        .parsed("mode", Mode::parse)?
-        .unwrap_or(Mode::Sparse);
-    let seed = arguments.number("seed", 1)?;
-    let first_generation = arguments.number("generation", 1)?;
-    let passes = arguments.number("passes", 1)?.max(1);
-    let (fills, verifies) = arguments
-        .parsed("op", parse_operation)?
-        .unwrap_or((true, true));
-    line.put("mode", mode.name())
-        .put("pages", regions.total() / PAGE_SIZE)
-        .put("passes", passes);
-    let mut worst = Verdict::default();
-    let (mut fill_ticks, mut verify_ticks) = (0, 0);
-    for pass in 0..passes {
-        let generation = first_generation + pass;
+/// What to write and where.
+struct Work {
+    regions: Regions,
+    mode: Mode,
+    seed: u64,
+    fills: bool,
+    verifies: bool,
+}
+
+/// What one pass did.
+struct Pass {
+    fill_us: u64,
+    verify_us: u64,
+    verdict: Verdict,
+}
+
+impl Work {
+    fn key(&self, address: u64, generation: u64) -> u64 {
+        pattern::key(address / PAGE_SIZE, self.seed, generation)
+    }
+
+    fn pass(&self, generation: u64) -> Pass {
         heartbeat::set_generation(generation);
         let start = clock::now();
-        if fills {
+        if self.fills {
             heartbeat::set_state(State::Running);
-            // SAFETY: `select` returns free memory.
-            each_page(&regions, |at| {
-                pattern::fill(unsafe { page(at) }, mode, key(at, seed, generation))
+            each_page(&self.regions, |at, page| {
+                pattern::fill(page, self.mode, self.key(at, generation));
             });
         }
         let filled = clock::now();
-        fill_ticks += filled - start;
         let mut verdict = Verdict::default();
-        if verifies {
+        if self.verifies {
             heartbeat::set_state(State::Verifying);
-            // SAFETY: as above.
-            each_page(&regions, |at| {
+            each_page(&self.regions, |at, page| {
                 verdict.note(
                     at,
-                    pattern::verify(unsafe { page(at) }, mode, key(at, seed, generation)),
-                )
+                    pattern::verify(page, self.mode, self.key(at, generation)),
+                );
             });
         }
-        verify_ticks += clock::now() - filled;
+        let fill_us = clock::micros(filled - start);
+        Pass {
+            fill_us,
+            verify_us: clock::micros(clock::now() - filled),
+            verdict,
+        }
+    }
+}
+
+/// `mem base= len= mode= seed= generation= passes= op=both|fill|verify`.
+pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
+    let arguments = context.arguments;
+    let (fills, verifies) = arguments
+        .parsed("op", parse_operation)?
+        .unwrap_or((true, true));
+    let work = Work {
+        regions: select(context, "len")?,
+        mode: arguments
+            .parsed("mode", Mode::parse)?
+            .unwrap_or(Mode::Sparse),
+        seed: arguments.number("seed", 1)?,
+        fills,
+        verifies,
+    };
+    let generation = arguments.number("generation", 1)?;
+    let passes = arguments.number("passes", 1)?.max(1);
+    line.put("mode", work.mode.name())
+        .put("pages", work.regions.total() / PAGE_SIZE)
+        .put("passes", passes);
+    let mut worst = Verdict::default();
+    let (mut fill_us, mut verify_us) = (0, 0);
+    for generation in generation..generation.saturating_add(passes) {
+        let pass = work.pass(generation);
+        fill_us += pass.fill_us;
+        verify_us += pass.verify_us;
         if passes > 1 {
             let mut progress = event(context, "pass");
             progress
                 .put("generation", generation)
-                .put("fill_us", clock::micros(filled - start));
-            progress.put("verify_us", clock::micros(clock::now() - filled));
-            verdict.print_to(&mut progress);
-            crate::serial::print(&mut progress);
+                .put("fill_us", pass.fill_us)
+                .put("verify_us", pass.verify_us);
+            pass.verdict.print_to(&mut progress);
+            serial::print(&mut progress);
         }
-        if verdict.bad >= worst.bad {
-            worst = verdict;
+        if pass.verdict.bad >= worst.bad {
+            worst = pass.verdict;
         }
     }
-    line.put("generation", first_generation + passes - 1);
-    line.put("fill_us", clock::micros(fill_ticks))
-        .put("verify_us", clock::micros(verify_ticks));
+    line.put("generation", generation + passes - 1);
+    line.put("fill_us", fill_us).put("verify_us", verify_us);
     worst.print_to(line);
     worst.outcome()
-}
-
-fn key(address: u64, seed: u64, generation: u64) -> u64 {
-    pattern::key(address / PAGE_SIZE, seed, generation)
 }
 
 fn parse_operation(name: &str) -> Option<(bool, bool)> {

@@ -31,7 +31,8 @@ pub(crate) struct Context<'a> {
 pub(crate) struct Failure {
     reason: &'static str,
     argument: Option<&'static str>,
-    facts: [Option<(&'static str, u64)>; 4],
+    /// An empty key is none.
+    facts: [(&'static str, u64); 3],
 }
 
 impl Failure {
@@ -39,21 +40,21 @@ impl Failure {
         Self {
             reason,
             argument: None,
-            facts: [None; 4],
+            facts: [("", 0); 3],
         }
     }
 
-    /// Adds a number; a fifth is dropped.
+    /// Adds a number; a fourth is dropped.
     pub(crate) fn with(mut self, key: &'static str, value: u64) -> Self {
-        if let Some(slot) = self.facts.iter_mut().find(|slot| slot.is_none()) {
-            *slot = Some((key, value));
+        if let Some(slot) = self.facts.iter_mut().find(|slot| slot.0.is_empty()) {
+            *slot = (key, value);
         }
         self
     }
 
     /// Ends a command's line.
     pub(crate) fn print_to(&self, line: &mut Line) {
-        for (key, value) in self.facts.iter().flatten() {
+        for (key, value) in self.facts.iter().filter(|fact| !fact.0.is_empty()) {
             line.put(key, value);
         }
         if let Some(argument) = self.argument {

@@ -5,6 +5,7 @@ use crate::clock::Deadline;
 use crate::virtio::nic::{MAX_FRAME, Nic};
 use crate::virtio::transport::{self, GuestTransport};
 use crate::{heartbeat, serial};
+use alloc::vec::Vec;
 use drover_guest::heartbeat::State;
 use drover_guest::line::Line;
 use drover_guest::packet::{self, Handled, Station};
@@ -63,18 +64,10 @@ pub(crate) fn serve(
 }
 
 /// Replies of one round, sent after it: receiving borrows the device.
+#[derive(Default)]
 struct ReplyBuffer {
-    bytes: alloc::vec::Vec<u8>,
-    lengths: alloc::vec::Vec<usize>,
-}
-
-impl Default for ReplyBuffer {
-    fn default() -> Self {
-        Self {
-            bytes: alloc::vec::Vec::new(),
-            lengths: alloc::vec::Vec::new(),
-        }
-    }
+    bytes: Vec<u8>,
+    lengths: Vec<usize>,
 }
 
 impl ReplyBuffer {

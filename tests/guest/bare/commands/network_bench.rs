@@ -3,8 +3,8 @@
 use super::network::{self, Answers};
 use super::{Context, Failure, Outcome};
 use crate::clock::{self, Deadline};
-use crate::virtio::nic::{MAX_FRAME, Nic};
 use crate::heartbeat;
+use crate::virtio::nic::{MAX_FRAME, Nic};
 use alloc::vec;
 use drover_guest::heartbeat::State;
 use drover_guest::line::Line;
@@ -24,7 +24,7 @@ pub(crate) fn send(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     let rate = arguments.number("rate", 0)?;
     let ms = arguments.number("ms", 1000)?;
     let ports = (port(context, "src_port")?, port(context, "port")?);
-    if size < 8 || size > MAX_FRAME - UDP_HEADERS_LEN {
+    if !(8..=MAX_FRAME - UDP_HEADERS_LEN).contains(&size) {
         return Err(Failure::new("bad-argument").with("size", size as u64));
     }
     let (mut nic, station) = network::open(context, line)?;

@@ -210,8 +210,11 @@ impl Disk {
     /// # Safety
     /// The slot and its data stay put and untouched until `complete` gets the same slot and token.
     pub(crate) unsafe fn submit(&mut self, slot: &mut Slot) -> Result<u16, Failure> {
-        // SAFETY: the caller vouches for the buffers' lifetime.
-        slot.with_buffers(|readable, writable| Ok(unsafe { self.queue.add(readable, writable) }?))
+        slot.with_buffers(|readable, writable| {
+            // SAFETY: the caller vouches for the buffers' lifetime.
+            let token = unsafe { self.queue.add(readable, writable) }?;
+            Ok(token)
+        })
     }
 
     /// Takes a finished request back; returns its status.
@@ -219,9 +222,10 @@ impl Disk {
     /// # Safety
     /// `token` came from `submit` with this slot and is next in the used ring.
     pub(crate) unsafe fn complete(&mut self, slot: &mut Slot, token: u16) -> Result<u8, Failure> {
-        // SAFETY: the caller vouches that these are the buffers of `token`.
         slot.with_buffers(|readable, writable| {
-            Ok(unsafe { self.queue.pop_used(token, readable, writable) }?)
+            // SAFETY: the caller vouches that these are the buffers of `token`.
+            unsafe { self.queue.pop_used(token, readable, writable) }?;
+            Ok(())
         })?;
         Ok(slot.status[0])
     }
@@ -244,15 +248,15 @@ impl Slot {
     /// # Safety
     /// `data` is valid for `len` bytes as long as the slot lives. Slots may share a buffer whose content
     /// nobody looks at.
-    pub(crate) unsafe fn new(data: *mut u8, len: usize) -> Box<Self> {
-        Box::new(Self {
+    pub(crate) unsafe fn new(data: *mut u8, len: usize) -> Self {
+        Self {
             header: [0; 16],
             status: [0],
             data,
             len,
             operation: Operation::Read,
             started: 0,
-        })
+        }
     }
 
     /// Sets the next request.
