@@ -85,7 +85,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     let Some(mut machine) = Machine::new(&boot) else {
         give_up("no-memory")
     };
-    let arguments = machine.command_line.arguments("");
+    let arguments = machine.command_line.general();
     let end = match prepare(&mut machine, arguments) {
         Ok(end) => end,
         Err(error) => {
@@ -145,7 +145,7 @@ fn run_commands(machine: &mut Machine) -> u64 {
         heartbeat::set_state(State::Running);
         let mut context = Context {
             name,
-            arguments: command_line.arguments(name),
+            arguments: command_line.arguments(name, u64::from(number)),
             machine,
         };
         let mut line = Line::of_command(name);

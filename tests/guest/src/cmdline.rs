@@ -1,6 +1,7 @@
 //! The kernel command line: words separated by blanks, each `key=value` or a bare `key` (value `1`).
 //!
-//! The last word with a key wins. `command.key=value` speaks to one command only and beats `key=value`.
+//! The last word with a key wins. `command.key=value` speaks to one command only and beats `key=value`;
+//! `2.key=value` speaks to the second command of `run=` only and beats both.
 //! Words nobody asks for are ignored, because VMMs append their own.
 //!
 //! Numbers are decimal or `0x` hexadecimal, with an optional binary suffix `K`, `M`, `G` or `T`, and `_`
@@ -38,36 +39,44 @@ impl<'a> CommandLine<'a> {
 
     /// The commands of `run=`, in order.
     pub fn commands(&self) -> impl Iterator<Item = &'a str> + use<'a> {
-        self.value("", "run")
+        self.value("", 0, "run")
             .unwrap_or("")
             .split(',')
             .filter(|name| !name.is_empty())
     }
 
-    /// The arguments as one command sees them.
+    /// The arguments as one command sees them; `position` counts the commands of `run=` from 1.
     #[must_use]
-    pub fn arguments(&self, command: &'a str) -> Arguments<'a> {
+    pub fn arguments(&self, command: &'a str, position: u64) -> Arguments<'a> {
         Arguments {
             line: *self,
             command,
+            position,
         }
     }
 
-    fn value(&self, command: &str, key: &str) -> Option<&'a str> {
+    /// The arguments that speak to no command in particular.
+    #[must_use]
+    pub fn general(&self) -> Arguments<'a> {
+        self.arguments("", 0)
+    }
+
+    fn value(&self, command: &str, position: u64, key: &str) -> Option<&'a str> {
         let mut general = None;
         let mut specific = None;
+        let mut exact = None;
         for word in self.text.split_ascii_whitespace() {
             let (name, value) = word.split_once('=').unwrap_or((word, "1"));
-            if name == key {
-                general = Some(value);
-            } else if let Some((owner, rest)) = name.split_once('.')
-                && owner == command
-                && rest == key
-            {
-                specific = Some(value);
+            match name.split_once('.') {
+                None if name == key => general = Some(value),
+                Some((owner, rest)) if rest == key && owner == command => specific = Some(value),
+                Some((owner, rest)) if rest == key && owner.parse() == Ok(position) => {
+                    exact = Some(value);
+                }
+                _ => {}
             }
         }
-        specific.or(general)
+        exact.or(specific).or(general)
     }
 }
 
@@ -76,13 +85,14 @@ impl<'a> CommandLine<'a> {
 pub struct Arguments<'a> {
     line: CommandLine<'a>,
     command: &'a str,
+    position: u64,
 }
 
 impl<'a> Arguments<'a> {
     /// The value of `key`, if the command line has one.
     #[must_use]
     pub fn text(&self, key: &str) -> Option<&'a str> {
-        self.line.value(self.command, key)
+        self.line.value(self.command, self.position, key)
     }
 
     /// A number, or `default` where the key is absent.
@@ -196,15 +206,26 @@ mod tests {
     fn specific_key_beats_general_key_wherever_it_stands() {
         for text in ["mem.len=2M len=1M", "len=1M mem.len=2M"] {
             let line = CommandLine::new(text);
-            assert_eq!(line.arguments("mem").number("len", 0), Ok(2 << 20));
-            assert_eq!(line.arguments("dirty").number("len", 0), Ok(1 << 20));
+            assert_eq!(line.arguments("mem", 1).number("len", 0), Ok(2 << 20));
+            assert_eq!(line.arguments("dirty", 2).number("len", 0), Ok(1 << 20));
         }
+    }
+
+    #[test]
+    fn position_beats_name() {
+        let line = CommandLine::new("1.op=fill op=x mem.op=y 3.op=verify");
+        let op = |command, position| line.arguments(command, position).text("op");
+        assert_eq!(op("mem", 1), Some("fill"));
+        assert_eq!(op("mem", 2), Some("y"));
+        assert_eq!(op("mem", 3), Some("verify"));
+        assert_eq!(op("blk", 4), Some("x"));
+        assert_eq!(line.general().text("op"), Some("x"));
     }
 
     #[test]
     fn last_of_equal_keys_wins() {
         let line = CommandLine::new("seed=1 seed=2");
-        assert_eq!(line.arguments("mem").number("seed", 0), Ok(2));
+        assert_eq!(line.arguments("mem", 1).number("seed", 0), Ok(2));
     }
 
     #[test]
@@ -233,7 +254,7 @@ mod tests {
     #[test]
     fn malformed_value_names_its_key() {
         let line = CommandLine::new("ms=soon irq=yes ip=10.0.0 mac=1:2:3:4:5:6:7");
-        let arguments = line.arguments("net");
+        let arguments = line.arguments("net", 1);
         assert_eq!(arguments.number("ms", 1), Err(BadArgument { key: "ms" }));
         assert_eq!(arguments.flag("irq"), Err(BadArgument { key: "irq" }));
         assert_eq!(arguments.ipv4("ip"), Err(BadArgument { key: "ip" }));
@@ -243,7 +264,7 @@ mod tests {
     #[test]
     fn addresses() {
         let line = CommandLine::new("ip=10.0.2.15 mac=52:54:00:ab:Cd:ef");
-        let arguments = line.arguments("net");
+        let arguments = line.arguments("net", 1);
         assert_eq!(arguments.ipv4("ip"), Ok(Some([10, 0, 2, 15])));
         assert_eq!(
             arguments.mac("mac"),
@@ -255,7 +276,7 @@ mod tests {
     #[test]
     fn bare_word_is_a_switch() {
         let line = CommandLine::new("irq prefill=0");
-        assert_eq!(line.arguments("blkbench").flag("irq"), Ok(true));
-        assert_eq!(line.arguments("dirty").flag("prefill"), Ok(false));
+        assert_eq!(line.arguments("blkbench", 1).flag("irq"), Ok(true));
+        assert_eq!(line.arguments("dirty", 2).flag("prefill"), Ok(false));
     }
 }
