@@ -271,7 +271,8 @@ fn pit_khz() -> Option<u64> {
 
 /// Measures a second of the real-time clock (MC146818).
 fn rtc_khz() -> Option<u64> {
-    const PATIENCE: u32 = 5_000_000;
+    // Ticks: two seconds of the fastest TSC, twenty of a slow one.
+    const PATIENCE: u64 = 20_000_000_000;
     let second = || {
         cpu::outb(0x70, 0);
         cpu::inb(0x71)
@@ -280,8 +281,13 @@ fn rtc_khz() -> Option<u64> {
         return None; // no RTC
     }
     let next_second = || {
-        let current = second();
-        (0..PATIENCE).find(|_| second() != current).map(|_| now())
+        let (current, begin) = (second(), now());
+        while second() == current {
+            if now() - begin > PATIENCE {
+                return None;
+            }
+        }
+        Some(now())
     };
     let start = next_second()?;
     let end = next_second()?;

@@ -153,10 +153,19 @@ pub(crate) fn after_fault() -> ! {
     }
 }
 
+/// Ends the machine when a crash has not done so within seconds.
+pub(crate) fn after_second_crash() -> ! {
+    for _ in 0..10 {
+        wait();
+    }
+    triple_fault()
+}
+
+/// 200 ms, or so if the TSC's frequency is unknown.
 fn wait() {
     let deadline = clock::Deadline::after_ms(200);
     for _ in 0..50_000_000 {
-        if deadline.passed() {
+        if clock::tsc_khz() != 0 && deadline.passed() {
             break;
         }
         core::hint::spin_loop();

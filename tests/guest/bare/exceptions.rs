@@ -44,10 +44,11 @@ pub(crate) fn report_panic(info: &core::panic::PanicInfo<'_>) -> ! {
     end::after_fault()
 }
 
-/// The first crash reports; one inside the report, or on another CPU, only stops.
+/// The first crash reports. A second one is another CPU's, which leaves the report time to finish, or comes
+/// from inside the report, which then never ends the machine: so this does, late.
 fn enter_crash() {
     if CRASHED.swap(true, Ordering::AcqRel) {
-        end::stop_here();
+        end::after_second_crash();
     }
     heartbeat::set_state(State::Crashed);
 }

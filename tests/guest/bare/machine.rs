@@ -5,7 +5,7 @@ use crate::boot_info::BootInfo;
 use crate::commands::Failure;
 use crate::firmware::Firmware;
 use crate::pci::Pci;
-use crate::{heap, paging};
+use crate::{cpu, heap, paging};
 use drover_guest::cmdline::{Arguments, CommandLine};
 use drover_guest::memmap::{Region, Regions};
 
@@ -94,10 +94,22 @@ impl Machine {
         self.pci.as_mut().ok_or(Failure::new("no-pci"))
     }
 
-    /// The local APIC, enabled at the first call.
+    /// Puts the CPU back to how every command finds it: no timer, no interrupts.
+    pub(crate) fn quiesce(&self) {
+        if let Some(apic) = self.apic {
+            apic.stop_timer();
+            cpu::disable_interrupts();
+        }
+    }
+
+    /// The local APIC, enabled at the first call; `x2apic=1` switches it over.
     pub(crate) fn apic(&mut self, arguments: Arguments<'_>) -> Result<LocalApic, Failure> {
-        if self.apic.is_none() {
-            self.apic = LocalApic::start(arguments.flag("x2apic")?);
+        let want_x2apic = arguments.flag("x2apic")?;
+        if self
+            .apic
+            .is_none_or(|apic| want_x2apic && !apic.is_x2apic())
+        {
+            self.apic = LocalApic::start(want_x2apic);
         }
         self.apic.ok_or(Failure::new("no-local-apic"))
     }

@@ -159,6 +159,7 @@ fn run_commands(machine: &mut Machine) -> u64 {
                 heartbeat::set_failures(failed);
             }
         }
+        machine.quiesce();
         machine::check_stack();
         serial::print(&mut line);
         heartbeat::set_state(State::Ready);

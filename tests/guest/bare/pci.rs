@@ -274,19 +274,17 @@ fn has_bars(function: &Function) -> bool {
     function.info.header_type == HeaderType::Standard && function.info.class != CLASS_BRIDGE
 }
 
+/// Where BARs go: as the command line says, else the DSDT's largest window, below 4 GiB if there is one
+/// (a 32-bit BAR fits nowhere else).
 fn window(arguments: Arguments<'_>, firmware: &Firmware) -> Result<BarWindow, BadArgument> {
-    let largest_low = firmware
-        .windows
-        .as_slice()
-        .iter()
-        .filter(|window| window.end() <= 1 << 32)
-        .max_by_key(|window| window.len);
-    let region = match (
+    let windows = firmware.windows.as_slice().iter();
+    let best = windows.max_by_key(|window| (window.end() <= 1 << 32, window.len));
+    let given = (
         arguments.optional_number("bar_base")?,
         arguments.optional_number("bar_len")?,
-    ) {
+    );
+    Ok(BarWindow::new(match given {
         (Some(base), Some(len)) => Region { base, len },
-        _ => largest_low.copied().unwrap_or(FALLBACK_WINDOW),
-    };
-    Ok(BarWindow::new(region))
+        _ => best.copied().unwrap_or(FALLBACK_WINDOW),
+    }))
 }

@@ -156,7 +156,7 @@ exception_entry:
  movq %cr2, %rax
  movq %rax, EXCEPTION_RECORD + 40
  pushq $0x1b
- pushq $exception_stack_top
+ pushq $exception_stack_top - 8 # as if called: the ABI wants RSP + 8 aligned to 16
  pushq $0x3002
  pushq $0x23
  pushq $exception_report

@@ -42,8 +42,8 @@ struct Figures {
     interrupts: u64,
 }
 
-/// Data buffers take at most this much memory; requests beyond share them.
-const MAX_BUFFERS: u64 = 16 << 20;
+/// Data buffers take at most this much memory.
+const MAX_BUFFERS: usize = 16 << 20;
 
 /// `blkbench dev= queue= ops= depths= rand_bs= seq_bs= ms= offset= len= irq=`.
 pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
@@ -71,18 +71,16 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     }
     let largest = loads.iter().map(|load| load.block).max().unwrap_or(SECTOR);
     let deepest = depths.iter().copied().max().unwrap_or(1);
-    let size = (largest * deepest as u64).min(MAX_BUFFERS.max(largest));
+    let buffers = buffers(largest as usize, deepest)?;
     let ms = arguments.number("ms", 1000)?.max(1);
     let mut bench = Bench {
         disk,
-        buffers: PageBuffer::new(size as usize)?,
+        buffers,
         offset,
         len,
         interrupts,
         ms,
     };
-    // Random bytes: a host that compresses or detects zeroes must not gain.
-    fill_random(bench.buffers.as_mut_slice());
     if interrupts {
         context.machine.apic(arguments)?.start_watchdog();
     }
@@ -100,9 +98,21 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     Ok(())
 }
 
-fn fill_random(bytes: &mut [u8]) {
-    for (index, chunk) in (0_u64..).zip(bytes.chunks_exact_mut(8)) {
-        chunk.copy_from_slice(&pattern::mix(index).to_le_bytes());
+/// One data buffer for each request in flight, as far as memory goes: beyond, requests share them.
+fn buffers(block: usize, depth: usize) -> Result<PageBuffer, Failure> {
+    let mut count = depth.min((MAX_BUFFERS / block).max(1));
+    loop {
+        match PageBuffer::new(block * count) {
+            Ok(mut buffer) => {
+                // Random bytes: a host that compresses or detects zeroes must not gain.
+                for (index, chunk) in (0_u64..).zip(buffer.as_mut_slice().chunks_exact_mut(8)) {
+                    chunk.copy_from_slice(&pattern::mix(index).to_le_bytes());
+                }
+                return Ok(buffer);
+            }
+            Err(failure) if count == 1 => return Err(failure),
+            Err(_) => count /= 2,
+        }
     }
 }
 

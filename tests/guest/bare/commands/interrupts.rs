@@ -22,9 +22,7 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     if context.arguments.number("msix", 1)? == 0 {
         return Ok(());
     }
-    let result = message(context, line);
-    cpu::disable_interrupts();
-    result
+    message(context, line)
 }
 
 fn timer(context: &mut Context<'_>, line: &mut Line) -> Outcome {
@@ -48,7 +46,6 @@ fn timer(context: &mut Context<'_>, line: &mut Line) -> Outcome {
         cpu::halt_until(|| apic::interrupts(TIMER_VECTOR) != last);
     });
     apic.stop_timer();
-    cpu::disable_interrupts();
     line.put("spin_ticks", spun.0)
         .put("spin_us", spun.1)
         .put("halt_ticks", slept.0)
@@ -114,7 +111,6 @@ fn message(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     // The used ring can be seen before the interrupt arrives, so the last one may still be on its way.
     let patience = Deadline::after_ms(200);
     cpu::halt_until(|| apic::interrupts(MSIX_VECTOR) - first >= wanted || patience.passed());
-    apic.stop_timer();
     let interrupts = apic::interrupts(MSIX_VECTOR) - first;
     line.put("interrupts", interrupts);
     if interrupts != wanted {

@@ -20,8 +20,8 @@ pub(crate) struct Answers {
 }
 
 impl Answers {
-    fn total(&self) -> u64 {
-        self.arp + self.icmp + self.udp
+    fn echoes(&self) -> u64 {
+        self.icmp + self.udp
     }
 }
 
@@ -91,8 +91,8 @@ impl ReplyBuffer {
     }
 }
 
-/// `net dev= ip= ms= replies=`: answers until the time is over (0: never), so many frames have been
-/// answered, or a stop byte arrives.
+/// `net dev= ip= ms= replies=`: answers until the time is over (0: never), so many echoes have been
+/// sent, or a stop byte arrives.
 pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     let arguments = context.arguments;
     let ms = arguments.number("ms", 5000)?;
@@ -105,7 +105,7 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     let end = Deadline::after_ms(ms);
     let mut poll = Deadline::after_ms(poll_ms);
     heartbeat::set_state(State::Waiting);
-    while !end.passed() && answers.total() < wanted {
+    while !end.passed() && answers.echoes() < wanted {
         frames += serve(&mut nic, station, &mut answers, |_| {})?;
         heartbeat::progress(frames);
         core::hint::spin_loop();

@@ -43,7 +43,8 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
         core::hint::spin_loop();
     }
     if by_interrupt {
-        stop_interrupts(context)?;
+        serial::set_receive_interrupt(false);
+        apic::unroute_isa(&context.machine.firmware, serial::IRQ);
         let interrupts = apic::interrupts(SERIAL_VECTOR) - before;
         line.put("echoed", echoed).put("interrupts", interrupts);
         if echoed != 0 && interrupts == 0 {
@@ -67,13 +68,5 @@ fn start_interrupts(context: &mut Context<'_>) -> Outcome {
     }
     apic.start_watchdog();
     serial::set_receive_interrupt(true);
-    Ok(())
-}
-
-fn stop_interrupts(context: &mut Context<'_>) -> Outcome {
-    serial::set_receive_interrupt(false);
-    apic::unroute_isa(&context.machine.firmware, serial::IRQ);
-    context.machine.apic(context.arguments)?.stop_timer();
-    cpu::disable_interrupts();
     Ok(())
 }
