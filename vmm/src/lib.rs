@@ -4,6 +4,7 @@ pub mod arch;
 pub mod boot;
 pub mod config;
 pub mod control;
+pub mod doctor;
 pub mod host;
 pub mod kvm;
 pub mod machine;
