@@ -9,3 +9,4 @@ pub mod host;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod migrate;
