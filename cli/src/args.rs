@@ -1,5 +1,8 @@
 //! The command line as it is typed.
 
+// Doc comments here are help texts: brackets mean optional parts, not links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};

@@ -1,7 +1,7 @@
 //! What the engine needs of the world.
 //!
 //! Each port is implemented once over the real thing in `vmm` and once as a fake in
-//! [`crate::testing`].
+//! `testing` (a feature).
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
