@@ -17,7 +17,9 @@ mod queue;
 mod state;
 pub mod worker;
 
-pub use device::{Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice};
+pub use device::{
+    Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
+};
 pub use interrupt::{QueueInterrupt, VirtioInterrupt};
 pub use pci::{VirtioPci, VirtioPciError};
 pub use queue::{Chain, QueueError, Segment, Segments, Virtqueue};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::capabilities::{
     self, BAR, COMMON, Capabilities, DEVICE, ISR, MAX_VECTORS, MSIX_PBA, MSIX_TABLE, NOTIFY,
@@ -30,9 +30,6 @@ const VENDOR: u16 = 0x1af4;
 const DEVICE_ID_BASE: u16 = 0x1040;
 /// Any subsystem id of 0x40 or more marks a modern device.
 const SUBSYSTEM: u16 = 0x40;
-
-const TRANSPORT_FEATURES: u64 =
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// A function could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -203,7 +200,8 @@ impl VirtioPci {
     }
 
     fn offered_features(inner: &Inner) -> u64 {
-        inner.device.identity().features | TRANSPORT_FEATURES
+        let identity = inner.device.identity();
+        identity.features | identity.ring_features | 1 << VIRTIO_F_VERSION_1
     }
 
     /// Follows the driver through initialization (section 3.1.1).
