@@ -169,9 +169,10 @@ fn judge(ended: Option<ExitStatus>, logs: &Path, limit: Duration) -> (Verdict, S
 fn last_step(logs: &Path) -> String {
     let log = fs::read(logs.join("scenario.log")).unwrap_or_default();
     let log = String::from_utf8_lossy(&log).into_owned();
-    tail(&log, 1)
-        .first()
-        .map_or_else(|| "its log is empty".to_owned(), |line| (*line).to_owned())
+    tail(&log, 1).first().map_or_else(
+        || "its log is empty".to_owned(),
+        |line| line.trim().to_owned(),
+    )
 }
 
 fn remove_scratch(scenario: &Scenario) -> anyhow::Result<()> {
@@ -190,6 +191,7 @@ fn run(request: &Request, scenario: &Scenario) -> anyhow::Result<ExitCode> {
     fs::write(&members, "0").context("cannot enter the scenario's cgroup")?;
     let logs = log_folder(scenario);
     let mut ctx = Ctx::new(scenario.name, request, logs.clone())?;
+    report_panics(logs.join(REASON_FILE));
     let (status, reason) = match (scenario.run)(&mut ctx) {
         Ok(()) => return Ok(ExitCode::SUCCESS),
         Err(error) => match error.downcast_ref::<Skipped>() {
@@ -200,6 +202,16 @@ fn run(request: &Request, scenario: &Scenario) -> anyhow::Result<ExitCode> {
     eprintln!("{reason}");
     fs::write(logs.join(REASON_FILE), reason).context("cannot write the reason")?;
     Ok(ExitCode::from(u8::try_from(status)?))
+}
+
+/// A panic's reason is its message; the trace stays in the scenario's log.
+fn report_panics(reason_file: PathBuf) {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        // Without the file the verdict still names the exit status.
+        let _ = fs::write(&reason_file, info.to_string().replace('\n', " "));
+    }));
 }
 
 fn kernel_release() -> anyhow::Result<String> {

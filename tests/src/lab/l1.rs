@@ -94,7 +94,9 @@ impl BootFolder {
         self.path.join("verdicts.log")
     }
 
-    fn qemu_log(&self) -> PathBuf {
+    /// What QEMU says about itself.
+    #[must_use]
+    pub fn qemu_log(&self) -> PathBuf {
         self.path.join("qemu.log")
     }
 }

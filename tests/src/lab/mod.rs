@@ -15,12 +15,14 @@
 //!
 //! - Both sides: [`protocol`], [`scenario`] (the table), [`shape`].
 //! - L0: [`options`], [`prerequisites`], [`cache`], [`artefacts`], [`programs`],
-//!   [`l1`] (one QEMU), [`runner`] (all boots), [`report`], [`process`].
+//!   [`l1`] (one QEMU), [`boot`] (its progress), [`runner`] (all boots), [`report`],
+//!   [`process`].
 //! - L1: [`agent`], [`ctx`] (what a scenario gets), [`vmm`] (a Drover process),
 //!   [`console`], [`network`], [`memory`], [`image`], [`scenarios`].
 
 pub mod agent;
 pub mod artefacts;
+pub mod boot;
 pub mod cache;
 pub mod console;
 pub mod ctx;

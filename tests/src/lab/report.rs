@@ -6,7 +6,7 @@ use std::path::Path;
 use super::protocol::Verdict;
 
 /// Lines of each log that a failure shows.
-const TAIL_LINES: usize = 15;
+const TAIL_LINES: usize = 25;
 
 /// How one scenario ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,7 +90,8 @@ pub fn failure(outcome: &Outcome, folder: &Path) -> std::io::Result<String> {
         .map(|entry| entry.map(|entry| entry.path()))
         .collect::<std::io::Result<Vec<_>>>()?;
     logs.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
-    logs.sort();
+    // The scenario's own log last, where the eye is.
+    logs.sort_by_key(|path| (path.ends_with("scenario.log"), path.clone()));
     for log in logs {
         let content = String::from_utf8_lossy(&std::fs::read(&log)?).into_owned();
         let lines = tail(&content, TAIL_LINES);
