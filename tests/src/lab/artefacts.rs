@@ -1,4 +1,4 @@
-//! The kernels and images of the lab, and how each is built.
+//! QEMU, the kernels and the images of the lab, and how each is built.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,8 @@ use super::protocol::MEDIA_IN_L1;
 pub struct Artefacts {
     /// The cache folder, L1's media mount.
     pub media: PathBuf,
+    /// The folder of the QEMU that runs L1: the program, and `share` for its `-L`.
+    pub qemu: PathBuf,
     /// L1's kernel.
     pub vmlinux: PathBuf,
     /// L1's root file system.
@@ -28,6 +30,7 @@ impl Artefacts {
     /// # Errors
     /// When an artefact cannot be built.
     pub fn obtain(cache: &Cache, lab_dir: &Path) -> anyhow::Result<Self> {
+        let qemu = cache.obtain(&qemu_recipe(lab_dir))?;
         let kernel = cache.obtain(&kernel_recipe(lab_dir)?)?;
         let debian = cache.obtain(&debian_recipe(lab_dir))?;
         let roots = cache.obtain(&roots_recipe(lab_dir)?)?;
@@ -50,10 +53,20 @@ impl Artefacts {
         }
         Ok(Self {
             media: cache.root().to_owned(),
+            qemu,
             vmlinux: kernel.join("vmlinux"),
             root: roots.join("l1.ext4"),
             in_l1,
         })
+    }
+}
+
+fn qemu_recipe(lab_dir: &Path) -> Recipe<'static> {
+    Recipe {
+        name: "qemu",
+        script: lab_dir.join("build-qemu.sh"),
+        inputs: Vec::new(),
+        estimate: "14 MB of downloads, once",
     }
 }
 

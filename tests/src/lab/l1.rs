@@ -138,7 +138,7 @@ impl L1 {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        let qemu = command.spawn().context("cannot start qemu-system-x86_64")?;
+        let qemu = command.spawn().context("cannot start QEMU")?;
         Ok(Self {
             qemu,
             verdicts: File::open(folder.verdicts())?,
@@ -201,7 +201,7 @@ pub fn interactive(
     if purpose == Purpose::Script {
         command.stdin(Stdio::null());
     }
-    command.status().context("cannot start qemu-system-x86_64")
+    command.status().context("cannot start QEMU")
 }
 
 /// QEMU's command line, without serial ports.
@@ -213,8 +213,10 @@ fn command(artefacts: &Artefacts, shape: Shape, folder: &BootFolder, purpose: Pu
          no_timer_check tsc=reliable intel_iommu=on lab.run={}",
         purpose.word()
     );
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = Command::new(artefacts.qemu.join("qemu-system-x86_64"));
     command
+        .arg("-L")
+        .arg(artefacts.qemu.join("share"))
         .args([
             "-nodefaults",
             "-no-user-config",

@@ -35,6 +35,9 @@ impl TapNetwork {
             tap.push("multi_queue");
         }
         run("ip", &tap)?;
+        // `ip netns` keeps names in /run/netns, which every scenario would see.
+        std::fs::create_dir_all("/run/netns")?;
+        run("mount", &["-t", "tmpfs", "netns", "/run/netns"])?;
         for line in [
             "link set lo up",
             "link add br0 type bridge",

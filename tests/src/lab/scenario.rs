@@ -34,7 +34,7 @@ pub struct Scenario {
     pub group: Group,
     /// The L1 it wants.
     pub shape: Shape,
-    /// Seconds after which it is killed and has failed. Limits are a few times
+    /// Seconds after which it is killed and has failed. Limits are several times
     /// what an idle 2-core machine needs: they end hangs, they measure nothing.
     pub limit_s: u64,
     /// What it shows, in one line.

@@ -30,9 +30,9 @@ const LAB_CPU: &str = "host,-tsc-deadline";
 const LAB_CMDLINE: &str = "console=ttyS0 quiet loglevel=4 no_timer_check tsc=reliable panic=-1";
 
 /// For a guest kernel to come up to its first report or prompt.
-pub const BOOT: Duration = Duration::from_secs(60);
+pub const BOOT: Duration = Duration::from_secs(120);
 /// For something a running guest does at once.
-pub const SOON: Duration = Duration::from_secs(30);
+pub const SOON: Duration = Duration::from_secs(60);
 
 /// A VM that is not started yet.
 #[derive(Debug, Clone)]
@@ -274,7 +274,7 @@ impl Vmm {
     /// # Errors
     /// When it fails or does not come.
     pub fn do_task(&mut self, task: &str, limit: Duration) -> anyhow::Result<Report> {
-        self.send(&format!(". /lib/lab/tasks.sh; task_{task}\n"))?;
+        self.send(&format!(". /lib/lab/tasks.sh; try {task}\n"))?;
         self.report(task, limit)
     }
 

@@ -86,26 +86,30 @@ pub(super) fn balloon(ctx: &mut Ctx) -> anyhow::Result<()> {
         );
         vmm.set_balloon(BALLOON_KIB >> 10)?;
         let left = rss_below(&vmm, touched - BALLOON_KIB * 9 / 10)?;
-        let free: u64 = vmm.do_task("free", SOON)?.number("mem_free_kib")?;
+        let less = free_before - BALLOON_KIB * 3 / 4;
+        let free = guest_free(&mut vmm, |free| free < less)?;
         ctx.say(format!(
             "round {round}: {touched} KiB touched, {left} KiB left, guest has {free} KiB free"
         ));
-        ensure!(
-            free < free_before - BALLOON_KIB * 9 / 10,
-            "the guest still has {free} KiB free"
-        );
         vmm.set_balloon(0)?;
-        let back = wait_until(Instant::now() + SOON, || {
-            let free: u64 = vmm
-                .do_task("free", SOON)
-                .ok()?
-                .number("mem_free_kib")
-                .ok()?;
-            (free > free_before - BALLOON_KIB / 10).then_some(())
-        });
-        ensure!(back.is_some(), "the guest does not get its memory back");
+        guest_free(&mut vmm, |free| free > free_before - BALLOON_KIB / 4)?;
     }
     Ok(())
+}
+
+/// Asks the guest for its free memory until it is `enough`; what it is then.
+fn guest_free(vmm: &mut Vmm, enough: impl Fn(u64) -> bool) -> anyhow::Result<u64> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let free_kib = vmm.do_task("free", SOON)?.number("mem_free_kib")?;
+        if enough(free_kib) {
+            return Ok(free_kib);
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the guest's free memory stays at {free_kib} KiB"
+        );
+    }
 }
 
 pub(super) fn reporting(ctx: &mut Ctx) -> anyhow::Result<()> {

@@ -102,8 +102,10 @@ pub(super) fn reboot(ctx: &mut Ctx) -> anyhow::Result<()> {
         .vm("reboot")?
         .words("lab.do=cpus lab.end=reboot")
         .start()?;
+    vmm.report("boot", BOOT)?;
     let mut events = vmm.events()?;
-    for boot in 1..=3 {
+    vmm.report("cpus", SOON)?;
+    for boot in 2..=3 {
         vmm.report("boot", BOOT)
             .with_context(|| format!("boot {boot}"))?;
         vmm.report("cpus", SOON)
