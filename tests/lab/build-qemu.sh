@@ -29,6 +29,7 @@ for file in "$apt"/root/usr/share/qemu/*.{bin,rom}; do
     # Some are links into packages that are not here.
     [ ! -f "$file" ] || cp -L "$file" "$out/share/"
 done
+cd "$out"
 rm -rf "$apt"
 
 if missing=$(ldd "$out/qemu-system-x86_64" | grep 'not found'); then

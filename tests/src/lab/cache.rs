@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use super::process;
+use super::report::tail;
 
 /// Why an entry could not be had.
 #[derive(Debug, Error)]
@@ -31,7 +32,7 @@ pub enum CacheError {
         source: std::io::Error,
     },
     /// The recipe failed.
-    #[error("{recipe} failed with {status}; its output is in {log}")]
+    #[error("{recipe} failed with {status}; its output is in {log} and ends: {said}")]
     Recipe {
         /// The script.
         recipe: PathBuf,
@@ -39,6 +40,8 @@ pub enum CacheError {
         status: String,
         /// Where its output went.
         log: PathBuf,
+        /// The last lines of it.
+        said: String,
     },
 }
 
@@ -170,7 +173,13 @@ fn run(recipe: &Recipe<'_>, out: &Path, log: &Path) -> Result<(), CacheError> {
         recipe: recipe.script.clone(),
         status: process::describe(status),
         log: log.to_owned(),
+        said: last_lines(log),
     })
+}
+
+fn last_lines(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    tail(&String::from_utf8_lossy(&text), 5).join(" | ")
 }
 
 /// The first 16 hex digits of the hash over script and inputs.

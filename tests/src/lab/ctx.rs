@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use thiserror::Error;
 
 use super::protocol::Request;
-use super::vmm::VmSpec;
+use super::vm_spec::VmSpec;
 
 /// The error that ends a scenario as skipped.
 #[derive(Debug, Error)]

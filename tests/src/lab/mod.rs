@@ -17,8 +17,9 @@
 //! - L0: [`options`], [`prerequisites`], [`cache`], [`artefacts`], [`programs`],
 //!   [`l1`] (one QEMU), [`boot`] (its progress), [`runner`] (all boots), [`report`],
 //!   [`process`].
-//! - L1: [`agent`], [`ctx`] (what a scenario gets), [`vmm`] (a Drover process),
-//!   [`console`], [`network`], [`memory`], [`image`], [`scenarios`].
+//! - L1: [`agent`], [`ctx`] (what a scenario gets), [`vm_spec`] and [`vmm`] (a Drover
+//!   process before and after its start), [`console`], [`network`], [`memory`],
+//!   [`image`], [`scenarios`].
 
 pub mod agent;
 pub mod artefacts;
@@ -40,4 +41,5 @@ pub mod runner;
 pub mod scenario;
 pub mod scenarios;
 pub mod shape;
+pub mod vm_spec;
 pub mod vmm;

@@ -84,6 +84,7 @@ fn failed_build_leaves_no_entry_and_names_its_log() {
     let recipe = fixture.recipe("touch \"$1/half\"; echo no compiler; exit 3");
     let error = fixture.cache().obtain(&recipe).unwrap_err();
     assert!(error.to_string().contains("exit status 3"), "{error}");
+    assert!(error.to_string().contains("no compiler"), "{error}");
     let CacheError::Recipe { log, .. } = error else {
         unreachable!("{error}")
     };

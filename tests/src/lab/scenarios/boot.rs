@@ -7,7 +7,8 @@ use anyhow::{Context, ensure};
 
 use crate::lab::ctx::Ctx;
 use crate::lab::image;
-use crate::lab::vmm::{BOOT, SOON, VmSpec, Vmm};
+use crate::lab::vm_spec::VmSpec;
+use crate::lab::vmm::{BOOT, SOON, Vmm};
 
 /// Debian's initramfs unpacks and loads modules under two emulations.
 const DEBIAN_BOOT: Duration = Duration::from_secs(240);

@@ -67,13 +67,13 @@ fn connect_vsock(socket: &std::path::Path, port: u32) -> anyhow::Result<UnixStre
 }
 
 pub(super) fn balloon(ctx: &mut Ctx) -> anyhow::Result<()> {
-    const TOUCHED_KIB: u64 = 512 << 10;
-    const BALLOON_KIB: u64 = 448 << 10;
+    const TOUCHED_KIB: u64 = 256 << 10;
+    const BALLOON_KIB: u64 = 192 << 10;
     let mut vmm = ctx
         .vm("balloon")?
-        .memory("768M")
+        .memory("512M")
         .with("--balloon", "deflate_on_oom=on")
-        .words("lab.do=shell lab.mib=512 lab.hold=0")
+        .words("lab.do=shell lab.mib=256 lab.hold=0")
         .start()?;
     vmm.report("shell", BOOT)?;
     for round in 1..=2 {
@@ -82,7 +82,7 @@ pub(super) fn balloon(ctx: &mut Ctx) -> anyhow::Result<()> {
         let touched = vmm.memory()?.rss_kib;
         ensure!(
             touched > TOUCHED_KIB,
-            "512 MiB were touched, yet the host holds {touched} KiB"
+            "256 MiB were touched, yet the host holds {touched} KiB"
         );
         vmm.set_balloon(BALLOON_KIB >> 10)?;
         let left = rss_below(&vmm, touched - BALLOON_KIB * 9 / 10)?;
@@ -115,19 +115,19 @@ fn guest_free(vmm: &mut Vmm, enough: impl Fn(u64) -> bool) -> anyhow::Result<u64
 pub(super) fn reporting(ctx: &mut Ctx) -> anyhow::Result<()> {
     let mut vmm = ctx
         .vm("balloon")?
-        .memory("768M")
+        .memory("512M")
         .with("--balloon", "free_page_reporting=on")
-        .words("lab.do=memtouch,ticks lab.mib=512 lab.hold=3")
+        .words("lab.do=memtouch,ticks lab.mib=256 lab.hold=3")
         .start()?;
     vmm.report("boot", BOOT)?;
     vmm.report_state("memtouch", "full", SOON)?;
     let full = vmm.memory()?.rss_kib;
     ensure!(
-        full > 512 << 10,
-        "512 MiB are in use, yet the host holds {full} KiB"
+        full > 256 << 10,
+        "256 MiB are in use, yet the host holds {full} KiB"
     );
     vmm.report("memtouch", SOON)?;
-    let small = rss_below(&vmm, full - (400 << 10))?;
+    let small = rss_below(&vmm, full - (192 << 10))?;
     ctx.say(format!(
         "{full} KiB in use, {small} KiB after the guest freed it"
     ));

@@ -126,6 +126,7 @@ pub(super) fn panic(ctx: &mut Ctx) -> anyhow::Result<()> {
     let mut events = vmm.events()?;
     vmm.send("exit\n")?;
     let status = vmm.wait_exit(BOOT)?;
+    vmm.console.wait_end(SOON)?;
     ensure!(
         vmm.console.text().contains("Kernel panic"),
         "the guest did not panic"
@@ -146,6 +147,8 @@ pub(super) fn control(ctx: &mut Ctx) -> anyhow::Result<()> {
         info["name"] == "control" && info["state"] == "running",
         "info says {info}"
     );
+    let listed = vmm.list()?.to_string();
+    ensure!(listed.contains("\"control\""), "list says {listed}");
     ctx.say("a second VM of this name");
     let message = ctx.vm("control")?.start_refused(SOON)?;
     ensure!(

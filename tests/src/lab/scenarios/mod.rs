@@ -54,9 +54,9 @@ pub const TABLE: &[Scenario] = &[
         "a Debian root on a qcow2 disk to its login; power button",
         boot::debian_qcow2,
     ),
-    drover("cpus-1", 60, "1 vCPU", boot::cpus_1),
-    drover("cpus-2", 60, "2 vCPUs", boot::cpus_2),
-    drover("cpus-4", 90, "4 vCPUs with 2 threads a core", boot::cpus_4),
+    drover("cpus-1", 180, "1 vCPU", boot::cpus_1),
+    drover("cpus-2", 180, "2 vCPUs", boot::cpus_2),
+    drover("cpus-4", 180, "4 vCPUs with 2 threads a core", boot::cpus_4),
     large(
         "memory-6g",
         300,
