@@ -88,6 +88,52 @@ pub fn linux64(ending: End) -> Vec<u8> {
 /// there, so that KVM must emulate the access, and its emulator does not know the instruction.
 pub const NOT_EMULATABLE: [u8; 8] = [0xf3, 0x0f, 0xb8, 0x05, 0x00, 0x00, 0x00, 0xd0];
 
+/// Waits for a byte on the serial port: `mov dx, 0x3fd; l: in al, dx; test al, 1; jz l`.
+pub const WAIT_FOR_KEY: [u8; 9] = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb];
+
+/// 32-bit code for two vCPUs: the first starts the second, which makes a mark and reads a port from
+/// then on. Prints `+` if it has come, `-` if not, and resets the machine while the other is reading.
+#[must_use]
+pub fn reset_beside_port_reads() -> Vec<u8> {
+    // Real mode at 0x8000: mov byte [0x9000], 1; l: in al, 0x80; jmp l.
+    const OTHER: [u8; 9] = [0xc6, 0x06, 0x00, 0x90, 0x01, 0xe4, 0x80, 0xeb, 0xfc];
+    // mov dword [address], value
+    let store = |address: u32, value: u32| {
+        let mut code = vec![0xc7, 0x05];
+        code.extend(address.to_le_bytes());
+        code.extend(value.to_le_bytes());
+        code
+    };
+    let mut code = store(0x9000, 0);
+    for (part, at) in OTHER.chunks(4).zip([0x8000, 0x8004, 0x8008]) {
+        let mut word = [0; 4];
+        word.iter_mut().zip(part).for_each(|(to, from)| *to = *from);
+        code.extend(store(at, u32::from_le_bytes(word)));
+    }
+    // Local APIC: enabled, then INIT and SIPI with vector 8 to APIC id 1.
+    for (register, value) in [
+        (0xfee0_00f0, 0x1ff),
+        (0xfee0_0310, 1 << 24),
+        (0xfee0_0300, 0x4500),
+        (0xfee0_0300, 0x4608),
+    ] {
+        code.extend(store(register, value));
+    }
+    // mov ecx, 500000
+    code.extend([0xb9, 0x20, 0xa1, 0x07, 0x00]);
+    // l: cmp byte [0x9000], 0; jne +8; in al, 0x80; loop l
+    code.extend([0x80, 0x3d, 0x00, 0x90, 0x00, 0x00, 0x00, 0x75, 0x08]);
+    code.extend([0xe4, 0x80, 0xe2, 0xf3]);
+    // mov al, '-'; jmp +2; mov al, '+'
+    code.extend([0xb0, b'-', 0xeb, 0x02, 0xb0, b'+']);
+    code.extend(SERIAL_TO_DX);
+    code.push(0xee);
+    // mov ecx, 200; l: in al, 0x80; loop l: until the other one reads for sure.
+    code.extend([0xb9, 0xc8, 0x00, 0x00, 0x00, 0xe4, 0x80, 0xe2, 0xfc]);
+    code.extend(end(End::Reset));
+    code
+}
+
 /// 32-bit code that asks for a reset at once, for ever.
 #[must_use]
 pub fn reset_at_once() -> Vec<u8> {
