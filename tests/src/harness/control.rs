@@ -137,7 +137,7 @@ impl Control {
     /// Follows the event stream by curl; it ends with the VM.
     ///
     /// # Errors
-    /// When curl cannot be started.
+    /// When curl cannot be started, or the VM does not answer.
     pub fn follow_events(&self) -> anyhow::Result<EventStream> {
         let mut command = Command::new("curl");
         command
@@ -147,7 +147,7 @@ impl Control {
             .arg(&self.socket)
             .arg("http://drover/v1/events");
         let (child, lines) = self.spawn(command)?;
-        Ok(EventStream::new(child, lines))
+        EventStream::connected(child, lines, LIMIT)
     }
 
     /// Starts a command whose output is followed.

@@ -17,8 +17,18 @@ pub struct EventStream {
 }
 
 impl EventStream {
-    pub(super) fn new(reader: Child, lines: Follower) -> Self {
-        Self { reader, lines }
+    /// Takes a reader that was just started, and waits for the first line: from then on it is
+    /// connected and misses nothing.
+    pub(super) fn connected(
+        reader: Child,
+        lines: Follower,
+        limit: Duration,
+    ) -> anyhow::Result<Self> {
+        let mut stream = Self { reader, lines };
+        let first = stream.lines.wait_line(limit, |_| Some(()));
+        first.context("waited for the first event")?;
+        stream.lines.rewind();
+        Ok(stream)
     }
 
     /// Waits for the next event named `name`; those before it are passed.

@@ -110,6 +110,11 @@ impl Follower {
         self.cursor = self.shared.lock().bytes.len();
     }
 
+    /// Moves the cursor back to the start.
+    pub fn rewind(&mut self) {
+        self.cursor = 0;
+    }
+
     /// Waits until `seek` finds something behind the cursor; it answers with the number of bytes
     /// to move the cursor by, and the result.
     fn wait<T>(
