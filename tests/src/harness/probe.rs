@@ -88,6 +88,35 @@ pub fn linux64(ending: End) -> Vec<u8> {
 /// there, so that KVM must emulate the access, and its emulator does not know the instruction.
 pub const NOT_EMULATABLE: [u8; 8] = [0xf3, 0x0f, 0xb8, 0x05, 0x00, 0x00, 0x00, 0xd0];
 
+/// Where [`cpuid`] leaves its answers.
+pub const CPUID_ANSWERS: u64 = 0x20_0000;
+
+/// 32-bit code that executes CPUID for each leaf and subleaf, in ring 0, and stores EAX, EBX, ECX
+/// and EDX one after the other at [`CPUID_ANSWERS`]. Prints `C` when it is done, and halts.
+#[must_use]
+pub fn cpuid(leaves: &[(u32, u32)]) -> Vec<u8> {
+    let mut code = Vec::new();
+    let mut address = 0x20_0000_u32;
+    for (leaf, subleaf) in leaves {
+        // mov eax, leaf; mov ecx, subleaf; cpuid
+        code.push(0xb8);
+        code.extend(leaf.to_le_bytes());
+        code.push(0xb9);
+        code.extend(subleaf.to_le_bytes());
+        code.extend([0x0f, 0xa2]);
+        // mov [address], register
+        for register in [&[0xa3][..], &[0x89, 0x1d], &[0x89, 0x0d], &[0x89, 0x15]] {
+            code.extend(register);
+            code.extend(address.to_le_bytes());
+            address += 4;
+        }
+    }
+    code.extend(SERIAL_TO_DX);
+    code.extend(put(b'C'));
+    code.extend(HALT);
+    code
+}
+
 /// Waits for a byte on the serial port: `mov dx, 0x3fd; l: in al, dx; test al, 1; jz l`.
 pub const WAIT_FOR_KEY: [u8; 9] = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb];
 

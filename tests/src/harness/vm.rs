@@ -127,7 +127,16 @@ impl<'a> VmSpec<'a> {
     /// # Errors
     /// When the process cannot be started.
     pub fn start(&self) -> anyhow::Result<Vm> {
-        let mut command = self.ground.drover();
+        self.start_with(&[])
+    }
+
+    /// Starts the VM by way of `wrapper`, a program with its first arguments that becomes
+    /// `drover` by exec.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn start_with(&self, wrapper: &[&str]) -> anyhow::Result<Vm> {
+        let mut command = self.ground.wrapped(wrapper);
         command
             .args(self.arguments())
             .stdin(Stdio::piped())

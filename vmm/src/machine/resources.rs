@@ -75,11 +75,13 @@ fn open_boot_file(what: &'static str, path: &Path) -> Result<File, ResourceError
     let mut options = File::options();
     // Opening a FIFO would wait for a writer; what it is is looked at when it is read.
     options.read(true).custom_flags(libc::O_NONBLOCK);
-    options.open(path).map_err(|source| ResourceError::BootFile {
-        what,
-        path: path.to_owned(),
-        source,
-    })
+    options
+        .open(path)
+        .map_err(|source| ResourceError::BootFile {
+            what,
+            path: path.to_owned(),
+            source,
+        })
 }
 
 fn endpoint(device: &'static str, target: &CharTarget) -> Result<Endpoint, ResourceError> {
