@@ -28,9 +28,63 @@ pub fn pin_current_thread(cpus: &[u32]) -> io::Result<()> {
     }
 }
 
+/// Where a thread may run.
+#[derive(Clone)]
+pub struct Affinity(libc::cpu_set_t);
+
+impl Affinity {
+    /// The calling thread's.
+    ///
+    /// # Errors
+    /// The kernel's refusal: the host has more CPUs than the set has room for.
+    pub fn of_current_thread() -> io::Result<Self> {
+        // SAFETY: cpu_set_t is an array of integers, for which all zeroes is a value.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the set outlives the call and its size is given; 0 means the calling thread.
+        let result = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) };
+        if result == 0 {
+            Ok(Self(set))
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Gives it to the calling thread, and to threads that it starts later.
+    ///
+    /// # Errors
+    /// The kernel's refusal: none of the CPUs is left.
+    pub fn apply(&self) -> io::Result<()> {
+        // SAFETY: the set outlives the call and its size is given; 0 means the calling thread.
+        let result = unsafe { libc::sched_setaffinity(0, size_of_val(&self.0), &raw const self.0) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn affinity_is_given_back_as_it_was() {
+        std::thread::spawn(|| {
+            let allowed = || {
+                let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+                let line = status.lines().find(|l| l.starts_with("Cpus_allowed:"));
+                line.map(str::to_owned).unwrap()
+            };
+            let before = allowed();
+            let affinity = Affinity::of_current_thread().unwrap();
+            pin_current_thread(&[0]).unwrap();
+            affinity.apply().unwrap();
+            assert_eq!(allowed(), before);
+        })
+        .join()
+        .unwrap();
+    }
 
     #[test]
     fn thread_runs_where_it_is_bound() {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -244,16 +244,21 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
             continue;
         }
         match vcpu.run(&context.buses) {
-            Ok(Exit::Handled) => running = !context.gate.is_closed(),
+            // Its access is complete only once it has been entered again (KVM API, "kvm_run"):
+            // left like this, the next run would finish it, in whatever state that finds.
+            Ok(Exit::Handled) if context.gate.is_closed() => vcpu.leave_at_once(),
+            Ok(Exit::Handled) => {}
             Ok(Exit::EndOfInterrupt(vector)) => context.ioapic.end_of_interrupt(vector),
-            Ok(Exit::Interrupted) => loop {
-                use std::sync::mpsc::TryRecvError;
-                match orders.try_recv() {
-                    Ok(order) => running = obey(order, vcpu, running),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return,
+            Ok(Exit::Interrupted) => {
+                running = !context.gate.is_closed();
+                loop {
+                    match orders.try_recv() {
+                        Ok(order) => running = obey(order, vcpu, running),
+                        Err(TryRecvError::Empty) => break,
+                        Err(TryRecvError::Disconnected) => return,
+                    }
                 }
-            },
+            }
             Ok(Exit::TripleFault) => {
                 running = false;
                 let vcpu = vcpu.index();

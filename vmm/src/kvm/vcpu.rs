@@ -236,6 +236,12 @@ impl Vcpu {
         f(self)
     }
 
+    /// Makes the next [`Vcpu::run`] complete a pending access and come back as
+    /// [`Exit::Interrupted`] before the guest executes another instruction.
+    pub(super) fn leave_at_once(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+    }
+
     /// Enters the guest and handles one exit.
     pub(super) fn run(&mut self, buses: &Buses) -> Result<Exit, VcpuExitError> {
         let exit = match self.fd.run() {

@@ -15,6 +15,7 @@ use kvm_ioctls::Cap;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::notices::Notices;
+use super::placement::Placement;
 use super::resources::Resources;
 use super::runtime::{DeviceEntry, Machine};
 use crate::arch::x86_64::acpi::{self, AcpiOptions};
@@ -27,7 +28,6 @@ use crate::arch::x86_64::{Topology, TopologyError, registers};
 use crate::boot::{self, BootError, BootImage, EntryPoint, RamContents};
 use crate::config::VmConfig;
 use crate::host::chardev::CharPump;
-use crate::host::pin::pin_current_thread;
 use crate::kvm::{
     Buses, KvmDoorbells, KvmError, KvmMsiRouter, System, Vcpu, VcpuContext, VcpuSet, Vm,
 };
@@ -133,6 +133,7 @@ impl Machine {
         config: &VmConfig,
         resources: Resources,
         notices: &Arc<Notices>,
+        placement: Placement,
     ) -> Result<Self, BuildError> {
         let system = System::open()?;
         let topology = config.cpus.topology()?;
@@ -176,7 +177,7 @@ impl Machine {
             events: notices.clone(),
             gate: Arc::clone(notices.gate()),
         };
-        let vcpus = VcpuSet::spawn(vcpus, &context, pinner(config))?;
+        let vcpus = VcpuSet::spawn(vcpus, &context, move |vcpu| placement.bind_vcpu(vcpu))?;
         let on_quit = notices.clone();
         let pump = CharPump::start("serial", serial, resources.serial, move || on_quit.quit());
         Ok(Self {
@@ -335,20 +336,4 @@ pub(super) fn set_entry(
         }
     }?;
     Ok(vcpu.set_registers(&regs, &sregs)?)
-}
-
-/// Runs first on each vCPU thread. A host CPU that went away since the check costs the pinning,
-/// not the VM.
-fn pinner(config: &VmConfig) -> impl Fn(u32) + Clone + Send + 'static {
-    let pin = config.cpus.pin.clone();
-    move |vcpu| {
-        let cpu = pin
-            .as_ref()
-            .and_then(|pin| pin.numbers().get(vcpu as usize));
-        if let Some(cpu) = cpu
-            && let Err(error) = pin_current_thread(&[*cpu])
-        {
-            log::error!(vcpu, cpu, error:% = error; "vCPU is not pinned");
-        }
-    }
 }

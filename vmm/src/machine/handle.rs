@@ -10,6 +10,7 @@ use super::assembly::BuildError;
 use super::controller::{Controller, ControllerClient};
 use super::lifecycle::{EndReason, Request};
 use super::notices::Notices;
+use super::placement::{Placement, PlacementError};
 use super::resources::{ResourceError, Resources};
 use super::runtime::{Machine, MachineError};
 use crate::config::{ConfigError, VmConfig};
@@ -27,6 +28,9 @@ pub enum LaunchError {
     /// Something that it names cannot be opened.
     #[error(transparent)]
     Resource(#[from] ResourceError),
+    /// Threads cannot run where they should.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// The name is taken, or the control socket cannot be made.
     #[error("the control socket cannot be set up")]
     RuntimeDir(#[from] RuntimeDirError),
@@ -115,6 +119,8 @@ struct Prepared {
 
 /// The name is claimed first, so that of two VMs with one name the second touches nothing.
 fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, LaunchError> {
+    // Before any other thread starts: they inherit it.
+    let placement = Placement::apply(&config.cpus)?;
     let claim = options
         .runtime_dir
         .as_ref()
@@ -126,7 +132,7 @@ fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, Launch
         .path()
         .map(|path| path.display().to_string());
     let (notices, inbox) = Notices::new();
-    let machine = Machine::build(&config, resources, &notices)?;
+    let machine = Machine::build(&config, resources, &notices, placement)?;
     let (mut controller, client) = Controller::new(machine, Arc::new(config), serial_path, inbox);
     controller.start()?;
     Ok(Prepared {

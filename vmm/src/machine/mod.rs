@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `lifecycle` | which request is allowed in which state: pure |
 //! | `resources` | what the configuration names on the host, opened |
+//! | `placement` | on which host CPUs threads run |
 //! | `assembly` | from configuration and resources to a machine that is ready to run |
 //! | `runtime` | the machine: start, pause, resume, reset |
 //! | `notices` | what vCPUs and devices tell the controller |
@@ -17,6 +18,7 @@ mod events;
 mod handle;
 mod lifecycle;
 mod notices;
+mod placement;
 mod resources;
 mod runtime;
 
@@ -25,5 +27,6 @@ pub use controller::{CommandError, ControllerClient, DeviceInfo, Sample, VmInfo}
 pub use events::{EventHub, EventKind, VmEvent};
 pub use handle::{LaunchError, LaunchOptions, VmHandle};
 pub use lifecycle::{EndReason, Rejection, Request, Transition, VmState, admit};
+pub use placement::PlacementError;
 pub use resources::{ResourceError, Resources};
 pub use runtime::{Machine, MachineError};

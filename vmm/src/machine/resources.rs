@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::boot::{BootImage, KernelSource};
@@ -71,11 +72,16 @@ impl Resources {
 }
 
 fn open_boot_file(what: &'static str, path: &Path) -> Result<File, ResourceError> {
-    File::open(path).map_err(|source| ResourceError::BootFile {
-        what,
-        path: path.to_owned(),
-        source,
-    })
+    let mut options = File::options();
+    // Opening a FIFO would wait for a writer; what it is is looked at when it is read.
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    options
+        .open(path)
+        .map_err(|source| ResourceError::BootFile {
+            what,
+            path: path.to_owned(),
+            source,
+        })
 }
 
 fn endpoint(device: &'static str, target: &CharTarget) -> Result<Endpoint, ResourceError> {

@@ -132,12 +132,7 @@ pub fn allocate(layout: &Layout, options: &RamOptions) -> Result<GuestRam, Memor
         source: Box::new(source),
     })?;
     if !options.numa_nodes.is_empty() {
-        each_region(&ram, |addr, len| bind(addr, len, &options.numa_nodes)).map_err(|source| {
-            MemoryError::Numa {
-                nodes: options.numa_nodes.clone(),
-                source,
-            }
-        })?;
+        bind_to_nodes(&ram, &options.numa_nodes)?;
     }
     if options.prefault {
         prefault(&ram).map_err(|source| MemoryError::Backing {
@@ -208,6 +203,19 @@ fn each_region(
             .get_host_address(MemoryRegionAddress(0))
             .map_err(io::Error::other)?;
         f(host.cast(), region.size())?;
+    }
+    Ok(())
+}
+
+/// Each node alone first: of several, the kernel passes over those that it does not have.
+fn bind_to_nodes(ram: &GuestRam, nodes: &[u32]) -> Result<(), MemoryError> {
+    let alone = nodes.iter().map(std::slice::from_ref);
+    for nodes in alone.chain([nodes]) {
+        let bound = each_region(ram, |addr, len| bind(addr, len, nodes));
+        bound.map_err(|source| MemoryError::Numa {
+            nodes: nodes.to_owned(),
+            source,
+        })?;
     }
     Ok(())
 }
@@ -347,12 +355,14 @@ mod tests {
     #[test]
     fn binding_to_an_absent_node_is_refused() {
         let layout = Layout::new(16 << 20, 4096, 40).unwrap();
-        let options = RamOptions {
-            numa_nodes: vec![1000],
-            ..RamOptions::default()
-        };
-        let error = allocate(&layout, &options).unwrap_err();
-        assert!(error.to_string().contains("[1000]"), "{error}");
+        for nodes in [vec![1000], vec![0, 1000]] {
+            let options = RamOptions {
+                numa_nodes: nodes,
+                ..RamOptions::default()
+            };
+            let error = allocate(&layout, &options).unwrap_err();
+            assert!(error.to_string().contains("[1000]"), "{error}");
+        }
     }
 
     #[test]

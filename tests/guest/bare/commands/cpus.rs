@@ -15,12 +15,14 @@ fn count(control: &mut Arc<Control>) {
     }
 }
 
-/// `cpus smp= ms=`: starts CPUs until `smp` run (default: all of the MADT); each counts for a while.
+/// `cpus smp= ms= wait_ms=`: starts CPUs until `smp` run (default: all of the MADT); each counts for a while,
+/// and for longer until all of them have.
 pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     let arguments = context.arguments;
     let all = context.machine.firmware.cpus.len() as u64;
     let wanted = arguments.number("smp", all)?.max(1);
     let ms = arguments.number("ms", 100)?;
+    let wait_ms = arguments.number("wait_ms", 10_000)?;
     let start = clock::now();
     let crew = smp::start(context.machine, arguments, wanted - 1)?;
     line.put("cpus", wanted)
@@ -32,11 +34,16 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
         unsafe { member.assign(count, control) };
     }
     clock::spin_ms(ms);
+    let count_of = |control: &Arc<Control>| control.done.load(Ordering::Relaxed);
+    // A busy host may not have let all of them run yet.
+    let deadline = clock::Deadline::after_ms(wait_ms);
+    while !deadline.passed() && controls.iter().any(|control| count_of(control) == 0) {
+        crate::heartbeat::beat();
+    }
     for control in &controls {
         control.stop.store(true, Ordering::Release);
     }
     crew.wait();
-    let count_of = |control: &Arc<Control>| control.done.load(Ordering::Relaxed);
     for (member, control) in crew.members().zip(&controls) {
         let mut item = event(context, "counted");
         item.put("apic_id", member.apic_id())

@@ -1,0 +1,62 @@
+//! The programs under test, found next to the running test.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+/// Cargo's target folder: the running test is `target/PROFILE/deps/NAME-HASH`.
+///
+/// # Errors
+/// When the test runs from somewhere else.
+pub fn target_folder() -> anyhow::Result<PathBuf> {
+    let test = std::env::current_exe().context("the test's own path is unknown")?;
+    let folder = test.ancestors().nth(3).map(Path::to_owned);
+    folder.with_context(|| format!("{} is not in a target folder", test.display()))
+}
+
+/// The `drover` binary: `$DROVER_BIN`, else the release build.
+///
+/// # Errors
+/// When it is not built.
+pub fn drover() -> anyhow::Result<PathBuf> {
+    match std::env::var_os("DROVER_BIN") {
+        Some(path) => built(path.into()),
+        None => built(target_folder()?.join("release/drover")),
+    }
+}
+
+/// The bare-metal guest, the same ELF that `drover` embeds: `$DROVER_GUEST`, else the one that was
+/// built with the binary.
+///
+/// # Errors
+/// When it is not built.
+pub fn guest() -> anyhow::Result<PathBuf> {
+    match std::env::var_os("DROVER_GUEST") {
+        Some(path) => built(path.into()),
+        None => built(target_folder()?.join("guest/release/drover-guest")),
+    }
+}
+
+/// A program of `vmm/examples`, of the profile that the test has.
+///
+/// # Errors
+/// When it is not built.
+pub fn example(name: &str) -> anyhow::Result<PathBuf> {
+    let test = std::env::current_exe().context("the test's own path is unknown")?;
+    let profile = test.ancestors().nth(2).context("no profile folder")?;
+    let path = profile.join("examples").join(name);
+    if path.is_file() {
+        return Ok(path);
+    }
+    bail!(
+        "{} is missing: run `cargo build -p vmm --examples` (`make test-kvm` does)",
+        path.display()
+    )
+}
+
+fn built(path: PathBuf) -> anyhow::Result<PathBuf> {
+    if path.is_file() {
+        return Ok(path);
+    }
+    bail!("{} is missing: run `make build` first", path.display())
+}

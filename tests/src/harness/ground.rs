@@ -1,0 +1,161 @@
+//! What a test stands on.
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::bail;
+
+use super::binaries;
+use super::scratch::Scratch;
+use super::vm::VmSpec;
+
+/// Names of grounds of which a skip is a failure, separated by commas.
+const REQUIRE: &str = "DROVER_REQUIRE";
+
+/// A machine with `/dev/kvm`, the programs, and a folder of this test's own.
+#[derive(Debug)]
+pub struct Ground {
+    drover: PathBuf,
+    guest: PathBuf,
+    scratch: Scratch,
+}
+
+impl Ground {
+    /// The ground for a test that runs VMs. `None`: this machine cannot, the test is skipped.
+    ///
+    /// # Errors
+    /// When the machine cannot but `DROVER_REQUIRE` says that it must, or the programs are not
+    /// built.
+    pub fn kvm() -> anyhow::Result<Option<Self>> {
+        if let Some(reason) = kvm_missing() {
+            skip("kvm", &reason)?;
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            drover: binaries::drover()?,
+            guest: binaries::guest()?,
+            scratch: Scratch::new()?,
+        }))
+    }
+
+    /// The `drover` binary.
+    #[must_use]
+    pub fn drover_path(&self) -> &PathBuf {
+        &self.drover
+    }
+
+    /// `drover` with this test's runtime directory, and no other of its variables.
+    #[must_use]
+    pub fn drover(&self) -> Command {
+        self.wrapped::<&str>(&[])
+    }
+
+    /// The same, started by `wrapper`, a program with its first arguments.
+    #[must_use]
+    pub fn wrapped<S: AsRef<OsStr>>(&self, wrapper: &[S]) -> Command {
+        let mut command = match wrapper {
+            [] => Command::new(&self.drover),
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(&self.drover);
+                command
+            }
+        };
+        command
+            .env("DROVER_RUNTIME_DIR", self.runtime_dir())
+            .env_remove("DROVER_LOG")
+            .env_remove("RUST_BACKTRACE");
+        command
+    }
+
+    /// The test guest.
+    #[must_use]
+    pub fn guest(&self) -> &PathBuf {
+        &self.guest
+    }
+
+    /// A folder that goes away with the test.
+    #[must_use]
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+
+    /// Where this test's VMs have their sockets.
+    #[must_use]
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.scratch.join("run")
+    }
+
+    /// What lies in the runtime directory, sorted.
+    #[must_use]
+    pub fn runtime_files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.runtime_dir())
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// A VM that runs the test guest's commands.
+    #[must_use]
+    pub fn vm(&self, cmdline: &str) -> VmSpec<'_> {
+        VmSpec::new(self, &self.guest).cmdline(cmdline)
+    }
+
+    /// A VM that boots another kernel.
+    #[must_use]
+    pub fn vm_with_kernel(&self, kernel: impl Into<PathBuf>) -> VmSpec<'_> {
+        VmSpec::new(self, &kernel.into())
+    }
+}
+
+/// Says that a test is skipped.
+///
+/// # Errors
+/// When `DROVER_REQUIRE` names `ground`.
+pub fn skip(ground: &str, reason: &str) -> anyhow::Result<()> {
+    println!("SKIPPED: {reason}");
+    let required = std::env::var(REQUIRE).unwrap_or_default();
+    if is_required(&required, ground) {
+        bail!("{REQUIRE}={required}, but {reason}");
+    }
+    Ok(())
+}
+
+fn is_required(required: &str, ground: &str) -> bool {
+    required.split(',').any(|name| name.trim() == ground)
+}
+
+/// Why this machine cannot run VMs.
+fn kvm_missing() -> Option<String> {
+    let opened = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    opened
+        .err()
+        .map(|error| format!("/dev/kvm cannot be opened: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requirement_is_one_of_the_listed_names() {
+        for (required, expected) in [
+            ("", false),
+            ("kvm", true),
+            ("lab, kvm", true),
+            ("lab", false),
+            ("kvmx", false),
+        ] {
+            assert_eq!(is_required(required, "kvm"), expected, "{required:?}");
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! The harness: a real `drover` process, the guest in it, and everything that can be seen of both
+//! from outside.
+//!
+//! Not here: the scenarios (`tests/tests/`), the guest itself (`tests/guest/`). Everything that
+//! depends on Drover's command line and on its API's transport is in [`vm`] and [`control`].
+//!
+//! Nouns: the *ground* is what a test stands on, a machine with `/dev/kvm`, the built binaries and a
+//! folder of its own; a *spec* is a VM that is not started yet; a *follower* is a stream that is read
+//! in the background and waited on; a *report* is one line of the test guest; a *probe* is a tiny
+//! hand-made kernel.
+//!
+//! - What a test stands on: [`ground`], [`binaries`], [`scratch`].
+//! - A VM: [`vm`], [`control`] (requests to it), [`curl`], [`events`].
+//! - What it says: [`follower`], [`report`].
+//! - What is seen from outside: [`proc`] (memory, threads, descriptors), [`ram`] (the guest's memory).
+//! - Kernels: [`elf`], [`bzimage`], [`probe`].
+//! - Checkers: [`json_schema`], [`metrics`].
+//! - Processes and terminals: [`process`], [`pty`].
+
+pub mod binaries;
+pub mod bzimage;
+pub mod control;
+pub mod curl;
+pub mod elf;
+pub mod events;
+pub mod follower;
+pub mod ground;
+pub mod json_schema;
+pub mod metrics;
+pub mod probe;
+pub mod proc;
+pub mod process;
+pub mod pty;
+pub mod ram;
+pub mod report;
+pub mod scratch;
+pub mod vm;

@@ -1,0 +1,148 @@
+//! The guest's memory, seen from outside through the VMM's own descriptor of it.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use drover_guest::heartbeat;
+
+use super::process;
+
+/// Addresses from here on lie above the hole (docs/boot.md); the file has no hole.
+const HIGH_RAM_START: u64 = 4 << 30;
+const LOW_RAM_END: u64 = 3 << 30;
+
+/// A VM's memory. It stays readable after the VM has ended.
+#[derive(Debug)]
+pub struct GuestMemory {
+    file: File,
+}
+
+/// The guest's heartbeat record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Whether the guest has written the record.
+    pub alive: bool,
+    /// One more at each update.
+    pub counter: u64,
+    /// Number of the current command, from 1.
+    pub command: u32,
+    /// See [`heartbeat::State`].
+    pub state: u32,
+    /// What the current command has done.
+    pub progress: u64,
+}
+
+impl GuestMemory {
+    /// The memory of the VM in process `pid`.
+    ///
+    /// # Errors
+    /// When the process has no guest memory.
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        let folder = format!("/proc/{pid}/fd");
+        for entry in std::fs::read_dir(&folder).with_context(|| folder.clone())? {
+            let path = entry?.path();
+            let target = std::fs::read_link(&path).unwrap_or_default();
+            if target.to_string_lossy().starts_with("/memfd:guest-ram") {
+                let file = File::open(&path).with_context(|| path.display().to_string())?;
+                return Ok(Self { file });
+            }
+        }
+        bail!("process {pid} has no guest memory")
+    }
+
+    /// Reads at a guest-physical address.
+    ///
+    /// # Errors
+    /// When there is no RAM.
+    pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> anyhow::Result<()> {
+        let offset = match gpa {
+            0..LOW_RAM_END => gpa,
+            HIGH_RAM_START.. => gpa - HIGH_RAM_START + LOW_RAM_END,
+            _ => bail!("{gpa:#x} is in the hole"),
+        };
+        let read = self.file.read_exact_at(bytes, offset);
+        read.with_context(|| format!("guest memory at {gpa:#x}"))
+    }
+
+    /// Bytes of RAM.
+    ///
+    /// # Errors
+    /// When the host does not say.
+    pub fn size_bytes(&self) -> anyhow::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    /// Bytes that the host has given pages for; the rest are holes.
+    ///
+    /// # Errors
+    /// When the host does not say.
+    pub fn populated_bytes(&self) -> anyhow::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    /// The guest's heartbeat record.
+    ///
+    /// # Errors
+    /// When memory cannot be read.
+    pub fn heartbeat(&self) -> anyhow::Result<Heartbeat> {
+        let mut record = [0; heartbeat::SIZE];
+        self.read(heartbeat::GPA, &mut record)?;
+        let word = |offset: usize| {
+            let bytes = record
+                .get(offset..offset + 8)
+                .and_then(|b| b.try_into().ok());
+            bytes.map(u64::from_le_bytes).context("short record")
+        };
+        let low = |value: u64| value & u64::from(u32::MAX);
+        Ok(Heartbeat {
+            alive: word(heartbeat::MAGIC_OFFSET)? == heartbeat::MAGIC,
+            counter: word(heartbeat::COUNTER_OFFSET)?,
+            command: u32::try_from(word(heartbeat::STATE_OFFSET)? >> 32)?,
+            state: u32::try_from(low(word(heartbeat::STATE_OFFSET)?))?,
+            progress: word(heartbeat::PROGRESS_OFFSET)?,
+        })
+    }
+
+    /// Waits until the heartbeat record is as wanted.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub fn wait_heartbeat(
+        &self,
+        limit: Duration,
+        wanted: impl Fn(&Heartbeat) -> bool,
+    ) -> anyhow::Result<Heartbeat> {
+        let look = || match self.heartbeat() {
+            Ok(beat) if !wanted(&beat) => None,
+            result => Some(result),
+        };
+        let found = process::wait_until(Instant::now() + limit, look).transpose()?;
+        let seconds = limit.as_secs();
+        found.with_context(|| format!("after {seconds} s it is {:?}", self.heartbeat()))
+    }
+
+    /// Waits until the heart beats on.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn wait_beat(&self, limit: Duration) -> anyhow::Result<Heartbeat> {
+        let before = self.heartbeat()?;
+        self.wait_heartbeat(limit, |now| now.alive && now.counter != before.counter)
+    }
+
+    /// Watches for a while whether the heart stands still.
+    ///
+    /// # Errors
+    /// When it beats.
+    pub fn check_still(&self, time: Duration) -> anyhow::Result<()> {
+        let before = self.heartbeat()?;
+        std::thread::sleep(time);
+        let after = self.heartbeat()?;
+        if before != after {
+            bail!("the guest runs: {before:?}, then {after:?}");
+        }
+        Ok(())
+    }
+}
