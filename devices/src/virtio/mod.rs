@@ -12,6 +12,7 @@ pub mod block;
 pub mod buffers;
 mod device;
 mod interrupt;
+pub mod net;
 mod pci;
 mod queue;
 mod state;

@@ -1,4 +1,6 @@
 //! The host's side: opens what the configuration names and hands it to devices as their ports.
 
 pub mod chardev;
+pub mod net;
 pub mod pin;
+pub mod tap;
