@@ -10,11 +10,14 @@
 
 pub mod block;
 pub mod buffers;
+pub mod console;
 mod device;
 mod interrupt;
 mod pci;
 mod queue;
+pub mod rng;
 mod state;
+
 pub mod worker;
 
 pub use device::{Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice};
