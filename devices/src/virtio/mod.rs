@@ -8,6 +8,7 @@
 //! queues, so that a paused device has no thread that could still touch guest memory, and saving
 //! reads plain data.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod console;
