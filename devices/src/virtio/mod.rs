@@ -19,6 +19,7 @@ mod queue;
 pub mod rng;
 mod state;
 
+pub mod vsock;
 pub mod worker;
 
 pub use device::{Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice};
