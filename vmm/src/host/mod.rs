@@ -3,3 +3,4 @@
 pub mod chardev;
 pub mod entropy;
 pub mod pin;
+pub mod vsock;
