@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 const BURST: u32 = 10;
 const PERIOD: Duration = Duration::from_secs(30);
 
-/// Lets [`BURST`] messages through per period and counts the rest.
+/// Lets ten messages through per half minute and counts the rest.
 #[derive(Debug)]
 pub struct RateLimit {
     state: Mutex<State>,

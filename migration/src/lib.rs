@@ -1,1 +1,34 @@
-//! The live-migration engine.
+//! The live-migration engine's view of a virtual machine: pages, opaque device sections and a byte
+//! channel.
+//!
+//! Not here: virtio, KVM, VFIO, sockets, TLS. What moves and how it is read comes through *ports*
+//! that the `vmm` crate implements, so that the engine runs in tests over fakes and a pipe. The
+//! engine itself - handshake, rounds, encodings, switchover - is not written yet; the ports are,
+//! because devices and memory are built against them from the first day.
+//!
+//! The nouns:
+//! - a [`PageIndex`] numbers 4 KiB pages of guest memory, a [`PageRun`] is several in a row;
+//! - a [`DirtyBitmap`] says which pages changed, [`DirtyBitmap::runs`] in which order they are sent;
+//! - a [`Section`] is one device's saved state, opaque here;
+//! - *to harvest* is to read and clear dirty bits in one step.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`page`] | page numbers and runs |
+//! | [`bitmap`] | sets of dirty pages |
+//! | [`section`] | device state in transit |
+//! | [`ports`] | what the engine needs of a machine, its memory, a connection and the time |
+#![forbid(unsafe_code)]
+#![warn(clippy::indexing_slicing)]
+
+pub mod bitmap;
+pub mod page;
+pub mod ports;
+pub mod section;
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use bitmap::DirtyBitmap;
+pub use page::{PAGE_BYTES, PageIndex, PageRun};
+pub use section::Section;

@@ -1,1 +1,27 @@
-//! Assigned PCI functions and GPU partitions.
+//! Assigned PCI functions: what Drover asks of VFIO, whoever provides it.
+//!
+//! Not here yet: the kernel's backend (`vfio-ioctls`, iommufd), the vfio-user client, the
+//! virtualized PCI function over a backend, VFIO migration and GPU partitions. Here are the port
+//! that they share, [`VfioBackend`], and the book-keeping of what a device may reach by DMA.
+//!
+//! The nouns:
+//! - a [`VfioBackend`] is one opened function: [`Region`]s, [`Irq`]s, a reset;
+//! - an [`Iova`] is an address as the device sees it, an [`IovaMap`] says where it leads;
+//! - a backend's migration interface moves device state as a byte stream in chunks.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`backend`] | the port |
+//! | [`dma`] | I/O virtual addresses and what is mapped there |
+#![forbid(unsafe_code)]
+
+pub mod backend;
+pub mod dma;
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use backend::{
+    BackendError, Irq, IrqKind, MigrationFeatures, Region, RegionIndex, VfioBackend, VfioMigration,
+};
+pub use dma::{DmaAccess, DmaError, DmaRange, Iova, IovaMap};

@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
 use super::interrupt::VirtioInterrupt;
 use super::queue::Virtqueue;
 use crate::GuestRam;
@@ -43,13 +45,19 @@ impl DeviceType {
     }
 }
 
+/// Features that [`Virtqueue`] implements.
+pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+
 /// What a device is; fixed for its life.
 #[derive(Clone, Debug)]
 pub struct DeviceIdentity {
     /// Its type.
     pub device_type: DeviceType,
-    /// Feature bits it offers. The transport adds its own.
+    /// Feature bits of its type that it offers.
     pub features: u64,
+    /// Which of the ring's features its queues have: [`RING_FEATURES`] unless another process
+    /// works on them. The transport offers `VIRTIO_F_VERSION_1` in addition.
+    pub ring_features: u64,
     /// Most entries of each queue, powers of two.
     pub queue_sizes: Vec<u16>,
 }

@@ -22,8 +22,10 @@ mod state;
 pub mod vsock;
 pub mod worker;
 
-pub use device::{Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice};
+pub use device::{
+    Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
+};
 pub use interrupt::{QueueInterrupt, VirtioInterrupt};
-pub use pci::VirtioPci;
+pub use pci::{VirtioPci, VirtioPciError};
 pub use queue::{Chain, QueueError, Segment, Segments, Virtqueue};
 pub use state::{QueueStateV1, VirtioPciStateV1};

@@ -21,7 +21,7 @@ use utoipa::OpenApi;
 use super::errors::{ApiError, ErrorBody};
 use super::metrics;
 use crate::config::VmConfig;
-use crate::machine::{ControllerClient, DeviceInfo, EventKind, Request, Sample, VmEvent, VmInfo};
+use crate::machine::{ControllerClient, DeviceInfo, Request, Sample, VmEvent, VmInfo};
 
 /// Largest accepted request body.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -223,14 +223,7 @@ async fn get_events(
 /// Events until the last one. A reader that falls too far behind is disconnected: it must not
 /// believe that it has seen everything.
 fn follow(coming: broadcast::Receiver<VmEvent>) -> impl tokio_stream::Stream<Item = VmEvent> {
-    let mut ended = false;
-    BroadcastStream::new(coming)
-        .map_while(Result::ok)
-        .take_while(move |event| {
-            let last = ended;
-            ended = matches!(event.kind, EventKind::Ended { .. });
-            !last
-        })
+    BroadcastStream::new(coming).map_while(Result::ok)
 }
 
 fn lines(

@@ -93,13 +93,14 @@ pub enum EventKind {
 struct History {
     next: u64,
     events: VecDeque<VmEvent>,
+    /// Dropped with the last event, so that every listener's stream ends.
+    sender: Option<broadcast::Sender<VmEvent>>,
 }
 
 /// Where events are published and listened to.
 #[derive(Clone)]
 pub struct EventHub {
     history: Arc<Mutex<History>>,
-    sender: broadcast::Sender<VmEvent>,
 }
 
 impl Default for EventHub {
@@ -108,8 +109,8 @@ impl Default for EventHub {
             history: Arc::new(Mutex::new(History {
                 next: 0,
                 events: VecDeque::new(),
+                sender: Some(broadcast::Sender::new(HISTORY)),
             })),
-            sender: broadcast::Sender::new(HISTORY),
         }
     }
 }
@@ -132,16 +133,27 @@ impl EventHub {
             history.events.pop_front();
         }
         history.events.push_back(event.clone());
-        // Nobody may be listening.
-        let _ = self.sender.send(event);
+        let last = matches!(event.kind, EventKind::Ended { .. });
+        if let Some(sender) = &history.sender {
+            // Nobody may be listening.
+            let _ = sender.send(event);
+        }
+        if last {
+            history.sender = None;
+        }
     }
 
     /// Past events, and a receiver of those to come; none is missed or doubled between the two.
+    /// The receiver closes after [`EventKind::Ended`].
     #[must_use]
     pub fn subscribe(&self) -> (Vec<VmEvent>, broadcast::Receiver<VmEvent>) {
         let history = self.history.lock();
         let past = history.events.iter().cloned().collect();
-        (past, self.sender.subscribe())
+        let coming = match &history.sender {
+            Some(sender) => sender.subscribe(),
+            None => broadcast::Sender::new(1).subscribe(),
+        };
+        (past, coming)
     }
 }
 
@@ -161,6 +173,20 @@ mod tests {
         hub.publish(EventKind::Resumed);
         let next = coming.try_recv().unwrap();
         assert_eq!(next.sequence, past.last().unwrap().sequence + 1);
+    }
+
+    #[test]
+    fn streams_end_with_the_last_event() {
+        use broadcast::error::TryRecvError;
+        let hub = EventHub::default();
+        let (_, mut early) = hub.subscribe();
+        let reason = EndReason::Stopped;
+        hub.publish(EventKind::Ended { reason });
+        assert_eq!(early.try_recv().unwrap().kind, EventKind::Ended { reason });
+        assert_eq!(early.try_recv(), Err(TryRecvError::Closed));
+        let (past, mut late) = hub.subscribe();
+        assert_eq!(past.len(), 1);
+        assert_eq!(late.try_recv(), Err(TryRecvError::Closed));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::device::Migratability;
 use crate::events::Reporter;
 use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::device::{
-    Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice,
+    Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
@@ -156,6 +156,7 @@ impl Balloon {
             identity: DeviceIdentity {
                 device_type: DeviceType::Balloon,
                 features: offered.fold(0, |bits, (bit, _)| bits | 1 << bit),
+                ring_features: RING_FEATURES,
                 queue_sizes: vec![QUEUE_SIZE; QUEUES],
             },
             reclaim,

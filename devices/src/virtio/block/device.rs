@@ -18,7 +18,7 @@ use crate::events::Reporter;
 use crate::rate::{RateLimiter, RateLimits};
 use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::device::{
-    Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice,
+    Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
@@ -141,6 +141,7 @@ impl Block {
             identity: DeviceIdentity {
                 device_type: DeviceType::Block,
                 features: config::features(&info, options.queues),
+                ring_features: RING_FEATURES,
                 queue_sizes: vec![options.queue_size; usize::from(options.queues)],
             },
             backend,

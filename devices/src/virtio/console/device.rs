@@ -11,7 +11,7 @@ use crate::counters::{Counter, Counters};
 use crate::device::{DeviceId, Migratability};
 use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::device::{
-    Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice,
+    Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
@@ -91,6 +91,7 @@ impl Console {
             identity: DeviceIdentity {
                 device_type: DeviceType::Console,
                 features: config::FEATURES,
+                ring_features: RING_FEATURES,
                 queue_sizes: vec![QUEUE_SIZE; 2],
             },
             port: Arc::new(ConsolePort::new()?),

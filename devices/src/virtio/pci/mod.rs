@@ -4,4 +4,4 @@ mod capabilities;
 mod common;
 mod transport;
 
-pub use transport::VirtioPci;
+pub use transport::{VirtioPci, VirtioPciError};

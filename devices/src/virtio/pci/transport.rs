@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::capabilities::{
     self, BAR, COMMON, Capabilities, DEVICE, ISR, MAX_VECTORS, MSIX_PBA, MSIX_TABLE, NOTIFY,
@@ -30,9 +30,6 @@ const VENDOR: u16 = 0x1af4;
 const DEVICE_ID_BASE: u16 = 0x1040;
 /// Any subsystem id of 0x40 or more marks a modern device.
 const SUBSYSTEM: u16 = 0x40;
-
-const TRANSPORT_FEATURES: u64 =
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// A function could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -203,7 +200,8 @@ impl VirtioPci {
     }
 
     fn offered_features(inner: &Inner) -> u64 {
-        inner.device.identity().features | TRANSPORT_FEATURES
+        let identity = inner.device.identity();
+        identity.features | identity.ring_features | 1 << VIRTIO_F_VERSION_1
     }
 
     /// Follows the driver through initialization (section 3.1.1).
@@ -267,12 +265,11 @@ impl VirtioPci {
             }
             (common::QUEUE_ENABLE, 2) => queue.map_or(0, |queue| u64::from(queue.enabled)),
             (common::QUEUE_NOTIFY_OFF, 2) => u64::from(inner.queue_select),
+            (common::QUEUE_DESC | common::QUEUE_DRIVER | common::QUEUE_DEVICE, 8) => {
+                queue.map_or(0, |queue| queue.address(offset))
+            }
             (common::QUEUE_DESC..=0x37, 4) if offset.is_multiple_of(4) => {
-                let address = queue.map_or(0, |queue| match offset & !7 {
-                    common::QUEUE_DESC => queue.desc_table,
-                    common::QUEUE_DRIVER => queue.avail_ring,
-                    _ => queue.used_ring,
-                });
+                let address = queue.map_or(0, |queue| queue.address(offset & !7));
                 half(address, offset & 4 != 0)
             }
             _ => 0,
@@ -297,6 +294,11 @@ impl VirtioPci {
             (_, &[a, b]) => self.write_common16(inner, offset, u16::from_le_bytes([a, b])),
             (_, &[a, b, c, d]) => {
                 Self::write_common32(inner, offset, u32::from_le_bytes([a, b, c, d]));
+            }
+            // Drivers shall write addresses in halves (section 4.1.3.1); some do not.
+            (_, &[a, b, c, d, e, f, g, h]) => {
+                Self::write_common32(inner, offset, u32::from_le_bytes([a, b, c, d]));
+                Self::write_common32(inner, offset + 4, u32::from_le_bytes([e, f, g, h]));
             }
             _ => {}
         }

@@ -11,7 +11,7 @@ use crate::events::Reporter;
 use crate::rate::RateLimits;
 use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::device::{
-    Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice,
+    Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
@@ -75,6 +75,7 @@ impl Rng {
             identity: DeviceIdentity {
                 device_type: DeviceType::Rng,
                 features: 0,
+                ring_features: RING_FEATURES,
                 queue_sizes: vec![QUEUE_SIZE],
             },
             shared: Arc::new(Shared::new(entropy, options.rate_limits, reporter)),

@@ -13,7 +13,7 @@ use crate::counters::{Counter, Counters};
 use crate::device::{DeviceId, Migratability};
 use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::device::{
-    Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice,
+    Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
@@ -159,6 +159,7 @@ impl Vsock {
             identity: DeviceIdentity {
                 device_type: DeviceType::Vsock,
                 features: 1 << F_STREAM,
+                ring_features: RING_FEATURES,
                 queue_sizes: vec![QUEUE_SIZE; QUEUES],
             },
             guest_cid,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
 use crate::testing::{Buffer, DriverQueue, FakeRouter, ram};
-use crate::virtio::{DeviceIdentity, DeviceType};
+use crate::virtio::{DeviceIdentity, DeviceType, RING_FEATURES};
 
 /// Common configuration starts the BAR.
 const COMMON_AT: u64 = COMMON.offset;
@@ -22,6 +22,7 @@ fn identity() -> &'static DeviceIdentity {
     IDENTITY.get_or_init(|| DeviceIdentity {
         device_type: DeviceType::Rng,
         features: 1 << 3 | 1 << 40,
+        ring_features: RING_FEATURES,
         queue_sizes: vec![64, 16],
     })
 }
@@ -168,8 +169,17 @@ fn driver_initializes_the_device_and_the_device_gets_its_queue() {
     assert_eq!(f.activations.load(Ordering::Relaxed), 1);
     assert_eq!(
         f.read::<4>(common::DEVICE_FEATURE),
-        1 << 3 | TRANSPORT_FEATURES & 0xffff_ffff
+        1 << 3 | RING_FEATURES & 0xffff_ffff
     );
+}
+
+#[test]
+fn queue_addresses_take_eight_bytes_at_once() {
+    let f = fixture();
+    let address = 0x1_2345_6780_u64;
+    f.write(common::QUEUE_DRIVER, &address.to_le_bytes());
+    assert_eq!(f.read::<8>(common::QUEUE_DRIVER), address);
+    assert_eq!(f.read::<4>(common::QUEUE_DRIVER + 4), 1);
 }
 
 #[test]

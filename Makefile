@@ -1,0 +1,71 @@
+# Drover's commands. `make help` lists them.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+# Seconds that `make fuzz` gives each target, and `make test` in its short round.
+FUZZ_SECONDS ?= 300
+FUZZ_SMOKE_SECONDS ?= 3
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build demo test test-unit test-kvm test-lab test-fuzz bench fuzz lint deny doc \
+        openapi ci install
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+deps: ## Install the Debian packages that building and testing need
+	@packaging/install-packages.sh packaging/packages-build.txt packaging/packages-test.txt
+
+deps-build:
+	@packaging/install-packages.sh packaging/packages-build.txt
+
+build: deps-build ## Build the drover binary, target/release/drover
+	$(CARGO) build --release --locked --package drover
+
+demo: build ## Boot the built-in guest
+	target/release/drover demo
+
+test: deps lint deny test-unit test-kvm test-lab test-fuzz doc ## Set up everything and run all tests
+
+test-unit: ## Tests that need no KVM
+	$(CARGO) test --workspace --locked --exclude tests
+	$(CARGO) test --locked --package tests --lib --test architecture
+
+test-kvm: build ## Tests on this machine's /dev/kvm
+	$(CARGO) build --locked --package vmm --examples
+	$(CARGO) test --locked --package tests --test 'kvm_*'
+
+test-lab: build ## Real Linux guests in a nested lab under QEMU's software emulation
+	$(CARGO) build --release --locked --package tests --bins
+	target/release/lab
+
+test-fuzz: ## Every fuzz target for a few seconds
+	fuzz/run.sh $(FUZZ_SMOKE_SECONDS)
+
+fuzz: ## Every fuzz target for FUZZ_SECONDS (300)
+	fuzz/run.sh $(FUZZ_SECONDS)
+
+bench: build ## Compare with QEMU and print the ratios
+	$(CARGO) build --release --locked --package tests --bins
+	target/release/bench
+
+lint: ## Formatting and clippy, warnings are errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+deny: ## Who may depend on whom; licences, sources, versions
+	$(CARGO) test --locked --package tests --test architecture
+	@if command -v cargo-deny >/dev/null; then cargo deny --offline check bans licenses sources; fi
+
+doc: ## API documentation, and the committed OpenAPI document against the types
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --exclude drover-guest --exclude tests
+	@packaging/check-openapi.sh
+
+openapi: build ## Write docs/openapi.json anew from the types
+	target/release/drover openapi > docs/openapi.json
+
+ci: ## What CI runs: all tests, and no skip of what this machine can do
+	DROVER_REQUIRE=kvm,lab $(MAKE) test
+
+install: build ## Install binary, completions and man pages below PREFIX (/usr/local)
+	packaging/install.sh target/release/drover $(DESTDIR)$(PREFIX)

@@ -1,0 +1,252 @@
+# Guest side of the lab's scenarios; sourced by /init of the L2 initramfs. The
+# Debian guest does not have it: a scenario types into its console instead.
+#
+# The kernel command line steers it: lab.do=TASK,TASK,... names the tasks, in
+# order; lab.KEY=VALUE are their arguments; lab.end= says how to end. Every
+# report is one console line: "L2 task=NAME key=value ... result=ok|fail".
+
+# say WORDS...: one report line. The leading newline ends whatever the kernel
+# or a prompt left on the line, so that "L2" stands at its start.
+say() { printf '\nL2 %s\n' "$*"; }
+
+# arg KEY DEFAULT: the value of lab.KEY= on the kernel command line.
+arg() {
+    for word in $(cat /proc/cmdline); do
+        case $word in "lab.$1="*) printf '%s' "${word#*=}"; return ;; esac
+    done
+    printf '%s' "$2"
+}
+
+uptime_s() { cut -d' ' -f1 /proc/uptime; }
+sum_of() { sha256sum "$@" | cut -d' ' -f1; }
+mem_kib() { awk -v key="$1:" '$1 == key { print $2 }' /proc/meminfo; }
+
+# run_tasks: the boot report, then each task; a failing one is reported and
+# the next still runs.
+run_tasks() {
+    say task=boot kernel="$(uname -r)" cpus="$(grep -c ^processor /proc/cpuinfo)" \
+        mem_kib="$(mem_kib MemTotal)" uptime_s="$(uptime_s)" \
+        clocksource="$(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)" result=ok
+    configure_network
+    for task in $(arg do '' | tr , ' '); do
+        try "$task"
+    done
+}
+
+# try TASK: runs one task; what it does not report itself is its failure.
+try() { "task_$1" || say task="$1" result=fail; }
+
+# card: the first network card that is a device (dummy0 is none).
+card() { for c in /sys/class/net/*; do [ -e "$c/device" ] && printf '%s' "${c##*/}" && return; done; }
+
+# configure_network: lab.ip=ADDRESS/LENGTH goes to the first network card.
+configure_network() {
+    address=$(arg ip '')
+    [ -n "$address" ] || return 0
+    card=$(card)
+    if [ -z "$card" ]; then say task=network reason=no-card result=fail; return; fi
+    ip link set lo up
+    ip address add "$address" dev "$card" && ip link set "$card" up &&
+        say task=network card="$card" mac="$(cat /sys/class/net/$card/address)" \
+            mtu="$(cat /sys/class/net/$card/mtu)" result=ok
+}
+
+# shell: an interactive shell on the console, for a scenario to type into.
+task_shell() {
+    say task=shell result=ok
+    setsid -c sh -i < /dev/console > /dev/console 2>&1
+}
+
+# cpus: makes every CPU work, and checks that each took timer interrupts.
+task_cpus() {
+    count=$(grep -c ^processor /proc/cpuinfo)
+    cpu=0
+    while [ $cpu -lt "$count" ]; do
+        taskset -c $cpu sh -c 'i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done' &
+        cpu=$((cpu + 1))
+    done
+    wait
+    idle=$(awk -v n="$count" '$1 == "LOC:" { for (i = 2; i < n + 2; i++) if ($i == 0) idle++ } END { print idle + 0 }' /proc/interrupts)
+    [ "$idle" = 0 ] && say task=cpus count="$count" online="$(cat /sys/devices/system/cpu/online)" result=ok
+}
+
+# topology: what the guest makes of CPUID and the MADT.
+task_topology() {
+    base=/sys/devices/system/cpu
+    say task=topology \
+        sockets="$(cat $base/cpu*/topology/physical_package_id | sort -u | wc -l)" \
+        cores="$(cat $base/cpu*/topology/core_cpus_list | sort -u | wc -l)" \
+        threads="$(cat $base/cpu0/topology/thread_siblings_list)" result=ok
+}
+
+# normal_free_kib: free memory in the zone that begins at 4 GiB.
+normal_free_kib() {
+    awk '/zone +Normal/ { in_zone = 1 } in_zone && /pages free/ { sum += $3; in_zone = 0 } END { print sum * 4 }' /proc/zoneinfo
+}
+
+# memory: fills lab.mib MiB of memory with copies of one random block, reads all
+# of them back, and tells how much of it lay above 4 GiB (Linux takes that first).
+task_memory() {
+    mib=$(arg mib 64)
+    dd if=/dev/urandom of=/tmp/block bs=1M count=32 2> /dev/null
+    want=$(sum_of /tmp/block)
+    free_before=$(normal_free_kib)
+    n=0; bad=0
+    while [ $((n * 32)) -lt "$mib" ]; do cp /tmp/block /tmp/copy$n || return 1; n=$((n + 1)); done
+    above=$((free_before - $(normal_free_kib)))
+    i=0
+    # Not cmp: busybox's reads byte by byte.
+    while [ $i -lt $n ]; do
+        [ "$(sum_of /tmp/copy$i)" = "$want" ] || bad=$((bad + 1))
+        i=$((i + 1))
+    done
+    rm -f /tmp/copy* /tmp/block
+    [ $bad = 0 ] && say task=memory mib=$((n * 32)) above_4g_kib=$above result=ok
+}
+
+# disk: writes lab.mib MiB of random bytes at the start of lab.disk, reads them
+# back past the cache and reports the checksum for the host to compare.
+task_disk() {
+    disk=$(arg disk /dev/vda); mib=$(arg mib 16)
+    dd if=/dev/urandom of=/tmp/pattern bs=1M count="$mib" 2> /dev/null
+    want=$(sum_of /tmp/pattern)
+    dd if=/tmp/pattern of="$disk" bs=1M conv=fsync 2> /dev/null || return 1
+    echo 3 > /proc/sys/vm/drop_caches
+    got=$(dd if="$disk" bs=1M count="$mib" 2> /dev/null | sum_of)
+    rm -f /tmp/pattern
+    [ "$want" = "$got" ] && say task=disk disk="$disk" mib="$mib" sha256="$want" \
+        sectors="$(cat /sys/class/block/${disk##*/}/size)" \
+        queues="$(ls /sys/class/block/${disk##*/}/mq | wc -l)" result=ok
+}
+
+# diskread: the checksum of the first lab.mib MiB of lab.disk.
+task_diskread() {
+    disk=$(arg disk /dev/vda); mib=$(arg mib 16)
+    got=$(dd if="$disk" bs=1M count="$mib" 2> /dev/null | sum_of)
+    say task=diskread disk="$disk" mib="$mib" sha256="$got" \
+        readonly="$(cat /sys/class/block/${disk##*/}/ro)" \
+        serial="$(cat /sys/class/block/${disk##*/}/serial)" result=ok
+}
+
+# diskfail: a write that must fail (read-only or failing disk), and the guest lives on.
+task_diskfail() {
+    disk=$(arg disk /dev/vda)
+    if dd if=/dev/urandom of="$disk" bs=1M count=1 conv=fsync 2> /dev/null; then return 1; fi
+    say task=diskfail disk="$disk" result=ok
+}
+
+# fs: mounts the ext4 file system on lab.disk, writes a file and unmounts.
+task_fs() {
+    mkdir -p /mnt && mount -t ext4 "$(arg disk /dev/vda)" /mnt || return 1
+    dd if=/dev/urandom of=/mnt/written bs=1M count=8 2> /dev/null
+    want=$(sum_of /mnt/written)
+    umount /mnt && say task=fs sha256="$want" result=ok
+}
+
+# discard: gives back the first lab.mib MiB of lab.disk.
+task_discard() {
+    blkdiscard -l $(($(arg mib 16) * 1048576)) "$(arg disk /dev/vda)" && say task=discard result=ok
+}
+
+# netserve: takes one stream on TCP port 7001 and reports its checksum.
+task_netserve() {
+    # "listening" is printed when the socket listens, so that nobody has to guess.
+    (until grep -q ":1B59 00000000:0000 0A" /proc/net/tcp; do sleep 0.05; done; say task=netserve state=listening) &
+    got=$(socat -u TCP-LISTEN:7001,reuseaddr STDOUT | sum_of)
+    say task=netserve sha256="$got" result=ok
+}
+
+# netsend: sends lab.mib MiB of random bytes to lab.peer, TCP port 7002.
+task_netsend() {
+    dd if=/dev/urandom of=/tmp/pattern bs=1M count="$(arg mib 16)" 2> /dev/null
+    want=$(sum_of /tmp/pattern)
+    socat -u /tmp/pattern "TCP:$(arg peer 10.0.0.1):7002" || return 1
+    rm -f /tmp/pattern
+    say task=netsend sha256="$want" result=ok
+}
+
+# offloads: the features that the card negotiated.
+task_offloads() {
+    card=$(card)
+    feature() { ethtool -k "$card" | awk -v key="$1:" '$1 == key { print $2 }'; }
+    say task=offloads tx_csum="$(feature tx-checksumming)" tso="$(feature tcp-segmentation-offload)" \
+        gro_hw="$(feature rx-gro-hw)" queues="$(ls -d /sys/class/net/$card/queues/rx-* | wc -l)" result=ok
+}
+
+# vsockecho: echoes what a host connects with on vsock port 5001.
+task_vsockecho() {
+    say task=vsockecho state=listening
+    socat VSOCK-LISTEN:5001 SYSTEM:cat && say task=vsockecho result=ok
+}
+
+# vsockcall: connects to the host (context id 2), port 5002, and reports the answer.
+task_vsockcall() {
+    answer=$(echo hello from the guest | socat -t 5 - VSOCK-CONNECT:2:5002)
+    [ -n "$answer" ] && say task=vsockcall answer="$(echo "$answer" | tr ' ' _)" result=ok
+}
+
+# memtouch: dirties lab.mib MiB and frees them again, for balloon and reporting.
+task_memtouch() {
+    dd if=/dev/urandom of=/tmp/block bs=1M count=16 2> /dev/null
+    n=0
+    while [ $((n * 16)) -lt "$(arg mib 256)" ]; do cp /tmp/block /tmp/touch$n || return 1; n=$((n + 1)); done
+    say task=memtouch state=full mem_free_kib="$(mem_kib MemFree)"
+    sleep "$(arg hold 3)"
+    rm -f /tmp/touch* /tmp/block
+    say task=memtouch state=freed mem_free_kib="$(mem_kib MemFree)" result=ok
+}
+
+# free: what memory looks like now.
+task_free() {
+    say task=free mem_kib="$(mem_kib MemTotal)" mem_free_kib="$(mem_kib MemFree)" result=ok
+}
+
+# ticks: a line about every 200 ms, for ever: what the clocks say.
+task_ticks() {
+    n=0
+    while :; do
+        say task=ticks tick=$n uptime_s="$(uptime_s)" time_s="$(date +%s)"
+        n=$((n + 1))
+        sleep 0.2
+    done
+}
+
+# virtiofs: mounts lab.tag, reads what the host left and leaves a file.
+task_virtiofs() {
+    mkdir -p /mnt && mount -t virtiofs "$(arg tag share)" /mnt || return 1
+    got=$(sum_of /mnt/from-host)
+    cp /mnt/from-host /mnt/from-guest && sync
+    umount /mnt && say task=virtiofs sha256="$got" result=ok
+}
+
+# rng: the host's entropy source.
+task_rng() {
+    name=$(cat /sys/class/misc/hw_random/rng_current)
+    distinct=$(dd if=/dev/hwrng bs=64 count=4 2> /dev/null | od -An -v -tx1 -w1 | sort -u | wc -l)
+    [ "$distinct" -gt 64 ] && say task=rng source="$name" distinct="$distinct" result=ok
+}
+
+# console: a line out of the virtio console, and one line in.
+task_console() {
+    [ -c /dev/hvc0 ] || return 1
+    stty -F /dev/hvc0 -echo 2> /dev/null
+    echo 'hello from hvc0' > /dev/hvc0
+    read -r line < /dev/hvc0
+    say task=console line="$(echo "$line" | tr ' ' _)" result=ok
+}
+
+# rtc: the CMOS clock as the kernel reads it.
+task_rtc() {
+    say task=rtc since_epoch="$(cat /sys/class/rtc/rtc0/since_epoch)" result=ok
+}
+
+# button: waits for the power button (one 24-byte input event) and reports it;
+# the caller's lab.end= then ends the machine.
+task_button() {
+    for input in /sys/class/input/event*; do
+        case $(cat "$input/device/name") in *'Power Button'*) device=/dev/input/${input##*/} ;; esac
+    done
+    [ -n "$device" ] || return 1
+    say task=button state=waiting
+    dd if="$device" bs=24 count=1 of=/dev/null 2> /dev/null && say task=button result=ok
+}

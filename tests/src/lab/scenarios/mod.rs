@@ -1,0 +1,235 @@
+//! The scenarios, by what they are about, and the table of all of them.
+
+mod boot;
+mod devices;
+mod disk;
+mod l1;
+mod life;
+mod network;
+
+use super::scenario::{Group, Scenario};
+use super::shape::Shape;
+
+/// Every scenario; `lab --list` prints it. They run in this order.
+pub const TABLE: &[Scenario] = &[
+    lab(
+        "l1-smoke",
+        30,
+        "L1 has KVM, its mounts, its tools and its artefacts",
+        l1::smoke,
+    ),
+    lab(
+        "l1-kvm-exit",
+        30,
+        "L1's KVM runs real-mode code and exits to user space",
+        l1::kvm_exit,
+    ),
+    drover(
+        "boot-lab",
+        180,
+        "the lab kernel (PVH vmlinux) to a shell, and its poweroff",
+        boot::lab_vmlinux,
+    ),
+    drover(
+        "boot-lab-bzimage",
+        180,
+        "the lab kernel as bzImage",
+        boot::lab_bzimage,
+    ),
+    drover(
+        "boot-debian-kernel",
+        300,
+        "Debian's stock vmlinuz to a shell",
+        boot::debian_kernel,
+    ),
+    drover(
+        "debian-raw",
+        420,
+        "a Debian root on a raw disk to its login; power button",
+        boot::debian_raw,
+    ),
+    drover(
+        "debian-qcow2",
+        420,
+        "a Debian root on a qcow2 disk to its login; power button",
+        boot::debian_qcow2,
+    ),
+    drover("cpus-1", 180, "1 vCPU", boot::cpus_1),
+    drover("cpus-2", 180, "2 vCPUs", boot::cpus_2),
+    drover("cpus-4", 180, "4 vCPUs with 2 threads a core", boot::cpus_4),
+    large(
+        "memory-6g",
+        300,
+        "memory past the 4 GiB hole holds what is written",
+        boot::memory_6g,
+    ),
+    drover(
+        "disk-raw",
+        240,
+        "writes to a raw disk have the guest's checksum on the host",
+        disk::raw,
+    ),
+    drover(
+        "disk-qcow2",
+        240,
+        "the same on qcow2, and qemu-img check",
+        disk::qcow2,
+    ),
+    drover(
+        "disk-fs",
+        240,
+        "a guest's ext4 file system passes e2fsck on the host",
+        disk::file_system,
+    ),
+    drover(
+        "disk-discard",
+        240,
+        "discarded blocks become a hole in the raw file",
+        disk::discard,
+    ),
+    drover(
+        "disk-readonly",
+        180,
+        "a read-only disk refuses writes and keeps its bytes",
+        disk::read_only,
+    ),
+    drover(
+        "disk-full",
+        300,
+        "a full host disk is an I/O error in the guest, no more",
+        disk::full_host,
+    ),
+    drover(
+        "disk-lock",
+        240,
+        "an image has one writer; kill -9 of the VMM leaves no lock",
+        disk::lock,
+    ),
+    drover(
+        "net-tap",
+        300,
+        "traffic both ways through a tap with offloads on",
+        network::tap,
+    ),
+    drover(
+        "net-multiqueue",
+        240,
+        "a multi-queue tap gives the guest its queue pairs",
+        network::multi_queue,
+    ),
+    drover(
+        "vsock",
+        240,
+        "vsock connections in both directions",
+        devices::vsock,
+    ),
+    drover(
+        "balloon",
+        300,
+        "the host's RSS follows the balloon out and in",
+        devices::balloon,
+    ),
+    drover(
+        "balloon-reporting",
+        300,
+        "the host gets free pages back by page reporting",
+        devices::reporting,
+    ),
+    drover(
+        "rng-rtc",
+        180,
+        "entropy from the host, and the host's time in the RTC",
+        devices::rng_rtc,
+    ),
+    drover(
+        "virtiofs",
+        240,
+        "a virtio-fs mount through virtiofsd, read and written",
+        devices::virtio_fs,
+    ),
+    drover(
+        "power-button",
+        180,
+        "drover shutdown presses the power button",
+        life::power_button,
+    ),
+    drover(
+        "pause",
+        240,
+        "5 s of pause: no tick meanwhile, a sane clock after",
+        life::pause,
+    ),
+    drover(
+        "reboot",
+        240,
+        "a guest's reboot boots it again",
+        life::reboot,
+    ),
+    drover(
+        "panic",
+        180,
+        "a guest's panic has its own exit code and event",
+        life::panic,
+    ),
+    drover(
+        "control",
+        180,
+        "list, info, stop; a name is taken once and free after",
+        life::control,
+    ),
+];
+
+const fn lab(name: &'static str, limit_s: u64, about: &'static str, run: Run) -> Scenario {
+    Scenario {
+        name,
+        group: Group::Lab,
+        shape: Shape::Small,
+        limit_s,
+        about,
+        run,
+    }
+}
+
+const fn drover(name: &'static str, limit_s: u64, about: &'static str, run: Run) -> Scenario {
+    Scenario {
+        name,
+        group: Group::Drover,
+        shape: Shape::Small,
+        limit_s,
+        about,
+        run,
+    }
+}
+
+const fn large(name: &'static str, limit_s: u64, about: &'static str, run: Run) -> Scenario {
+    Scenario {
+        name,
+        group: Group::Drover,
+        shape: Shape::Large,
+        limit_s,
+        about,
+        run,
+    }
+}
+
+type Run = fn(&mut super::ctx::Ctx) -> anyhow::Result<()>;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::TABLE;
+
+    #[test]
+    fn names_are_unique_and_good_folder_names() {
+        let names: BTreeSet<_> = TABLE.iter().map(|scenario| scenario.name).collect();
+        assert_eq!(names.len(), TABLE.len());
+        for name in names {
+            let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            assert!(
+                name.chars().all(plain) && !name.starts_with("boot-0"),
+                "{name}"
+            );
+        }
+    }
+}

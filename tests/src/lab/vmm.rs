@@ -1,0 +1,304 @@
+//! A Drover process and its VM, as a scenario handles them.
+//!
+//! Everything that depends on Drover's control commands and API is in this file;
+//! what depends on `drover run` is in `vm_spec.rs`.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::console::Console;
+use super::ctx::output;
+use super::memory::MemoryUse;
+use super::process::{describe, wait_until};
+use super::protocol::Report;
+use super::report::tail;
+use super::vm_spec::VmSpec;
+
+/// The program.
+pub(super) const DROVER: &str = "drover";
+
+/// For a guest kernel to come up to its first report or prompt.
+pub const BOOT: Duration = Duration::from_secs(120);
+/// For something a running guest does at once.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// A running Drover. Dropping it kills it.
+#[derive(Debug)]
+pub struct Vmm {
+    spec: VmSpec,
+    child: Child,
+    /// The guest's serial console.
+    pub console: Console,
+    messages: PathBuf,
+}
+
+impl Vmm {
+    /// Of the process `child`, whose standard error goes to the file `messages`.
+    pub(super) fn new(spec: VmSpec, child: Child, console: Console, messages: PathBuf) -> Self {
+        Self {
+            spec,
+            child,
+            console,
+            messages,
+        }
+    }
+
+    /// Waits for the guest's report of `task` with a result.
+    ///
+    /// # Errors
+    /// When it fails or does not come; then with what the VMM said.
+    pub fn report(&mut self, task: &str, limit: Duration) -> anyhow::Result<Report> {
+        self.report_with(task, "result", limit)
+    }
+
+    /// Waits for the guest's next report of `task` that holds `key`.
+    ///
+    /// # Errors
+    /// When the task fails or it does not come; then with what the VMM said.
+    pub fn report_with(
+        &mut self,
+        task: &str,
+        key: &str,
+        limit: Duration,
+    ) -> anyhow::Result<Report> {
+        let report = self.console.wait_report(task, key, limit);
+        report.with_context(|| self.state())
+    }
+
+    /// Waits for the guest's report of `task` that says `state=STATE`.
+    ///
+    /// # Errors
+    /// When another state or none comes.
+    pub fn report_state(
+        &mut self,
+        task: &str,
+        state: &str,
+        limit: Duration,
+    ) -> anyhow::Result<Report> {
+        let report = self.report_with(task, "state", limit)?;
+        if report.get("state") != Some(state) {
+            bail!("the guest reports {report:?}, not state={state}");
+        }
+        Ok(report)
+    }
+
+    /// Waits for `text` on the console.
+    ///
+    /// # Errors
+    /// When it does not come; then with what the VMM said.
+    pub fn wait_for(&mut self, text: &str, limit: Duration) -> anyhow::Result<String> {
+        let before = self.console.wait_for(text, limit);
+        before.with_context(|| self.state())
+    }
+
+    /// Types into the console.
+    ///
+    /// # Errors
+    /// When the VMM does not take it.
+    pub fn send(&mut self, text: &str) -> anyhow::Result<()> {
+        let stdin = self
+            .child
+            .stdin
+            .as_mut()
+            .context("drover's standard input is closed")?;
+        stdin
+            .write_all(text.as_bytes())
+            .context("drover takes no console input")
+    }
+
+    /// Has the guest's shell (task `shell`) run another task; its report.
+    ///
+    /// # Errors
+    /// When it fails or does not come.
+    pub fn do_task(&mut self, task: &str, limit: Duration) -> anyhow::Result<Report> {
+        self.send(&format!(". /lib/lab/tasks.sh; try {task}\n"))?;
+        self.report(task, limit)
+    }
+
+    /// `drover COMMAND NAME ARGS --json` about this VM; its JSON, null if empty.
+    ///
+    /// # Errors
+    /// When the command fails or writes something else.
+    pub fn ctl(&self, command: &str, args: &[&str]) -> anyhow::Result<Value> {
+        let mut about = vec![self.spec.name.as_str()];
+        about.extend(args);
+        self.json(command, &about)
+    }
+
+    /// `drover list --json`, of the VMs with this one's runtime folder.
+    ///
+    /// # Errors
+    /// When the command fails or writes something else.
+    pub fn list(&self) -> anyhow::Result<Value> {
+        self.json("list", &[])
+    }
+
+    fn json(&self, command: &str, args: &[&str]) -> anyhow::Result<Value> {
+        let output = output(
+            Command::new(DROVER)
+                .arg(command)
+                .args(args)
+                .arg("--json")
+                .env("DROVER_RUNTIME_DIR", &self.spec.run_folder),
+        )?;
+        if !output.status.success() {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            bail!(
+                "drover {command}: {}: {}",
+                describe(output.status),
+                stderr.trim()
+            );
+        }
+        if output.stdout.iter().all(u8::is_ascii_whitespace) {
+            return Ok(Value::Null);
+        }
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!(
+                "drover {command} --json wrote {}",
+                String::from_utf8_lossy(&output.stdout)
+            )
+        })
+    }
+
+    /// Asks for a balloon of `mib` MiB, over the API.
+    ///
+    /// # Errors
+    /// When the API refuses.
+    pub fn set_balloon(&self, mib: u64) -> anyhow::Result<()> {
+        let body = format!("{{\"target_mib\":{mib}}}");
+        self.api("PUT", "/v1/vm/balloon", Some(&body)).map(drop)
+    }
+
+    /// One request to the control API by curl; the answer's body.
+    ///
+    /// # Errors
+    /// When curl fails or the status is not a success.
+    pub fn api(&self, method: &str, path: &str, body: Option<&str>) -> anyhow::Result<String> {
+        let socket = self
+            .spec
+            .run_folder
+            .join(format!("{}.sock", self.spec.name));
+        let mut command = Command::new("curl");
+        command.args([
+            "--silent",
+            "--show-error",
+            "--fail-with-body",
+            "--max-time",
+            "20",
+        ]);
+        command
+            .arg("--unix-socket")
+            .arg(socket)
+            .args(["--request", method]);
+        if let Some(body) = body {
+            command.args(["--header", "Content-Type: application/json", "--data", body]);
+        }
+        let output = output(command.arg(format!("http://localhost{path}")))?;
+        let answer = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            bail!("{method} {path}: {} {answer}", stderr.trim());
+        }
+        Ok(answer)
+    }
+
+    /// Follows `drover events NAME --json`; the stream ends with the VM.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn events(&self) -> anyhow::Result<Console> {
+        let mut child = Command::new(DROVER)
+            .args(["events", &self.spec.name, "--json"])
+            .env("DROVER_RUNTIME_DIR", &self.spec.run_folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot run drover events")?;
+        let source = child
+            .stdout
+            .take()
+            .context("drover events has no standard output")?;
+        Console::follow(
+            source,
+            &self
+                .spec
+                .logs
+                .join(format!("{}.events.log", self.spec.name)),
+        )
+    }
+
+    /// The VMM's memory.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn memory(&self) -> anyhow::Result<MemoryUse> {
+        MemoryUse::of(self.child.id())
+    }
+
+    /// SIGKILL, and waits for the end.
+    ///
+    /// # Errors
+    /// When the process cannot be waited for.
+    pub fn kill9(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Waits for the VMM to end by itself.
+    ///
+    /// # Errors
+    /// When it still runs at the limit.
+    pub fn wait_exit(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        let ended =
+            wait_until(Instant::now() + limit, || self.child.try_wait().transpose()).transpose()?;
+        ended.with_context(|| format!("waited {} s; {}", limit.as_secs(), self.state()))
+    }
+
+    /// Waits for the guest to power off and the VMM to end with status 0.
+    ///
+    /// # Errors
+    /// When it does not, or ends otherwise.
+    pub fn wait_poweroff(&mut self, limit: Duration) -> anyhow::Result<()> {
+        let status = self.wait_exit(limit)?;
+        if !status.success() {
+            bail!("drover ended with {}; {}", describe(status), self.state());
+        }
+        Ok(())
+    }
+
+    /// What the VMM has written on its standard error.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn messages(&self) -> anyhow::Result<String> {
+        Ok(std::fs::read_to_string(&self.messages)?)
+    }
+
+    /// Whether the VMM runs, and its last messages, for errors.
+    fn state(&mut self) -> String {
+        let life = match self.child.try_wait() {
+            Ok(Some(status)) => format!("drover has ended with {}", describe(status)),
+            Ok(None) => "drover runs".to_owned(),
+            Err(error) => format!("drover cannot be waited for ({error})"),
+        };
+        let messages = self.messages().unwrap_or_default();
+        match tail(&messages, 3).join(" | ") {
+            nothing if nothing.is_empty() => format!("{life} and said nothing"),
+            said => format!("{life} and said: {said}"),
+        }
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // Both fail only when it has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

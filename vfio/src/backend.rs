@@ -1,0 +1,176 @@
+//! One assigned function, opened: the kernel's, a vfio-user server's or a test model's.
+//!
+//! The methods mirror the kernel's interface (include/uapi/linux/vfio.h), which vfio-user carries
+//! over a socket.
+
+use std::io;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::dma::{DmaAccess, DmaRange};
+
+/// A backend refused or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// An access outside the region.
+    #[error("{region:?}: access of {len} bytes at {offset:#x} is outside its {size:#x} bytes")]
+    OutsideRegion {
+        /// The region.
+        region: RegionIndex,
+        /// Where.
+        offset: u64,
+        /// How many bytes.
+        len: usize,
+        /// The region's size.
+        size: u64,
+    },
+    /// The kernel or the server refused.
+    #[error("{what}")]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The device does not have it.
+    #[error("the device has no {0}")]
+    Absent(&'static str),
+}
+
+/// A region of a PCI function (`VFIO_PCI_*_REGION_INDEX`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RegionIndex {
+    /// Base address register 0 to 5.
+    Bar(u8),
+    /// Expansion ROM.
+    Rom,
+    /// Configuration space.
+    Config,
+}
+
+/// A region's size and abilities (`VFIO_DEVICE_GET_REGION_INFO`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Bytes; 0 when the function does not have the region.
+    pub size: u64,
+    /// It can be read.
+    pub readable: bool,
+    /// It can be written.
+    pub writable: bool,
+    /// Parts that can be mapped, as offset and length; the rest is accessed by read and write.
+    pub mappable: Vec<(u64, u64)>,
+}
+
+/// How a function interrupts (`VFIO_PCI_*_IRQ_INDEX`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IrqKind {
+    /// The legacy line.
+    Intx,
+    /// MSI.
+    Msi,
+    /// MSI-X.
+    MsiX,
+    /// An uncorrectable error was reported.
+    Error,
+    /// The host asks for the device back.
+    Request,
+}
+
+/// An interrupt kind's size and abilities (`VFIO_DEVICE_GET_IRQ_INFO`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Irq {
+    /// Vectors; 0 when the function does not have the kind.
+    pub count: u32,
+    /// The kernel masks the line when it fires; it must be unmasked after the guest's EOI.
+    pub automasked: bool,
+}
+
+/// One assigned function.
+pub trait VfioBackend: Send {
+    /// A region's size and abilities.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn region(&self, index: RegionIndex) -> Result<Region, BackendError>;
+
+    /// Reads `data.len()` bytes at `offset`.
+    ///
+    /// # Errors
+    /// [`BackendError::OutsideRegion`] before the device is asked.
+    fn read(&self, index: RegionIndex, offset: u64, data: &mut [u8]) -> Result<(), BackendError>;
+
+    /// Writes `data` at `offset`.
+    ///
+    /// # Errors
+    /// [`BackendError::OutsideRegion`] before the device is asked.
+    fn write(&self, index: RegionIndex, offset: u64, data: &[u8]) -> Result<(), BackendError>;
+
+    /// An interrupt kind's size and abilities.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn irq(&self, kind: IrqKind) -> Result<Irq, BackendError>;
+
+    /// Lets vector `i` of `kind` signal `events[i]`; an empty list turns the kind off.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn set_irqs(&mut self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError>;
+
+    /// Lets the device reach guest memory.
+    ///
+    /// # Errors
+    /// [`BackendError`]; nothing is mapped then.
+    fn map_dma(&mut self, range: DmaRange, access: DmaAccess) -> Result<(), BackendError>;
+
+    /// Ends that. The device can no longer reach the range when this returns.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn unmap_dma(&mut self, range: DmaRange) -> Result<(), BackendError>;
+
+    /// Puts the function back to power-on (function-level reset).
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn reset(&mut self) -> Result<(), BackendError>;
+
+    /// The migration interface; `None` when the device has none and so cannot move.
+    fn migration(&mut self) -> Option<&mut dyn VfioMigration>;
+}
+
+/// What a device's migration interface can do (`VFIO_DEVICE_FEATURE_MIGRATION`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MigrationFeatures {
+    /// The device can be stopped and its state read: always so.
+    pub stop_copy: bool,
+    /// It has a state in which it answers peers but starts nothing itself.
+    pub p2p: bool,
+    /// Its state can be read while it runs.
+    pub pre_copy: bool,
+}
+
+/// A device's state as a byte stream.
+pub trait VfioMigration {
+    /// What the device can do.
+    fn features(&self) -> MigrationFeatures;
+
+    /// Bytes that the device would have to send if it were stopped now; an estimate.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn data_size(&self) -> Result<u64, BackendError>;
+
+    /// Reads the next part of the state; 0 at its end.
+    ///
+    /// # Errors
+    /// [`BackendError`]; the device must then be reset.
+    fn read_data(&mut self, buf: &mut [u8]) -> Result<usize, BackendError>;
+
+    /// Writes the next part of a saved state.
+    ///
+    /// # Errors
+    /// [`BackendError`]; the device must then be reset.
+    fn write_data(&mut self, data: &[u8]) -> Result<(), BackendError>;
+}

@@ -1,0 +1,146 @@
+//! Guest RAM by pages.
+
+use std::io;
+use std::sync::Arc;
+
+use devices::GuestRam;
+use migration::ports::{PageStore, PortError};
+use migration::{PAGE_BYTES, PageIndex, PageRun};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::memory::data_ranges;
+
+/// Guest RAM as the engine reads and writes it.
+pub struct RamPages {
+    memory: Arc<GuestRam>,
+}
+
+impl RamPages {
+    /// Pages of `memory`.
+    #[must_use]
+    pub fn new(memory: Arc<GuestRam>) -> Self {
+        Self { memory }
+    }
+
+    fn outside(run: PageRun) -> PortError {
+        PortError::OutsideMemory {
+            start: run.start.0,
+            end: run.end().0,
+        }
+    }
+
+    fn address(run: PageRun) -> Result<GuestAddress, PortError> {
+        run.start
+            .gpa()
+            .map(GuestAddress)
+            .ok_or_else(|| Self::outside(run))
+    }
+}
+
+impl PageStore for RamPages {
+    fn regions(&self) -> Vec<PageRun> {
+        let regions = self.memory.iter();
+        regions
+            .filter_map(|region| {
+                let start = PageIndex::containing(region.start_addr().raw_value());
+                PageRun::new(start, region.len() / PAGE_BYTES)
+            })
+            .collect()
+    }
+
+    fn data_runs(&self, run: PageRun) -> Result<Vec<PageRun>, PortError> {
+        let address = Self::address(run)?;
+        let region = self
+            .memory
+            .find_region(address)
+            .ok_or_else(|| Self::outside(run))?;
+        let offset = address.0 - region.start_addr().raw_value();
+        if offset + run.bytes() > region.len() {
+            return Err(Self::outside(run));
+        }
+        let failed = |source: io::Error| PortError::Host {
+            what: "holes of guest memory could not be found",
+            source,
+        };
+        let file = region
+            .file_offset()
+            .ok_or_else(|| failed(io::Error::other("the region has no file behind it")))?;
+        let start = file.start() + offset;
+        let ranges = data_ranges(file.file(), start, run.bytes()).map_err(failed)?;
+        let page = |position: u64| run.start.0 + (position - start) / PAGE_BYTES;
+        Ok(ranges
+            .into_iter()
+            .filter_map(|range| {
+                let (first, last) = (page(range.start), page(range.end - 1));
+                PageRun::new(PageIndex(first), last - first + 1)
+            })
+            .collect())
+    }
+
+    fn read(&self, run: PageRun, buf: &mut [u8]) -> Result<(), PortError> {
+        let read = self.memory.read_slice(buf, Self::address(run)?);
+        read.map_err(|_| Self::outside(run))
+    }
+
+    fn write(&self, run: PageRun, buf: &[u8]) -> Result<(), PortError> {
+        let written = self.memory.write_slice(buf, Self::address(run)?);
+        written.map_err(|_| Self::outside(run))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Layout, RamOptions, allocate};
+
+    #[test]
+    fn holes_are_found_without_touching_them() {
+        let layout = Layout::new(4 << 30, 4096, 40).unwrap();
+        let memory = Arc::new(allocate(&layout, &RamOptions::default()).unwrap());
+        let high = GuestAddress((4 << 30) + 0x5000);
+        memory.write_obj(1_u8, GuestAddress(0x20_0000)).unwrap();
+        memory.write_obj(1_u8, high).unwrap();
+        let pages = RamPages::new(Arc::clone(&memory));
+        let regions = pages.regions();
+        assert_eq!(regions.iter().map(PageRun::bytes).sum::<u64>(), 4 << 30);
+        let found: Vec<_> = regions
+            .iter()
+            .flat_map(|region| pages.data_runs(*region).unwrap())
+            .collect();
+        let contains = |gpa: u64| {
+            let page = PageIndex::containing(gpa);
+            found
+                .iter()
+                .any(|run| (run.start..run.end()).contains(&page))
+        };
+        assert!(contains(0x20_0000) && contains(high.0));
+        // Backing pages may be huge; still nearly everything is a hole.
+        assert!(
+            found.iter().map(PageRun::bytes).sum::<u64>() <= 4 << 20,
+            "{found:?}"
+        );
+        let again: u64 = regions
+            .iter()
+            .flat_map(|region| pages.data_runs(*region).unwrap())
+            .map(|run| run.bytes())
+            .sum();
+        assert_eq!(again, found.iter().map(PageRun::bytes).sum::<u64>());
+    }
+
+    #[test]
+    fn pages_read_back_and_the_hole_below_4_gib_is_not_memory() {
+        let layout = Layout::new(4 << 30, 4096, 40).unwrap();
+        let memory = Arc::new(allocate(&layout, &RamOptions::default()).unwrap());
+        let pages = RamPages::new(memory);
+        let run = PageRun::new(PageIndex(0x10_0000), 2).unwrap();
+        pages.write(run, &[5; 8192]).unwrap();
+        let mut buf = [0; 8192];
+        pages.read(run, &mut buf).unwrap();
+        assert_eq!(buf, [5; 8192]);
+        for start in [3 << 18, (3 << 18) - 1, 5 << 18] {
+            let run = PageRun::new(PageIndex(start), 2).unwrap();
+            assert!(pages.read(run, &mut buf).is_err(), "{start:#x}");
+            assert!(pages.data_runs(run).is_err(), "{start:#x}");
+        }
+    }
+}
