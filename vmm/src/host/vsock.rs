@@ -166,7 +166,7 @@ fn address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
         let text = format!("{:?} cannot be the address of a socket", path.display());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    address.sun_family = libc::AF_UNIX.try_into().map_err(io::Error::other)?;
     for (slot, byte) in address.sun_path.iter_mut().zip(bytes) {
         *slot = byte.cast_signed();
     }

@@ -269,13 +269,24 @@ impl Connection {
         Outgoing::Nothing
     }
 
-    /// Every packet says how much room there is.
-    fn packet(&mut self, mut header: Header) -> Outgoing {
-        header.buf_alloc = BUFFER_BYTES.into();
-        header.fwd_cnt = self.fwd_cnt.into();
+    /// The packet that tells the guest of the end, for [`Fate::EndsWithReset`].
+    pub(super) fn reset(&self, key: Key, guest_cid: u64) -> Header {
+        self.with_credit(key.header(guest_cid, Op::Reset))
+    }
+
+    fn packet(&mut self, header: Header) -> Outgoing {
         self.announced_fwd_cnt = self.fwd_cnt;
         self.owed.credit_update = false;
-        Outgoing::Packet(header)
+        Outgoing::Packet(self.with_credit(header))
+    }
+
+    /// Every packet says how much room there is.
+    fn with_credit(&self, header: Header) -> Header {
+        Header {
+            buf_alloc: BUFFER_BYTES.into(),
+            fwd_cnt: self.fwd_cnt.into(),
+            ..header
+        }
     }
 
     fn take_credit(&mut self, packet: &Header) {
