@@ -44,15 +44,15 @@ pub(crate) enum Command {
     /// Show a VM at a glance.
     Info(NameJsonArgs),
     /// Stop a VM's vCPUs and devices; guest time stands still.
-    Pause(NameArgs),
+    Pause(NameJsonArgs),
     /// Let a paused VM go on.
-    Resume(NameArgs),
+    Resume(NameJsonArgs),
     /// Press a VM's power button.
     Shutdown(ShutdownArgs),
     /// End a VM at once; the guest is not asked.
-    Stop(NameArgs),
+    Stop(NameJsonArgs),
     /// Reset a VM and start its guest anew.
-    Reset(NameArgs),
+    Reset(NameJsonArgs),
     /// List a VM's devices.
     Devices(NameJsonArgs),
     /// Show a VM's events.
@@ -162,7 +162,7 @@ pub(crate) struct NameArgs {
 pub(crate) struct NameJsonArgs {
     /// Name of the VM.
     pub(crate) name: String,
-    /// Print JSON.
+    /// Print JSON; for a change of state, the name and the new state.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -181,6 +181,9 @@ pub(crate) struct ShutdownArgs {
     /// Wait until the VM has ended, for at most so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub(crate) wait: Option<u64>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

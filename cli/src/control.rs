@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use vmm::config::{ByteSize, VmName};
 use vmm::control::{Client, ClientError, RuntimeDir};
-use vmm::machine::{DeviceInfo, Sample, VmEvent, VmInfo};
+use vmm::machine::{DeviceInfo, Sample, VmEvent, VmInfo, VmState};
 
-use crate::args::{EventsArgs, ShutdownArgs};
+use crate::args::{EventsArgs, NameJsonArgs, ShutdownArgs};
 use crate::table;
 
 /// Runs one exchange to its end.
@@ -96,11 +96,19 @@ pub(crate) fn info(name: &str, json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Posts a request that has no parameters.
-pub(crate) fn request(name: &str, action: &str) -> Result<ExitCode> {
-    let client = find(name)?;
+/// Changes a VM's state; `state` is what it is in afterwards.
+pub(crate) fn change(args: &NameJsonArgs, action: &str, state: VmState) -> Result<ExitCode> {
+    let client = find(&args.name)?;
     let path = format!("/v1/{action}");
-    block_on(async { Ok(client.post(&path).await?) }).with_context(|| format!("VM {name}"))?;
+    block_on(async { Ok(client.post(&path).await?) })
+        .with_context(|| format!("VM {}", args.name))?;
+    report_state(&args.name, state, args.json)
+}
+
+fn report_state(name: &str, state: VmState, json: bool) -> Result<ExitCode> {
+    if json {
+        return print_json(&serde_json::json!({ "name": name, "state": state }));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -120,7 +128,11 @@ pub(crate) fn shutdown(args: &ShutdownArgs) -> Result<ExitCode> {
         }
     };
     block_on(exchange).with_context(|| format!("VM {}", args.name))?;
-    Ok(ExitCode::SUCCESS)
+    let state = match args.wait {
+        Some(_) => VmState::Ended,
+        None => VmState::Running,
+    };
+    report_state(&args.name, state, args.json)
 }
 
 pub(crate) fn devices(name: &str, json: bool) -> Result<ExitCode> {

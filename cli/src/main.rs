@@ -15,6 +15,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 
+use vmm::machine::VmState;
+
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
@@ -35,11 +37,11 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Demo(args) => demo::demo(args),
         Command::List(args) => control::list(args.json),
         Command::Info(args) => control::info(&args.name, args.json),
-        Command::Pause(args) => control::request(&args.name, "pause"),
-        Command::Resume(args) => control::request(&args.name, "resume"),
+        Command::Pause(args) => control::change(&args, "pause", VmState::Paused),
+        Command::Resume(args) => control::change(&args, "resume", VmState::Running),
         Command::Shutdown(args) => control::shutdown(&args),
-        Command::Stop(args) => control::request(&args.name, "stop"),
-        Command::Reset(args) => control::request(&args.name, "reset"),
+        Command::Stop(args) => control::change(&args, "stop", VmState::Ended),
+        Command::Reset(args) => control::change(&args, "reset", VmState::Running),
         Command::Devices(args) => control::devices(&args.name, args.json),
         Command::Events(args) => control::events(&args),
         Command::Metrics(args) => control::metrics(&args.name, args.json),

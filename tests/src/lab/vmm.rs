@@ -170,8 +170,8 @@ impl Vmm {
     /// # Errors
     /// When the API refuses.
     pub fn set_balloon(&self, mib: u64) -> anyhow::Result<()> {
-        let body = format!("{{\"target_mib\":{mib}}}");
-        self.api("PUT", "/v1/vm/balloon", Some(&body)).map(drop)
+        let body = format!("{{\"target_bytes\":{}}}", mib << 20);
+        self.api("PUT", "/v1/balloon", Some(&body)).map(drop)
     }
 
     /// One request to the control API by curl; the answer's body.
@@ -207,13 +207,13 @@ impl Vmm {
         Ok(answer)
     }
 
-    /// Follows `drover events NAME --json`; the stream ends with the VM.
+    /// Runs `drover events NAME --follow --json`; the stream ends with the VM.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn events(&self) -> anyhow::Result<Console> {
         let mut child = Command::new(DROVER)
-            .args(["events", &self.spec.name, "--json"])
+            .args(["events", &self.spec.name, "--follow", "--json"])
             .env("DROVER_RUNTIME_DIR", &self.spec.run_folder)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -72,7 +72,7 @@ pub(super) fn balloon(ctx: &mut Ctx) -> anyhow::Result<()> {
     let mut vmm = ctx
         .vm("balloon")?
         .memory("512M")
-        .with("--balloon", "deflate_on_oom=on")
+        .with("--balloon", "deflate-on-oom=on")
         .words("lab.do=shell lab.mib=256 lab.hold=0")
         .start()?;
     vmm.report("shell", BOOT)?;
@@ -116,7 +116,7 @@ pub(super) fn reporting(ctx: &mut Ctx) -> anyhow::Result<()> {
     let mut vmm = ctx
         .vm("balloon")?
         .memory("512M")
-        .with("--balloon", "free_page_reporting=on")
+        .with("--balloon", "free-page-reporting=on")
         .words("lab.do=memtouch,ticks lab.mib=256 lab.hold=3")
         .start()?;
     vmm.report("boot", BOOT)?;
