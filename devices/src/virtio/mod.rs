@@ -8,14 +8,19 @@
 //! queues, so that a paused device has no thread that could still touch guest memory, and saving
 //! reads plain data.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
+pub mod console;
 mod device;
 mod interrupt;
 pub mod net;
 mod pci;
 mod queue;
+pub mod rng;
 mod state;
+
+pub mod vsock;
 pub mod worker;
 
 pub use device::{

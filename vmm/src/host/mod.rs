@@ -4,3 +4,6 @@ pub mod chardev;
 pub mod net;
 pub mod pin;
 pub mod tap;
+pub mod entropy;
+pub mod pin;
+pub mod vsock;

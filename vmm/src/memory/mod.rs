@@ -1,9 +1,11 @@
 //! Guest-physical memory: where things lie, and the host memory behind RAM.
 
+mod discard;
 mod holes;
 mod layout;
 mod ram;
 
+pub use discard::RamDiscard;
 pub use holes::data_ranges;
 pub(crate) use layout::{
     ECAM_BASE, ECAM_BYTES, IOAPIC_BASE, KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE, LOCAL_APIC_BASE,
