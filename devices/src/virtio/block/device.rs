@@ -10,12 +10,14 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use super::backend::{BlockBackend, SECTOR_BYTES};
 use super::config::{self, ConfigSpace, WRITEBACK_OFFSET};
 use super::request;
+use super::shared::Shared;
 use super::state::BlockStateV1;
-use super::worker::{BlockWorker, Shared};
+use super::worker::BlockWorker;
 use crate::counters::{Counter, Counters};
 use crate::device::Migratability;
 use crate::events::Reporter;
 use crate::rate::{RateLimiter, RateLimits};
+use crate::rate_log::RateLimit;
 use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, VirtioDevice,
@@ -136,6 +138,7 @@ impl Block {
             counters: Arc::default(),
             reporter,
             writeback: AtomicBool::new(true),
+            io_errors: RateLimit::new(),
         };
         Self {
             identity: DeviceIdentity {
@@ -255,3 +258,6 @@ impl VirtioDevice for Block {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
