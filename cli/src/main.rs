@@ -1,3 +1,96 @@
-//! The `drover` command line.
+//! The `drover` command: what was typed becomes a configuration or a request; results become
+//! tables, JSON and exit codes. No policy lives here.
 
-fn main() {}
+mod args;
+mod console;
+mod control;
+mod demo;
+mod doctor;
+mod run;
+mod shell;
+mod table;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.log.as_deref());
+    match dispatch(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("drover: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Run(args) => run::run(*args),
+        Command::Demo(args) => demo::demo(args),
+        Command::List(args) => control::list(args.json),
+        Command::Info(args) => control::info(&args.name, args.json),
+        Command::Pause(args) => control::request(&args.name, "pause"),
+        Command::Resume(args) => control::request(&args.name, "resume"),
+        Command::Shutdown(args) => control::shutdown(&args),
+        Command::Stop(args) => control::request(&args.name, "stop"),
+        Command::Reset(args) => control::request(&args.name, "reset"),
+        Command::Devices(args) => control::devices(&args.name, args.json),
+        Command::Events(args) => control::events(&args),
+        Command::Metrics(args) => control::metrics(&args.name, args.json),
+        Command::Console(args) => console::console(&args.name),
+        Command::Doctor(args) => doctor::doctor(args.json),
+        Command::Completions(args) => shell::completions(args.shell),
+        Command::Man(args) => shell::man(&args.directory),
+        Command::Openapi => shell::openapi(),
+    }
+}
+
+/// Log lines go to standard error; `--log` or `DROVER_LOG` chooses how many.
+fn start_log(level: Option<&str>) {
+    let from_environment = std::env::var("DROVER_LOG").ok();
+    let filter = level.or(from_environment.as_deref()).unwrap_or("warn");
+    env_logger::Builder::new()
+        .parse_filters(filter)
+        // A guest can make these crates log as fast as it likes.
+        .filter_module("virtio_queue", log::LevelFilter::Off)
+        .format(|out, record| {
+            use std::io::Write;
+            write!(
+                out,
+                "drover: {}: {}",
+                record.level().as_str().to_lowercase(),
+                record.args()
+            )?;
+            let mut pairs = String::new();
+            record
+                .key_values()
+                .visit(&mut PairWriter(&mut pairs))
+                .map_err(std::io::Error::other)?;
+            writeln!(out, "{pairs}")
+        })
+        .init();
+}
+
+/// Appends ` key=value` for each pair of a record.
+struct PairWriter<'a>(&'a mut String);
+
+impl<'kvs> log::kv::VisitSource<'kvs> for PairWriter<'_> {
+    fn visit_pair(
+        &mut self,
+        key: log::kv::Key<'kvs>,
+        value: log::kv::Value<'kvs>,
+    ) -> Result<(), log::kv::Error> {
+        // Nothing was held back, as usual: not worth a word.
+        if key.as_str() == "suppressed" && value.to_u64() == Some(0) {
+            return Ok(());
+        }
+        self.0.push_str(&format!(" {key}={value}"));
+        Ok(())
+    }
+}

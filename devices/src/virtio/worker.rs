@@ -35,9 +35,9 @@ pub fn watch(events: &mut EventOps, source: &impl AsRawFd, token: u32) {
     }
 }
 
-/// A thread that owns a handler until it is stopped.
-pub struct Worker<H> {
-    thread: JoinHandle<H>,
+/// A thread that owns a handler until it is stopped. Dropping a worker stops it, too.
+pub struct Worker<H: Handler> {
+    thread: Option<JoinHandle<H>>,
     stop: EventFd,
 }
 
@@ -65,18 +65,38 @@ impl<H: Handler> Worker<H> {
             run(handler, stop_in_thread, manager)
         });
         match spawned {
-            Ok(thread) => Ok(Self { thread, stop }),
+            Ok(thread) => Ok(Self {
+                thread: Some(thread),
+                stop,
+            }),
             Err(error) => Err((error, slot.lock().take().expect("no thread took it"))),
         }
     }
 
     /// Lets the handler drain, ends the thread and returns the handler.
-    pub fn stop(self) -> H {
-        // The counter cannot overflow: this is its only write.
-        let _ = self.stop.write(1);
-        match self.thread.join() {
+    #[must_use]
+    pub fn stop(mut self) -> H {
+        match self
+            .join()
+            .expect("only here and in drop is the thread taken")
+        {
             Ok(handler) => handler,
             Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    fn join(&mut self) -> Option<std::thread::Result<H>> {
+        let thread = self.thread.take()?;
+        // The counter cannot overflow: this is its only write.
+        let _ = self.stop.write(1);
+        Some(thread.join())
+    }
+}
+
+impl<H: Handler> Drop for Worker<H> {
+    fn drop(&mut self) {
+        if let Some(Err(_)) = self.join() {
+            log::error!("a device thread has panicked");
         }
     }
 }

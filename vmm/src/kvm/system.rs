@@ -56,6 +56,13 @@ impl System {
         self.kvm.check_extension(cap)
     }
 
+    /// Whether the kernel has a capability that `kvm-ioctls` has no name for
+    /// (`KVM_CAP_...` of `kvm-bindings`).
+    #[must_use]
+    pub fn has_number(&self, cap: u32) -> bool {
+        self.kvm.check_extension_raw(u64::from(cap)) > 0
+    }
+
     /// Most vCPUs in one VM.
     #[must_use]
     pub fn max_vcpus(&self) -> u32 {

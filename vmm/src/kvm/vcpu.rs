@@ -128,36 +128,41 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u32,
     memory: Arc<GuestRam>,
-    power_on: VcpuState,
+    power_on: Option<VcpuState>,
     counters: Arc<ExitCounters>,
 }
 
 impl Vcpu {
-    /// Creates vCPU `index` with APIC id `apic_id`, answering CPUID with `cpuid`.
+    /// Creates vCPU `index` with APIC id `apic_id`. It can run once it is powered on.
     ///
     /// # Errors
-    /// [`KvmError`] names the step that failed.
-    pub fn new(
-        vm: &Vm,
-        index: u32,
-        apic_id: u32,
-        cpuid: &CpuId,
-        msr_indices: &[u32],
-    ) -> Result<Self, KvmError> {
-        let failed = |what| KvmError::vcpu(index, what);
-        let fd = vm
-            .fd()
-            .create_vcpu(u64::from(apic_id))
-            .map_err(failed("create"))?;
-        fd.set_cpuid2(cpuid).map_err(failed("set CPUID"))?;
-        let power_on = VcpuState::capture(&fd, index, msr_indices)?;
+    /// [`KvmError::Vcpu`].
+    pub fn new(vm: &Vm, index: u32, apic_id: u32) -> Result<Self, KvmError> {
+        let created = vm.fd().create_vcpu(u64::from(apic_id));
         Ok(Self {
-            fd,
+            fd: created.map_err(KvmError::vcpu(index, "create"))?,
             index,
             memory: Arc::clone(vm.memory()),
-            power_on,
+            power_on: None,
             counters: Arc::default(),
         })
+    }
+
+    /// Sets what CPUID answers and remembers the power-on state for later resets.
+    ///
+    /// # Errors
+    /// [`KvmError::Vcpu`] names the step that failed.
+    pub fn power_on(&mut self, cpuid: &CpuId, msr_indices: &[u32]) -> Result<(), KvmError> {
+        let set = self.fd.set_cpuid2(cpuid);
+        set.map_err(KvmError::vcpu(self.index, "set CPUID"))?;
+        self.power_on = Some(VcpuState::capture(&self.fd, self.index, msr_indices)?);
+        Ok(())
+    }
+
+    /// Frequency of the time stamp counter, if KVM knows it.
+    #[must_use]
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.fd.get_tsc_khz().ok().filter(|khz| *khz > 0)
     }
 
     /// The vCPU's number, 0 for the bootstrap processor.
@@ -177,7 +182,10 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Vcpu`].
     pub fn reset(&self) -> Result<(), KvmError> {
-        self.power_on.reset(&self.fd, self.index)
+        match &self.power_on {
+            Some(state) => state.reset(&self.fd, self.index),
+            None => Ok(()),
+        }
     }
 
     /// General registers.

@@ -76,6 +76,15 @@ impl QueueSlot {
         }
     }
 
+    /// The value of the address register at `register`.
+    pub(super) fn address(&self, register: u64) -> u64 {
+        match register {
+            QUEUE_DESC => self.desc_table,
+            QUEUE_DRIVER => self.avail_ring,
+            _ => self.used_ring,
+        }
+    }
+
     /// The address register at `offset` (an access of half of one is relative to its start).
     pub(super) fn address_mut(&mut self, register: u64) -> Option<&mut u64> {
         match register {

@@ -267,12 +267,11 @@ impl VirtioPci {
             }
             (common::QUEUE_ENABLE, 2) => queue.map_or(0, |queue| u64::from(queue.enabled)),
             (common::QUEUE_NOTIFY_OFF, 2) => u64::from(inner.queue_select),
+            (common::QUEUE_DESC | common::QUEUE_DRIVER | common::QUEUE_DEVICE, 8) => {
+                queue.map_or(0, |queue| queue.address(offset))
+            }
             (common::QUEUE_DESC..=0x37, 4) if offset.is_multiple_of(4) => {
-                let address = queue.map_or(0, |queue| match offset & !7 {
-                    common::QUEUE_DESC => queue.desc_table,
-                    common::QUEUE_DRIVER => queue.avail_ring,
-                    _ => queue.used_ring,
-                });
+                let address = queue.map_or(0, |queue| queue.address(offset & !7));
                 half(address, offset & 4 != 0)
             }
             _ => 0,
@@ -297,6 +296,11 @@ impl VirtioPci {
             (_, &[a, b]) => self.write_common16(inner, offset, u16::from_le_bytes([a, b])),
             (_, &[a, b, c, d]) => {
                 Self::write_common32(inner, offset, u32::from_le_bytes([a, b, c, d]));
+            }
+            // Drivers shall write addresses in halves (section 4.1.3.1); some do not.
+            (_, &[a, b, c, d, e, f, g, h]) => {
+                Self::write_common32(inner, offset, u32::from_le_bytes([a, b, c, d]));
+                Self::write_common32(inner, offset + 4, u32::from_le_bytes([e, f, g, h]));
             }
             _ => {}
         }

@@ -32,6 +32,16 @@ pub struct CpuidOptions {
     pub extended_destination_ids: bool,
 }
 
+/// Physical address bits (leaf 0x80000008), 36 where the processor does not tell.
+#[must_use]
+pub fn physical_address_bits(cpuid: &CpuId) -> u8 {
+    let leaf = cpuid
+        .as_slice()
+        .iter()
+        .find(|entry| entry.function == 0x8000_0008);
+    leaf.map_or(36, |entry| (entry.eax & 0xff) as u8)
+}
+
 /// CPUID leaves for one VM, to be completed per vCPU.
 pub struct CpuidTemplate {
     entries: Vec<kvm_cpuid_entry2>,
@@ -89,16 +99,6 @@ impl CpuidTemplate {
             }
         }
         CpuId::from_entries(&entries).expect("fewer entries than KVM_MAX_CPUID_ENTRIES")
-    }
-
-    /// Physical address bits (leaf 0x80000008), 36 where the processor does not tell.
-    #[must_use]
-    pub fn physical_address_bits(&self) -> u8 {
-        let leaf = self
-            .entries
-            .iter()
-            .find(|entry| entry.function == 0x8000_0008);
-        leaf.map_or(36, |entry| (entry.eax & 0xff) as u8)
     }
 
     fn leaf(&mut self, function: u32, change: impl Fn(&mut kvm_cpuid_entry2)) {

@@ -173,6 +173,15 @@ fn driver_initializes_the_device_and_the_device_gets_its_queue() {
 }
 
 #[test]
+fn queue_addresses_take_eight_bytes_at_once() {
+    let f = fixture();
+    let address = 0x1_2345_6780_u64;
+    f.write(common::QUEUE_DRIVER, &address.to_le_bytes());
+    assert_eq!(f.read::<8>(common::QUEUE_DRIVER), address);
+    assert_eq!(f.read::<4>(common::QUEUE_DRIVER + 4), 1);
+}
+
+#[test]
 fn features_that_are_not_offered_are_not_accepted() {
     for features in [1 << VIRTIO_F_VERSION_1 | 1 << 5, 1 << 3] {
         let f = fixture();

@@ -125,7 +125,7 @@ fn masked_features_are_gone_and_others_stay() {
     let cpuid = template.for_vcpu(0);
     assert_eq!(leaf(&cpuid, 1, 0).ecx, !(1 << 24));
     assert_eq!(leaf(&cpuid, 7, 0).ebx, !(1 << 16));
-    assert_eq!(template.physical_address_bits(), 0x28);
+    assert_eq!(physical_address_bits(&cpuid), 0x28);
 }
 
 #[test]

@@ -1,0 +1,225 @@
+//! Commands that talk to a running VM.
+
+use std::future::Future;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use vmm::config::{ByteSize, VmName};
+use vmm::control::{Client, ClientError, RuntimeDir};
+use vmm::machine::{DeviceInfo, Sample, VmEvent, VmInfo};
+
+use crate::args::{EventsArgs, ShutdownArgs};
+use crate::table;
+
+/// Runs one exchange to its end.
+fn block_on<T>(exchange: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime.context("runtime")?.block_on(exchange)
+}
+
+/// The VM called `name`.
+pub(crate) fn find(name: &str) -> Result<Client> {
+    let name: VmName = name.parse()?;
+    Ok(Client::new(RuntimeDir::from_environment().find(&name)?))
+}
+
+pub(crate) fn get_info(client: &Client) -> Result<VmInfo> {
+    block_on(async { Ok(client.get("/v1/info").await?) })
+}
+
+fn print_json<T: serde::Serialize>(value: &T) -> Result<ExitCode> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn list(json: bool) -> Result<ExitCode> {
+    let entries = RuntimeDir::from_environment().list()?;
+    let infos = block_on(async {
+        let mut infos: Vec<VmInfo> = Vec::new();
+        for entry in entries {
+            // A VM may end between being listed and being asked.
+            match Client::new(&entry.socket).get("/v1/info").await {
+                Ok(info) => infos.push(info),
+                Err(error) => log::warn!(vm:% = entry.name, error:% = error; "VM does not answer"),
+            }
+        }
+        Ok(infos)
+    })?;
+    if json {
+        return print_json(&infos);
+    }
+    let row = |info: &VmInfo| {
+        vec![
+            info.name.clone(),
+            info.state.to_string(),
+            info.pid.to_string(),
+            info.vcpus.to_string(),
+            ByteSize(info.memory_bytes).to_string(),
+            duration(info.uptime_ms),
+        ]
+    };
+    let rows: Vec<_> = infos.iter().map(row).collect();
+    table::print(
+        &["NAME", "STATE", "PID", "VCPUS", "MEMORY", "UPTIME"],
+        &rows,
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn info(name: &str, json: bool) -> Result<ExitCode> {
+    let client = find(name)?;
+    let info = get_info(&client)?;
+    if json {
+        return print_json(&info);
+    }
+    let serial = info
+        .serial
+        .clone()
+        .unwrap_or_else(|| "not reachable from outside".to_owned());
+    let lines = [
+        ("name", info.name.clone()),
+        ("state", info.state.to_string()),
+        ("process", info.pid.to_string()),
+        ("vcpus", info.vcpus.to_string()),
+        ("memory", ByteSize(info.memory_bytes).to_string()),
+        ("uptime", duration(info.uptime_ms)),
+        ("serial", serial),
+        ("control socket", client.socket().display().to_string()),
+        ("version", info.version.clone()),
+    ];
+    for (key, value) in lines {
+        println!("{key:<15} {value}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Posts a request that has no parameters.
+pub(crate) fn request(name: &str, action: &str) -> Result<ExitCode> {
+    let client = find(name)?;
+    let path = format!("/v1/{action}");
+    block_on(async { Ok(client.post(&path).await?) }).with_context(|| format!("VM {name}"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn shutdown(args: &ShutdownArgs) -> Result<ExitCode> {
+    let client = find(&args.name)?;
+    let exchange = async {
+        client.post("/v1/power-button").await?;
+        let Some(seconds) = args.wait else {
+            return Ok(());
+        };
+        // The event stream ends with the VM.
+        let end = client.lines("/v1/events", |_| true);
+        match tokio::time::timeout(Duration::from_secs(seconds), end).await {
+            Ok(Ok(()) | Err(ClientError::Http(_) | ClientError::Connect { .. })) => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(anyhow!("the guest did not power off within {seconds} s")),
+        }
+    };
+    block_on(exchange).with_context(|| format!("VM {}", args.name))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn devices(name: &str, json: bool) -> Result<ExitCode> {
+    let client = find(name)?;
+    let devices: Vec<DeviceInfo> = block_on(async { Ok(client.get("/v1/devices").await?) })?;
+    if json {
+        return print_json(&devices);
+    }
+    let row = |device: &DeviceInfo| {
+        let blocked = device.migration_blocked.as_ref();
+        vec![
+            device.id.clone(),
+            device.kind.clone(),
+            device.address.clone().unwrap_or_else(|| "-".to_owned()),
+            blocked.map_or_else(|| "yes".to_owned(), |reason| format!("no: {reason}")),
+        ]
+    };
+    let rows: Vec<_> = devices.iter().map(row).collect();
+    table::print(&["ID", "KIND", "ADDRESS", "CAN MOVE"], &rows);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn events(args: &EventsArgs) -> Result<ExitCode> {
+    let client = find(&args.name)?;
+    let path = format!("/v1/events?follow={}&since={}", args.follow, args.since);
+    let print = |line: &str| {
+        if args.json {
+            println!("{line}");
+        } else {
+            print_event(line);
+        }
+        true
+    };
+    block_on(async { Ok(client.lines(&path, print).await?) })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_event(line: &str) {
+    let Ok(event) = serde_json::from_str::<VmEvent>(line) else {
+        return println!("{line}");
+    };
+    let Ok(serde_json::Value::Object(mut fields)) = serde_json::to_value(&event.kind) else {
+        return println!("{line}");
+    };
+    let name = fields.remove("event");
+    let name = name
+        .as_ref()
+        .and_then(|name| name.as_str())
+        .unwrap_or("event")
+        .to_owned();
+    let details = fields.iter().map(|(key, value)| format!(" {key}={value}"));
+    let (seconds, millis) = (event.time_ms / 1000, event.time_ms % 1000);
+    println!(
+        "{seconds}.{millis:03} {:>5} {name}{}",
+        event.sequence,
+        details.collect::<String>()
+    );
+}
+
+pub(crate) fn metrics(name: &str, json: bool) -> Result<ExitCode> {
+    let client = find(name)?;
+    if json {
+        let samples: Vec<Sample> = block_on(async { Ok(client.get("/v1/counters").await?) })?;
+        return print_json(&samples);
+    }
+    print!(
+        "{}",
+        block_on(async { Ok(client.get_text("/metrics").await?) })?
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `1d 2h`, `3h 4m`, `5m 6s`, `7s`.
+fn duration(millis: u64) -> String {
+    let seconds = millis / 1000;
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m {}s", seconds % 60),
+        (0, _, _) => format!("{hours}h {minutes}m"),
+        _ => format!("{days}d {hours}h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_show_their_two_largest_units() {
+        let cases = [
+            (0, "0s"),
+            (59_999, "59s"),
+            (61_000, "1m 1s"),
+            (3_660_000, "1h 1m"),
+            (90_000_000, "1d 1h"),
+        ];
+        for (millis, text) in cases {
+            assert_eq!(duration(millis), text);
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! The routes.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::os::unix::net::UnixListener;
+
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use tokio::sync::broadcast;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::BroadcastStream;
+use utoipa::OpenApi;
+
+use super::errors::{ApiError, ErrorBody};
+use super::metrics;
+use crate::config::VmConfig;
+use crate::machine::{ControllerClient, DeviceInfo, EventKind, Request, Sample, VmEvent, VmInfo};
+
+/// Largest accepted request body.
+const MAX_BODY_BYTES: usize = 64 << 10;
+
+/// Serves the API on `listener` until `end` is done, then finishes open answers.
+///
+/// # Errors
+/// The host's refusal of the socket.
+pub async fn serve(
+    listener: UnixListener,
+    client: ControllerClient,
+    end: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    axum::serve(listener, router(client))
+        .with_graceful_shutdown(end)
+        .await
+}
+
+/// The OpenAPI document of this API.
+#[must_use]
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    Document::openapi()
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Drover control API",
+        description = "Controls one virtual machine, over the unix socket of its process.",
+    ),
+    paths(
+        get_info,
+        get_config,
+        get_devices,
+        get_counters,
+        get_events,
+        get_metrics,
+        get_openapi,
+        pause,
+        resume,
+        power_button,
+        reset,
+        stop,
+    ),
+    components(schemas(ErrorBody))
+)]
+struct Document;
+
+fn router(client: ControllerClient) -> Router {
+    Router::new()
+        .route("/v1/info", get(get_info))
+        .route("/v1/config", get(get_config))
+        .route("/v1/devices", get(get_devices))
+        .route("/v1/counters", get(get_counters))
+        .route("/v1/events", get(get_events))
+        .route("/v1/pause", post(pause))
+        .route("/v1/resume", post(resume))
+        .route("/v1/power-button", post(power_button))
+        .route("/v1/reset", post(reset))
+        .route("/v1/stop", post(stop))
+        .route("/metrics", get(get_metrics))
+        .route("/openapi.json", get(get_openapi))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(client)
+}
+
+async fn unknown_path(uri: axum::http::Uri) -> ApiError {
+    let path = uri.path();
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        format!("{path} is not part of this API, see /openapi.json"),
+    )
+}
+
+async fn wrong_method(method: axum::http::Method, uri: axum::http::Uri) -> ApiError {
+    let message = format!("{} does not take {method}", uri.path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
+/// The VM at a glance.
+#[utoipa::path(get, path = "/v1/info", responses((status = 200, body = VmInfo)))]
+async fn get_info(State(client): State<ControllerClient>) -> Result<Json<VmInfo>, ApiError> {
+    Ok(Json(client.info().await?))
+}
+
+/// The configuration that the VM was started with, complete with defaults.
+#[utoipa::path(get, path = "/v1/config", responses((status = 200, body = VmConfig)))]
+async fn get_config(State(client): State<ControllerClient>) -> Json<VmConfig> {
+    Json(client.config().clone())
+}
+
+/// The VM's devices.
+#[utoipa::path(get, path = "/v1/devices", responses((status = 200, body = Vec<DeviceInfo>)))]
+async fn get_devices(
+    State(client): State<ControllerClient>,
+) -> Result<Json<Vec<DeviceInfo>>, ApiError> {
+    Ok(Json(client.devices().await?))
+}
+
+/// Counters of vCPUs and devices.
+#[utoipa::path(get, path = "/v1/counters", responses((status = 200, body = Vec<Sample>)))]
+async fn get_counters(
+    State(client): State<ControllerClient>,
+) -> Result<Json<Vec<Sample>>, ApiError> {
+    Ok(Json(client.counters().await?))
+}
+
+/// The same in Prometheus' text format.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain", body = String)))]
+async fn get_metrics(State(client): State<ControllerClient>) -> Result<Response, ApiError> {
+    let info = client.info().await?;
+    let text = metrics::render(&info, &client.counters().await?);
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, content_type = "application/json")))]
+async fn get_openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(openapi())
+}
+
+/// Stops vCPUs and devices; guest time stands still.
+#[utoipa::path(post, path = "/v1/pause", responses((status = 204), (status = 409, body = ErrorBody)))]
+async fn pause(State(client): State<ControllerClient>) -> Result<StatusCode, ApiError> {
+    change(&client, Request::Pause).await
+}
+
+/// Goes on after a pause.
+#[utoipa::path(post, path = "/v1/resume", responses((status = 204), (status = 409, body = ErrorBody)))]
+async fn resume(State(client): State<ControllerClient>) -> Result<StatusCode, ApiError> {
+    change(&client, Request::Resume).await
+}
+
+/// Presses the power button; what follows is up to the guest.
+#[utoipa::path(post, path = "/v1/power-button", responses((status = 204), (status = 409, body = ErrorBody)))]
+async fn power_button(State(client): State<ControllerClient>) -> Result<StatusCode, ApiError> {
+    change(&client, Request::PowerButton).await
+}
+
+/// Resets the machine and starts the guest anew.
+#[utoipa::path(post, path = "/v1/reset", responses((status = 204), (status = 409, body = ErrorBody)))]
+async fn reset(State(client): State<ControllerClient>) -> Result<StatusCode, ApiError> {
+    change(&client, Request::Reset).await
+}
+
+/// Ends the VM at once; the guest is not asked.
+#[utoipa::path(post, path = "/v1/stop", responses((status = 204), (status = 409, body = ErrorBody)))]
+async fn stop(State(client): State<ControllerClient>) -> Result<StatusCode, ApiError> {
+    change(&client, Request::Stop).await
+}
+
+async fn change(client: &ControllerClient, request: Request) -> Result<StatusCode, ApiError> {
+    client.request(request).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// How events are read.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+struct EventsQuery {
+    /// Wait for further events until the VM ends (default), or answer with the past ones only.
+    follow: Option<bool>,
+    /// Leave out events with a smaller sequence number.
+    since: Option<u64>,
+}
+
+/// Past events and those to come, one JSON object per line.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    params(EventsQuery),
+    responses((status = 200, content_type = "application/x-ndjson", body = VmEvent)),
+)]
+async fn get_events(
+    State(client): State<ControllerClient>,
+    query: Result<Query<EventsQuery>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Query(query) =
+        query.map_err(|rejection| ApiError::new(StatusCode::BAD_REQUEST, rejection.body_text()))?;
+    let since = query.since.unwrap_or(0);
+    let (past, coming) = client.events().subscribe();
+    let past = past
+        .into_iter()
+        .filter(move |event| event.sequence >= since);
+    let past = tokio_stream::iter(past.collect::<Vec<_>>());
+    let body = if query.follow.unwrap_or(true) {
+        let coming = follow(coming).filter(move |event| event.sequence >= since);
+        Body::from_stream(lines(past.chain(coming)))
+    } else {
+        Body::from_stream(lines(past))
+    };
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+}
+
+/// Events until the last one. A reader that falls too far behind is disconnected: it must not
+/// believe that it has seen everything.
+fn follow(coming: broadcast::Receiver<VmEvent>) -> impl tokio_stream::Stream<Item = VmEvent> {
+    let mut ended = false;
+    BroadcastStream::new(coming)
+        .map_while(Result::ok)
+        .take_while(move |event| {
+            let last = ended;
+            ended = matches!(event.kind, EventKind::Ended { .. });
+            !last
+        })
+}
+
+fn lines(
+    events: impl tokio_stream::Stream<Item = VmEvent>,
+) -> impl tokio_stream::Stream<Item = Result<Bytes, Infallible>> {
+    events.map(|event| {
+        let mut line = serde_json::to_vec(&event).unwrap_or_default();
+        line.push(b'\n');
+        Ok(Bytes::from(line))
+    })
+}

@@ -1,0 +1,195 @@
+//! A VM as a program that embeds it sees it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::assembly::BuildError;
+use super::controller::{Controller, ControllerClient};
+use super::lifecycle::{EndReason, Request};
+use super::notices::Notices;
+use super::resources::{ResourceError, Resources};
+use super::runtime::{Machine, MachineError};
+use crate::config::{ConfigError, VmConfig};
+use crate::control::{self, NameClaim, RuntimeDir, RuntimeDirError};
+
+/// How long open answers of the API may take once the VM has ended.
+const FAREWELL_TIME: Duration = Duration::from_secs(1);
+
+/// A VM could not be launched.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The configuration is impossible.
+    #[error("the configuration is not usable")]
+    Config(#[from] ConfigError),
+    /// Something that it names cannot be opened.
+    #[error(transparent)]
+    Resource(#[from] ResourceError),
+    /// The name is taken, or the control socket cannot be made.
+    #[error("the control socket cannot be set up")]
+    RuntimeDir(#[from] RuntimeDirError),
+    /// The machine cannot be built on this host.
+    #[error("the machine cannot be built")]
+    Build(#[from] BuildError),
+    /// It was built, but does not run.
+    #[error("the machine cannot be started")]
+    Start(#[from] MachineError),
+    /// The host refused a thread.
+    #[error("the controller thread cannot be started")]
+    Thread(#[source] io::Error),
+}
+
+/// How a VM is launched, besides its configuration.
+#[derive(Clone, Debug, Default)]
+pub struct LaunchOptions {
+    /// Booted when the configuration names no kernel.
+    pub builtin_kernel: Option<&'static [u8]>,
+    /// Where the VM's name is claimed and its control socket lies; `None`: it has neither, and
+    /// only this process controls it.
+    pub runtime_dir: Option<RuntimeDir>,
+    /// End the VM on SIGTERM and SIGINT.
+    pub handle_signals: bool,
+}
+
+/// A VM that was launched. Dropping the handle stops the VM.
+pub struct VmHandle {
+    client: ControllerClient,
+    thread: JoinHandle<EndReason>,
+}
+
+impl VmHandle {
+    /// Opens everything that `config` names, builds the machine and lets it run.
+    ///
+    /// # Errors
+    /// [`LaunchError`]; nothing is left behind.
+    pub fn launch(config: VmConfig, options: LaunchOptions) -> Result<Self, LaunchError> {
+        config.validate()?;
+        let (report, reported) = sync_channel(1);
+        let builder = std::thread::Builder::new().name("ctl".to_owned());
+        let spawned = builder.spawn(move || match prepare(config, &options) {
+            Ok(prepared) => {
+                // The launcher waits for exactly this.
+                let _ = report.send(Ok(prepared.client.clone()));
+                serve(prepared, options.handle_signals)
+            }
+            Err(error) => {
+                let _ = report.send(Err(error));
+                EndReason::Stopped
+            }
+        });
+        let thread = spawned.map_err(LaunchError::Thread)?;
+        let client = reported.recv().map_err(|_| {
+            LaunchError::Thread(io::Error::other("the controller ended before it began"))
+        })??;
+        Ok(Self { client, thread })
+    }
+
+    /// To ask the VM for things.
+    #[must_use]
+    pub fn client(&self) -> &ControllerClient {
+        &self.client
+    }
+
+    /// Waits for the VM's end.
+    ///
+    /// # Panics
+    /// When the controller thread has panicked.
+    #[must_use]
+    pub fn wait(self) -> EndReason {
+        let Self { client, thread } = self;
+        // The controller ends when nobody is left to ask it: keep one until it has ended.
+        let reason = thread.join().expect("the controller does not panic");
+        drop(client);
+        reason
+    }
+}
+
+/// A VM that runs, and what the controller thread needs to serve it.
+struct Prepared {
+    controller: Controller,
+    client: ControllerClient,
+    claim: Option<NameClaim>,
+}
+
+/// The name is claimed first, so that of two VMs with one name the second touches nothing.
+fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, LaunchError> {
+    let claim = options
+        .runtime_dir
+        .as_ref()
+        .map(|dir| dir.claim(&config.name));
+    let claim = claim.transpose()?;
+    let resources = Resources::open(&config, options.builtin_kernel)?;
+    let serial_path = resources
+        .serial
+        .path()
+        .map(|path| path.display().to_string());
+    let (notices, inbox) = Notices::new();
+    let machine = Machine::build(&config, resources, &notices)?;
+    let (mut controller, client) = Controller::new(machine, Arc::new(config), serial_path, inbox);
+    controller.start()?;
+    Ok(Prepared {
+        controller,
+        client,
+        claim,
+    })
+}
+
+/// Runs the controller, and the API beside it, until the VM ends.
+fn serve(prepared: Prepared, handle_signals: bool) -> EndReason {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            log::error!(error:% = error; "the controller cannot serve, the VM ends");
+            return EndReason::Stopped;
+        }
+    };
+    let Prepared {
+        controller,
+        client,
+        mut claim,
+    } = prepared;
+    runtime.block_on(async {
+        if handle_signals {
+            tokio::spawn(stop_on_signal(client.clone()));
+        }
+        let (ended, end) = tokio::sync::oneshot::channel::<()>();
+        let listener = claim.as_mut().and_then(NameClaim::take_listener);
+        let api = listener.map(|listener| {
+            let end = async { end.await.unwrap_or(()) };
+            tokio::spawn(control::serve(listener, client.clone(), end))
+        });
+        drop(client);
+        let reason = controller.run().await;
+        // Readers of the event stream shall see the last event.
+        drop(ended);
+        if let Some(api) = api {
+            let finished = tokio::time::timeout(FAREWELL_TIME, api).await;
+            log::debug!(in_time = finished.is_ok(); "control API closed");
+        }
+        reason
+    })
+}
+
+async fn stop_on_signal(client: ControllerClient) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
+        log::error!("signals cannot be handled");
+        return;
+    };
+    let name = tokio::select! {
+        _ = term.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    log::info!(signal = name; "the VM ends");
+    if let Err(error) = client.request(Request::Stop).await {
+        log::debug!(error:% = error; "the VM has ended by itself");
+    }
+}

@@ -1,0 +1,29 @@
+//! The machine: its parts put together, and who owns them.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `lifecycle` | which request is allowed in which state: pure |
+//! | `resources` | what the configuration names on the host, opened |
+//! | `assembly` | from configuration and resources to a machine that is ready to run |
+//! | `runtime` | the machine: start, pause, resume, reset |
+//! | `notices` | what vCPUs and devices tell the controller |
+//! | `events` | what the controller tells the world |
+//! | `controller` | the `ctl` thread, which owns the machine |
+//! | `handle` | a VM as a program that embeds it sees it |
+
+mod assembly;
+mod controller;
+mod events;
+mod handle;
+mod lifecycle;
+mod notices;
+mod resources;
+mod runtime;
+
+pub use assembly::BuildError;
+pub use controller::{CommandError, ControllerClient, DeviceInfo, Sample, VmInfo};
+pub use events::{EventHub, EventKind, VmEvent};
+pub use handle::{LaunchError, LaunchOptions, VmHandle};
+pub use lifecycle::{EndReason, Rejection, Request, Transition, VmState, admit};
+pub use resources::{ResourceError, Resources};
+pub use runtime::{Machine, MachineError};

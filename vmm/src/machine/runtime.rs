@@ -1,0 +1,212 @@
+//! The machine, assembled.
+
+use std::sync::Arc;
+
+use devices::acpi::AcpiRegisters;
+use devices::counters::Counters;
+use devices::pci::PciRoot;
+use devices::{Device, DeviceError, GuestRam, Migratability};
+
+use super::assembly::{self, BuildError};
+use super::controller::{DeviceInfo, Sample};
+use crate::arch::x86_64::Topology;
+use crate::boot::{BootImage, RamContents};
+use crate::host::chardev::CharPump;
+use crate::kvm::{ClockState, GuestGate, KvmError, VcpuSet, Vm};
+use crate::memory::Layout;
+
+/// The machine could not follow.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A device refused.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The guest could not be loaded again.
+    #[error("the machine could not be reset")]
+    Reset(#[source] BuildError),
+}
+
+/// A device with what the operator sees of it.
+pub(super) struct DeviceEntry {
+    pub(super) device: Arc<dyn Device>,
+    /// Kind for lists: `virtio-block`.
+    pub(super) kind: &'static str,
+    /// PCI address, if it has one.
+    pub(super) address: Option<String>,
+    pub(super) counters: Option<Arc<dyn Counters>>,
+}
+
+/// vCPUs, memory, buses and devices of one VM.
+///
+/// Fields are dropped in this order: first nobody runs, then nobody prints, then the rest.
+pub struct Machine {
+    pub(super) vcpus: VcpuSet,
+    pub(super) pumps: Vec<CharPump>,
+    pub(super) devices: Vec<DeviceEntry>,
+    pub(super) acpi: Arc<AcpiRegisters>,
+    pub(super) pci: Arc<PciRoot>,
+    pub(super) gate: Arc<GuestGate>,
+    pub(super) vm: Vm,
+    pub(super) memory: Arc<GuestRam>,
+    pub(super) layout: Layout,
+    pub(super) topology: Topology,
+    pub(super) boot: BootImage,
+    /// The clock's value while paused.
+    pub(super) stopped_clock: Option<ClockState>,
+}
+
+impl Machine {
+    /// Lets devices and vCPUs run, for the first time or after [`Machine::pause`].
+    ///
+    /// # Errors
+    /// [`MachineError`]; what was started is stopped again.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        for (entry, started) in self.devices.iter().zip(0..) {
+            if let Err(error) = entry.device.start() {
+                for entry in self.devices.iter().take(started) {
+                    entry.device.pause()?;
+                }
+                return Err(error.into());
+            }
+        }
+        if let Some(clock) = self.stopped_clock.take() {
+            self.vm.set_clock(clock)?;
+            self.vcpus.call(|vcpu| vcpu.mark_paused())?;
+        }
+        self.gate.open();
+        self.vcpus.run();
+        Ok(())
+    }
+
+    /// Stops vCPUs, then devices. Guest time stands still until [`Machine::start`].
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        self.vcpus.pause()?;
+        self.stopped_clock = Some(self.vm.clock()?);
+        for entry in &self.devices {
+            entry.device.pause()?;
+        }
+        Ok(())
+    }
+
+    /// Puts the machine back to power-on and loads the kernel again. Left paused.
+    ///
+    /// # Errors
+    /// [`MachineError::Reset`] when the kernel can no longer be loaded.
+    pub fn reset(&mut self) -> Result<(), MachineError> {
+        self.pause()?;
+        self.stopped_clock = None;
+        for entry in &self.devices {
+            entry.device.reset()?;
+        }
+        self.pci.reset();
+        for result in self.vcpus.call(|vcpu| vcpu.reset())? {
+            result?;
+        }
+        let entry = assembly::load_guest(
+            &self.boot,
+            &self.memory,
+            &self.layout,
+            self.topology,
+            RamContents::Used,
+        )
+        .map_err(MachineError::Reset)?;
+        let memory = Arc::clone(&self.memory);
+        let set = self
+            .vcpus
+            .call(move |vcpu| assembly::set_entry(vcpu, &memory, entry))?;
+        set.into_iter()
+            .collect::<Result<(), _>>()
+            .map_err(MachineError::Reset)
+    }
+
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        self.acpi.press_power_button();
+    }
+
+    /// What an operator sees of the devices.
+    #[must_use]
+    pub fn device_infos(&self) -> Vec<DeviceInfo> {
+        let info = |entry: &DeviceEntry| DeviceInfo {
+            id: entry.device.id().to_string(),
+            kind: entry.kind.to_owned(),
+            address: entry.address.clone(),
+            migration_blocked: match entry.device.migratability() {
+                Migratability::Supported => None,
+                Migratability::Blocked(reason) => Some(reason),
+            },
+        };
+        self.devices.iter().map(info).collect()
+    }
+
+    /// All counters of vCPUs and devices.
+    #[must_use]
+    pub fn samples(&self) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        let mut add = |source: &str, name: &str, help: &str, value| {
+            samples.push(Sample {
+                source: source.to_owned(),
+                name: name.to_owned(),
+                help: help.to_owned(),
+                value,
+            });
+        };
+        for (counters, vcpu) in self.vcpus.counters().zip(0..) {
+            let source = format!("vcpu{vcpu}");
+            let exits = [
+                (
+                    "vcpu_io_exits_total",
+                    "exits for port I/O",
+                    counters.io.get(),
+                ),
+                (
+                    "vcpu_mmio_exits_total",
+                    "exits for memory-mapped I/O",
+                    counters.mmio.get(),
+                ),
+                (
+                    "vcpu_other_exits_total",
+                    "all other exits",
+                    counters.other.get(),
+                ),
+            ];
+            for (name, help, value) in exits {
+                add(&source, name, help, value);
+            }
+        }
+        for entry in &self.devices {
+            let source = entry.device.id().to_string();
+            if let Some(counters) = &entry.counters {
+                counters.visit(&mut |name, help, value| add(&source, name, help, value));
+            }
+        }
+        samples
+    }
+
+    /// Guest RAM.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestRam> {
+        &self.memory
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Err(error) = self.vcpus.pause() {
+            log::error!(error:% = error; "vCPUs could not be stopped in order");
+        }
+        for entry in &self.devices {
+            if let Err(error) = entry.device.pause() {
+                log::error!(device:% = entry.device.id(), error:% = error; "device could not be stopped in order");
+            }
+        }
+        // Writes what the guest has printed last.
+        self.pumps.clear();
+    }
+}
