@@ -49,6 +49,7 @@ impl MemoryDisk {
         Self::with_info(BlockInfo {
             capacity_bytes: sectors * SECTOR_BYTES,
             block_bytes: 512,
+            physical_block_bytes: 512,
             read_only: false,
             discard: true,
             write_zeroes: true,

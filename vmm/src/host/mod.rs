@@ -1,4 +1,5 @@
 //! The host's side: opens what the configuration names and hands it to devices as their ports.
 
 pub mod chardev;
+pub mod disk;
 pub mod pin;

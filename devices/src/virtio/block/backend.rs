@@ -15,8 +15,11 @@ pub const SECTOR_BYTES: u64 = 512;
 pub struct BlockInfo {
     /// Capacity, a multiple of 512.
     pub capacity_bytes: u64,
-    /// Smallest unit that is written without a read, a power of two of at least 512.
+    /// The block size that the guest sees, a power of two of at least 512. Part of the disk's
+    /// identity: partition tables count in it.
     pub block_bytes: u32,
+    /// Smallest unit that is written without a read, a power of two of at least `block_bytes`.
+    pub physical_block_bytes: u32,
     /// Writes are refused.
     pub read_only: bool,
     /// Discard frees storage.

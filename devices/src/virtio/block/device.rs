@@ -231,6 +231,7 @@ impl VirtioDevice for Block {
         let info = &self.shared.info;
         let wire = BlockStateV1 {
             capacity_sectors: info.capacity_bytes / SECTOR_BYTES,
+            block_bytes: info.block_bytes,
             read_only: info.read_only,
             writeback: self.writeback,
         };
@@ -249,6 +250,11 @@ impl VirtioDevice for Block {
                 wire.capacity_sectors,
                 why,
             ));
+        }
+        if wire.block_bytes != info.block_bytes {
+            let why = format!("this image has blocks of {}", info.block_bytes);
+            let found = wire.block_bytes;
+            return Err(RestoreError::field(KIND, "block_bytes", found, why));
         }
         if wire.read_only != info.read_only {
             let why = format!("this image has read_only = {}", info.read_only);

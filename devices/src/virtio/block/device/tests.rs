@@ -213,6 +213,7 @@ fn config_space_has_the_specified_layout() {
     let disk = MemoryDisk::with_info(BlockInfo {
         capacity_bytes: 1 << 30,
         block_bytes: 4096,
+        physical_block_bytes: 16384,
         read_only: false,
         discard: true,
         write_zeroes: true,
@@ -230,6 +231,11 @@ fn config_space_has_the_specified_layout() {
     assert_eq!(read_config(&block, 0, 8), (1_u64 << 21).to_le_bytes());
     assert_eq!(le32(12), 126, "seg_max leaves room for header and status");
     assert_eq!(le32(20), 4096, "blk_size");
+    assert_eq!(
+        read_config(&block, 24, 2),
+        [2, 0],
+        "physical_block_exp, offset"
+    );
     assert_eq!(le16(34), 3, "num_queues");
     assert_eq!(le32(36), 1 << 21, "max_discard_sectors");
     assert_eq!(le32(40), 16, "max_discard_seg");
@@ -294,12 +300,17 @@ fn states_of_other_disks_and_hostile_states_are_refused() {
     let disk = MemoryDisk::new(SECTORS);
     let good = BlockStateV1 {
         capacity_sectors: SECTORS,
+        block_bytes: 512,
         read_only: false,
         writeback: true,
     };
     let encode = |wire: &BlockStateV1| DeviceState::encode(KIND, 1, wire).unwrap();
     let larger = BlockStateV1 {
         capacity_sectors: u64::MAX,
+        ..good.clone()
+    };
+    let blocks = BlockStateV1 {
+        block_bytes: 4096,
         ..good.clone()
     };
     let read_only = BlockStateV1 {
@@ -320,6 +331,7 @@ fn states_of_other_disks_and_hostile_states_are_refused() {
     };
     let cases = [
         (encode(&larger), "capacity_sectors is 18446744073709551615"),
+        (encode(&blocks), "block_bytes is 4096"),
         (encode(&read_only), "read_only is true"),
         (newer, "version 2"),
         (other, "virtio-net"),

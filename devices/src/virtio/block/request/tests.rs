@@ -16,6 +16,7 @@ fn info() -> BlockInfo {
     BlockInfo {
         capacity_bytes: CAPACITY_SECTORS * SECTOR_BYTES,
         block_bytes: 512,
+        physical_block_bytes: 512,
         read_only: false,
         discard: true,
         write_zeroes: true,
