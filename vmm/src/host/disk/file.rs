@@ -2,11 +2,13 @@
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::error::DiskError;
-use super::lock::ImageLock;
+use super::lock::{Device, ImageLock};
 use super::syscalls::{self, DirectAlignment, Fallocate};
 
 /// The first bytes of a qcow2 image.
@@ -38,7 +40,8 @@ pub(super) struct OpenMode {
 /// An open image file or block device.
 #[derive(Debug)]
 pub(super) struct HostFile {
-    pub(super) file: File,
+    /// Shared with the lock, which makes a block device's descriptor exclusive.
+    pub(super) file: Arc<File>,
     pub(super) path: PathBuf,
     pub(super) kind: FileKind,
     pub(super) mode: OpenMode,
@@ -85,7 +88,7 @@ impl HostFile {
             .direct
             .then(|| syscalls::direct_alignment(&file).unwrap_or(SAFE_ALIGNMENT));
         Ok(Self {
-            file,
+            file: Arc::new(file),
             path: path.to_owned(),
             kind,
             mode,
@@ -97,20 +100,18 @@ impl HostFile {
     /// The first bytes, fewer when there are not so many.
     pub(super) fn first_bytes<const N: usize>(&self) -> io::Result<Vec<u8>> {
         // Direct I/O takes whole, aligned blocks only; the page cache takes anything.
-        let buffered = match self.mode.direct {
-            true => Some(self.reopen()?),
-            false => None,
+        let file = match self.mode.direct {
+            true => Arc::new(self.reopen()?),
+            false => Arc::clone(&self.file),
         };
         let mut bytes = [0; N];
-        let file = buffered.as_ref().unwrap_or(&self.file);
         let count = syscalls::uninterrupted(|| file.read_at(&mut bytes, 0))?;
         Ok(bytes[..count].to_vec())
     }
 
     /// A second, read-only description of the same file, whatever its path leads to by now.
     pub(super) fn reopen(&self) -> io::Result<File> {
-        use std::os::fd::AsRawFd;
-        File::open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+        reopen(&self.file, OpenOptions::new().read(true))
     }
 
     /// The file's lock, not held.
@@ -120,8 +121,11 @@ impl HostFile {
             what: "second descriptor for its lock",
             source,
         })?;
-        let is_device = self.kind == FileKind::BlockDevice;
-        Ok(ImageLock::new(&self.path, description, is_device))
+        let device = (self.kind == FileKind::BlockDevice).then(|| Device {
+            file: Arc::clone(&self.file),
+            mode: self.mode,
+        });
+        Ok(ImageLock::new(&self.path, description, device))
     }
 
     /// Whether ranges can be deallocated. Asks by doing so behind the end of a file.
@@ -135,7 +139,6 @@ impl HostFile {
 
     /// Whether a block device can discard.
     pub(super) fn can_discard_blocks(&self) -> bool {
-        use std::os::unix::fs::MetadataExt;
         let Ok(metadata) = self.file.metadata() else {
             return false;
         };
@@ -150,6 +153,11 @@ impl HostFile {
             && self.mode.writable
             && limit.is_ok_and(|limit| limit.trim() != "0")
     }
+}
+
+/// Opens what `file` is once more, whatever its path leads to by now.
+pub(super) fn reopen(file: &File, options: &OpenOptions) -> io::Result<File> {
+    options.open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 fn open_error(path: &Path, mode: OpenMode, source: io::Error) -> DiskError {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use devices::GuestRam;
@@ -48,7 +49,7 @@ pub(super) trait SyncImage: Send + Sync {
 
 /// A raw image file or block device.
 pub(super) struct RawImage {
-    file: File,
+    file: Arc<File>,
     kind: FileKind,
     alignment: Option<DirectAlignment>,
     in_memory: bool,

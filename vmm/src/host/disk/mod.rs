@@ -18,6 +18,8 @@
 mod error;
 mod file;
 mod guarded;
+#[cfg(test)]
+mod host_tests;
 mod image;
 mod lock;
 mod open;

@@ -34,7 +34,7 @@ impl RawBackend {
         aio: DiskAio,
     ) -> Result<Self, DiskError> {
         if aio == DiskAio::IoUring {
-            ring::probe(image.file()).map_err(DiskError::NoIoUring)?;
+            ring::probe().map_err(DiskError::NoIoUring)?;
         }
         let image = Arc::new(image);
         Ok(Self {

@@ -64,6 +64,17 @@ pub(super) fn make_blocking(file: &File) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & libc::O_DIRECT) }).map(drop)
 }
 
+/// Lets `file`'s descriptor refer to what `other`'s does (dup3(2)). Nothing may be using it.
+pub(super) fn replace(file: &File, other: File) -> io::Result<()> {
+    let (from, to) = (other.as_raw_fd(), file.as_raw_fd());
+    uninterrupted(|| {
+        // SAFETY: both descriptors are open, and `file` keeps owning the second: only what is
+        // behind it changes.
+        check(unsafe { libc::dup3(from, to, libc::O_CLOEXEC) })
+    })
+    .map(drop)
+}
+
 /// Sleeps until one of the descriptors is readable; false when a signal came first.
 pub(super) fn wait_readable(descriptors: &[RawFd]) -> bool {
     let mut polled: Vec<_> = descriptors

@@ -115,14 +115,17 @@ pub(super) struct Client {
     pub(super) memory: Arc<GuestRam>,
     pub(super) io: Box<dyn BlockIo>,
     pub(super) in_flight: usize,
+    can_zero: bool,
     next_token: u16,
 }
 
 impl Client {
     pub(super) fn new(disk: &Disk, depth: u16) -> Self {
         let memory = devices::testing::ram(RAM_BYTES);
-        let io = disk.backend().open_queue(Arc::clone(&memory), depth);
+        let backend = disk.backend();
+        let io = backend.open_queue(Arc::clone(&memory), depth);
         Self {
+            can_zero: backend.info().discard && backend.info().write_zeroes,
             memory,
             io: io.unwrap(),
             in_flight: 0,
@@ -258,7 +261,7 @@ impl Model {
         let mut begun = 0;
         while begun < steps || client.in_flight > 0 {
             for slot in 0..depth {
-                let step = self.step(&mut numbers);
+                let step = self.step(&mut numbers, client.can_zero);
                 let (op, offset, len) = step;
                 let clash = |other: &Running| {
                     let (_, start, bytes) = other.step;
@@ -295,16 +298,16 @@ impl Model {
         }
     }
 
-    fn step(&self, numbers: &mut Numbers) -> Step {
+    fn step(&self, numbers: &mut Numbers, can_zero: bool) -> Step {
         let sectors = self.open.len() as u64;
         let first = numbers.below(sectors);
         let longest = (sectors - first).min(200);
         let count = 1 + numbers.below(longest);
         let op = match numbers.below(20) {
             0 => return (BlockOp::Flush, 0, 0),
-            1 => BlockOp::Discard,
-            2 => BlockOp::WriteZeroes { unmap: true },
-            3 => BlockOp::WriteZeroes { unmap: false },
+            1 if can_zero => BlockOp::Discard,
+            2 if can_zero => BlockOp::WriteZeroes { unmap: true },
+            3 if can_zero => BlockOp::WriteZeroes { unmap: false },
             4..=11 => BlockOp::Write,
             _ => BlockOp::Read,
         };

@@ -2,14 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::bytes;
 use super::holder::{self, Holder};
+use crate::host::disk::file::{OpenMode, reopen};
 use crate::host::disk::syscalls::{self, ByteLock};
 
 /// What an image is locked for.
@@ -66,31 +67,53 @@ fn by(holder: Option<&Holder>) -> String {
     }
 }
 
+/// The descriptor through which a block device is used.
+#[derive(Debug)]
+pub(in crate::host::disk) struct Device {
+    pub(in crate::host::disk) file: Arc<File>,
+    pub(in crate::host::disk) mode: OpenMode,
+}
+
+impl Device {
+    /// Makes the descriptor an exclusive one (open(2), `O_EXCL`), or an ordinary one again. It
+    /// must be the one that is used: only then may the kernel forget cached blocks that are
+    /// discarded.
+    fn set_exclusive(&self, exclusive: bool) -> io::Result<()> {
+        let exclusive = if exclusive { libc::O_EXCL } else { 0 };
+        let direct = if self.mode.direct { libc::O_DIRECT } else { 0 };
+        let mut options = OpenOptions::new();
+        options.read(true).write(self.mode.writable);
+        options.custom_flags(exclusive | direct);
+        syscalls::replace(&self.file, reopen(&self.file, &options)?)
+    }
+}
+
 /// An image's lock, not held at first.
 #[derive(Debug)]
 pub(in crate::host::disk) struct ImageLock {
     path: PathBuf,
     /// A description of its own, which the locks belong to.
     file: File,
-    is_device: bool,
+    /// If the image is a block device.
+    device: Option<Device>,
     held: Mutex<Held>,
 }
 
 #[derive(Debug, Default)]
 struct Held {
     mode: Option<LockMode>,
-    /// An exclusive open of the block device.
-    exclusive: Option<File>,
+    /// The device's descriptor is exclusive.
+    exclusive: bool,
 }
 
 impl ImageLock {
     /// The lock of the image that `file` is an open description of, and that nothing else may
     /// use.
-    pub(in crate::host::disk) fn new(path: &Path, file: File, is_device: bool) -> Self {
+    pub(in crate::host::disk) fn new(path: &Path, file: File, device: Option<Device>) -> Self {
         Self {
             path: path.to_owned(),
             file,
-            is_device,
+            device,
             held: Mutex::default(),
         }
     }
@@ -122,7 +145,7 @@ impl ImageLock {
         held.mode = Some(mode);
         self.keep_only(Some(mode));
         if mode == LockMode::Reader {
-            held.exclusive = None;
+            self.share_device(&mut held);
         }
         Ok(())
     }
@@ -130,8 +153,9 @@ impl ImageLock {
     /// Gives the lock up.
     pub(super) fn release(&self) {
         let mut held = self.held.lock();
+        self.share_device(&mut held);
         self.keep_only(None);
-        *held = Held::default();
+        held.mode = None;
     }
 
     fn try_acquire(&self, mode: LockMode, held: &mut Held) -> Result<(), LockError> {
@@ -161,24 +185,31 @@ impl ImageLock {
                 });
             }
         }
-        if self.is_device && mode == LockMode::Writer && held.exclusive.is_none() {
-            held.exclusive = Some(self.open_exclusively()?);
+        if let (Some(device), LockMode::Writer, false) = (&self.device, mode, held.exclusive) {
+            device.set_exclusive(true).map_err(|source| {
+                let path = self.path.clone();
+                match source.raw_os_error() {
+                    Some(libc::EBUSY) => LockError::HostUses { path },
+                    _ => LockError::Unsupported { path, source },
+                }
+            })?;
+            held.exclusive = true;
         }
         Ok(())
     }
 
-    /// Claims a block device against the host's own use (open(2), `O_EXCL`).
-    fn open_exclusively(&self) -> Result<File, LockError> {
-        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let mut options = OpenOptions::new();
-        options.read(true).custom_flags(libc::O_EXCL);
-        options.open(path).map_err(|source| {
-            let path = self.path.clone();
-            match source.raw_os_error() {
-                Some(libc::EBUSY) => LockError::HostUses { path },
-                _ => LockError::Unsupported { path, source },
+    /// Lets the host and others use the block device, too.
+    fn share_device(&self, held: &mut Held) {
+        let Some(device) = self.device.as_ref().filter(|_| held.exclusive) else {
+            return;
+        };
+        match device.set_exclusive(false) {
+            Ok(()) => held.exclusive = false,
+            Err(error) => {
+                let path = self.path.display();
+                log::error!(path:%, error:%; "block device could not be given up");
             }
-        })
+        }
     }
 
     /// Unlocks every byte that `mode` does not need.

@@ -16,4 +16,4 @@ pub use holder::Holder;
 pub use image::{LockError, LockMode};
 
 pub(super) use claim::ClaimUse;
-pub(super) use image::ImageLock;
+pub(super) use image::{Device, ImageLock};

@@ -142,7 +142,10 @@ impl Chain {
             Some("qcow2") => true,
             Some("raw") => false,
             Some(other) => return Err(refused(format!("its format is {other:?}")).into()),
-            None => return Err(refused(unrecorded_format(path, name)).into()),
+            None => {
+                let is_v3 = layer.header.is_some_and(|header| header.is_v3);
+                return Err(refused(unrecorded_format(path, name, is_v3)).into());
+            }
         };
         let target = resolve(path, name, allowed).map_err(refused)?;
         let mode = OpenMode {
@@ -242,10 +245,15 @@ fn resolve(path: &Path, name: &str, allowed: &[PathBuf]) -> Result<PathBuf, Stri
     ))
 }
 
-fn unrecorded_format(path: &Path, name: &str) -> String {
+fn unrecorded_format(path: &Path, name: &str, is_v3: bool) -> String {
+    let path = path.display();
+    // Version 2 has no place for it that everybody reads.
+    let upgrade = match is_v3 {
+        true => String::new(),
+        false => format!("qemu-img amend -f qcow2 -o compat=1.1 {path} && "),
+    };
     format!(
         "its format is not recorded and is not guessed, record it with: \
-         qemu-img rebase -u -b {name} -F raw|qcow2 {}",
-        path.display()
+         {upgrade}qemu-img rebase -u -b {name} -F raw|qcow2 {path}"
     )
 }

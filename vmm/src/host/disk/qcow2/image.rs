@@ -16,8 +16,9 @@ use crate::host::disk::syscalls::{self, Fallocate};
 /// A qcow2 image. Its metadata is loaded while it is open, see [`Qcow2Image::open`].
 pub(super) struct Qcow2Image {
     chain: Chain,
-    /// Requests share the image; what takes clusters away has it to itself, because others may
-    /// be about to access these clusters.
+    /// Reads, writes and flushes share the image. What takes clusters away has it to itself,
+    /// because others may be about to access these clusters; and so has what zeroes a part of
+    /// one, because the library zeroes the whole when it has found the rest to be zero.
     access: RwLock<Option<Access>>,
     /// Flushes one at a time: they write the same tables.
     flushing: Mutex<()>,
@@ -111,8 +112,8 @@ impl Qcow2Image {
         Ok(ranges)
     }
 
-    /// Gives storage back to the host, which the library does not. Until the tables are flushed,
-    /// those in the file still refer to it: then zeroes are there, which is what may be there.
+    /// Gives storage of clusters that are about to be discarded back to the host, which the
+    /// library does not. Should the discard fail or the tables be lost, they refer to zeroes.
     fn give_back(&self, ranges: &[(u64, u64)]) {
         for (offset, len) in ranges {
             // An offer; the host may be unable to take it.
@@ -152,7 +153,7 @@ impl SyncImage for Qcow2Image {
             }
             BlockOp::Flush => self.flush(self.access.read().as_ref().ok_or_else(closed)?),
             BlockOp::WriteZeroes { unmap: false } => {
-                let access = self.access.read();
+                let access = self.access.write();
                 access
                     .as_ref()
                     .ok_or_else(closed)?
@@ -161,13 +162,12 @@ impl SyncImage for Qcow2Image {
             BlockOp::Discard | BlockOp::WriteZeroes { unmap: true } => {
                 let mut access = self.access.write();
                 let access = access.as_mut().ok_or_else(closed)?;
-                let unused = self.data_of(access, offset, len)?;
+                // First: what the library frees it may use again at once.
+                self.give_back(&self.data_of(access, offset, len)?);
                 match op {
-                    BlockOp::Discard => access.discard_to_any(offset, len)?,
-                    _ => access.discard_to_zero(offset, len)?,
+                    BlockOp::Discard => access.discard_to_any(offset, len),
+                    _ => access.discard_to_zero(offset, len),
                 }
-                self.give_back(&unused);
-                Ok(())
             }
         }
     }

@@ -22,3 +22,6 @@ pub use error::Qcow2Error;
 
 pub(super) use backend::Qcow2Backend;
 pub(super) use chain::Chain;
+
+#[cfg(test)]
+mod tests;

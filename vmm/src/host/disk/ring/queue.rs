@@ -18,9 +18,6 @@ use crate::host::disk::pieces::mark_written;
 use crate::host::disk::pool::{Pool, PoolQueue};
 use crate::host::disk::syscalls::{self, Fallocate};
 
-/// The image, the only registered file.
-const IMAGE: types::Fixed = types::Fixed(0);
-
 /// Most requests that the kernel works on at once.
 const MAX_SLOTS: u16 = 1024;
 
@@ -71,7 +68,7 @@ impl RingQueue {
     ) -> io::Result<Self> {
         let depth = depth.clamp(1, MAX_SLOTS);
         Ok(Self {
-            ring: setup::create(u32::from(depth).next_power_of_two(), image.file())?,
+            ring: setup::create(u32::from(depth).next_power_of_two())?,
             slots: Slots::new(depth),
             waiting: VecDeque::new(),
             finished: Vec::new(),
@@ -171,8 +168,9 @@ impl RingQueue {
             Ok(None) => return self.pass_on(index),
             Err(error) => return self.fail(index, error),
         };
-        // SAFETY: the entry's buffers lie in `memory`, and its vector in the slot; both stay
-        // until the completion is here: slots are freed by it only, and dropping the queue waits.
+        // SAFETY: the entry's buffers lie in `memory`, its vector in the slot, and its descriptor
+        // is the image's; all stay until the completion is here: slots are freed by it only, and
+        // dropping the queue waits.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         if pushed.is_err() {
             // The ring has an entry for each slot.
@@ -275,16 +273,17 @@ fn entry(
     let BlockRequest {
         op, offset, len, ..
     } = slot.request;
+    let file = types::Fd(image.file().as_raw_fd());
     let write = match op {
         BlockOp::Read => false,
         BlockOp::Write => true,
         BlockOp::Flush => {
             let flags = types::FsyncFlags::DATASYNC;
-            return Ok(Some(opcode::Fsync::new(IMAGE).flags(flags).build()));
+            return Ok(Some(opcode::Fsync::new(file).flags(flags).build()));
         }
         BlockOp::Discard | BlockOp::WriteZeroes { .. } => {
             let how = image.fallocate_for(op, offset, len);
-            let entry = |how: Fallocate| opcode::Fallocate::new(IMAGE, len).mode(how.mode());
+            let entry = |how: Fallocate| opcode::Fallocate::new(file, len).mode(how.mode());
             return Ok(how.map(|how| entry(how).offset(offset).build()));
         }
     };
@@ -297,14 +296,14 @@ fn entry(
     {
         let buffer = piece.host as *mut u8;
         return Ok(Some(match write {
-            true => opcode::Write::new(IMAGE, buffer, len).offset(at).build(),
-            false => opcode::Read::new(IMAGE, buffer, len).offset(at).build(),
+            true => opcode::Write::new(file, buffer, len).offset(at).build(),
+            false => opcode::Read::new(file, buffer, len).offset(at).build(),
         }));
     }
     let (vector, count) = (pieces.as_iovecs(), pieces.count().unsigned_abs());
     Ok(Some(match write {
-        true => opcode::Writev::new(IMAGE, vector, count).offset(at).build(),
-        false => opcode::Readv::new(IMAGE, vector, count).offset(at).build(),
+        true => opcode::Writev::new(file, vector, count).offset(at).build(),
+        false => opcode::Readv::new(file, vector, count).offset(at).build(),
     }))
 }
 
@@ -358,7 +357,5 @@ impl Drop for RingQueue {
             self.wait();
             self.completions(&mut done);
         }
-        // The ring goes in the background; the image must not stay open until then.
-        let _ = self.ring.submitter().unregister_files();
     }
 }

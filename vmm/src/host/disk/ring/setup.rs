@@ -1,8 +1,6 @@
 //! Making a ring.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 
 use io_uring::{IoUring, Probe, opcode};
 
@@ -16,8 +14,11 @@ const OPERATIONS: [u8; 6] = [
     opcode::Fallocate::CODE,
 ];
 
-/// A ring for `entries` requests in flight, with `file` as its fixed file number 0.
-pub(super) fn create(entries: u32, file: &File) -> io::Result<IoUring> {
+/// A ring for `entries` requests in flight.
+///
+/// The image is not registered with it: that saves 2 % of a cached read, and keeps a block device
+/// in use for 10 ms after it was given up.
+pub(super) fn create(entries: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     // No interrupts to a thread that is about to ask anyway (Linux 5.19); and one bad entry does
     // not hold back those behind it (5.18).
@@ -29,7 +30,6 @@ pub(super) fn create(entries: u32, file: &File) -> io::Result<IoUring> {
         let why = "this kernel's io_uring lacks file operations";
         return Err(io::Error::new(io::ErrorKind::Unsupported, why));
     }
-    ring.submitter().register_files(&[file.as_raw_fd()])?;
     Ok(ring)
 }
 
@@ -37,6 +37,6 @@ pub(super) fn create(entries: u32, file: &File) -> io::Result<IoUring> {
 ///
 /// # Errors
 /// Why not.
-pub(in crate::host::disk) fn probe(file: &File) -> io::Result<()> {
-    create(1, file).map(drop)
+pub(in crate::host::disk) fn probe() -> io::Result<()> {
+    create(1).map(drop)
 }
