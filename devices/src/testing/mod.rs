@@ -1,7 +1,9 @@
 //! Fakes for tests of this crate and of those above it.
 
+mod disk;
 mod driver;
 
+pub use disk::{MemoryDisk, SeenOp};
 pub use driver::{Buffer, DriverQueue, ram};
 
 use std::collections::BTreeMap;

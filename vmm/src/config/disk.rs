@@ -50,6 +50,10 @@ pub struct DiskConfig {
     /// Image format.
     #[serde(default)]
     pub format: DiskFormat,
+    /// Directory that backing files of a qcow2 image may lie in, besides the image's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub backing_dir: Option<PathBuf>,
     /// The guest cannot write.
     #[serde(default)]
     pub readonly: bool,

@@ -280,6 +280,11 @@ impl DiskConfig {
             (None, Some(_)) => self.validate_vhost_user(at)?,
             (Some(_), None) => {}
         }
+        if let (DiskFormat::Raw, Some(directory)) = (self.format, &self.backing_dir) {
+            let why = "only qcow2 images have backing files";
+            let field = format!("{at}.backing-dir");
+            return Err(ConfigError::invalid(field, directory.display(), why));
+        }
         if self.format == DiskFormat::Qcow2 && self.direct {
             let why = "direct I/O is for raw images and block devices";
             return Err(ConfigError::invalid(format!("{at}.direct"), true, why));

@@ -1,9 +1,9 @@
 //! The host's side: opens what the configuration names and hands it to devices as their ports.
 
 pub mod chardev;
+pub mod disk;
+pub mod entropy;
 pub mod net;
 pub mod pin;
 pub mod tap;
-pub mod entropy;
-pub mod pin;
 pub mod vsock;

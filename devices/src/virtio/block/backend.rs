@@ -1,9 +1,8 @@
 //! The port behind a block device.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
-
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestRam;
 use crate::virtio::queue::Segments;
@@ -16,8 +15,11 @@ pub const SECTOR_BYTES: u64 = 512;
 pub struct BlockInfo {
     /// Capacity, a multiple of 512.
     pub capacity_bytes: u64,
-    /// Smallest unit that is written without a read, a power of two of at least 512.
+    /// The block size that the guest sees, a power of two of at least 512. Part of the disk's
+    /// identity: partition tables count in it.
     pub block_bytes: u32,
+    /// Smallest unit that is written without a read, a power of two of at least `block_bytes`.
+    pub physical_block_bytes: u32,
     /// Writes are refused.
     pub read_only: bool,
     /// Discard frees storage.
@@ -61,7 +63,7 @@ impl BlockOp {
 /// One operation on storage, checked against capacity and RAM before it is submitted.
 #[derive(Debug)]
 pub struct BlockRequest {
-    /// Given back with the completion; unique among requests in flight.
+    /// Given back with the completion. The ranges of one discard share it.
     pub token: u16,
     /// What to do.
     pub op: BlockOp,
@@ -87,26 +89,33 @@ pub trait BlockBackend: Send + Sync {
     /// Its size and abilities.
     fn info(&self) -> &BlockInfo;
 
-    /// A channel for up to `depth` requests in flight, used by one thread. Channels of one
-    /// backend work side by side.
+    /// A channel for about `depth` requests in flight (more wait inside), used by one thread at
+    /// a time. Channels of one backend work side by side.
     ///
     /// # Errors
-    /// The host has no ring, thread or descriptor left.
+    /// The host has no ring, thread or descriptor left, or the image is not locked for this
+    /// process.
     fn open_queue(&self, memory: Arc<GuestRam>, depth: u16) -> io::Result<Box<dyn BlockIo>>;
 }
 
-/// A channel into a backend.
+/// A channel into a backend. Dropping it waits for what is in flight: no guest memory is
+/// accessed afterwards.
 pub trait BlockIo: Send {
-    /// Accepts a request. It may begin at once or with the next [`BlockIo::flush_submissions`].
+    /// Accepts a request. It may begin with the next [`BlockIo::flush_submissions`] only, and it
+    /// may be finished on return; [`BlockIo::completions`] tells.
     fn submit(&mut self, request: BlockRequest);
 
     /// Begins everything submitted.
     fn flush_submissions(&mut self);
 
-    /// Readable when completions may wait. Reset it before calling [`BlockIo::completions`].
-    fn event(&self) -> &EventFd;
+    /// Descriptors to watch, the same ones for the channel's life. One of them is readable while
+    /// requests wait that have finished since the last [`BlockIo::completions`]. Those that
+    /// finished within `submit` or `flush_submissions` may make none readable: look once after
+    /// each batch.
+    fn events(&self) -> Vec<RawFd>;
 
-    /// Appends finished requests to `done` without waiting.
+    /// Appends finished requests to `done` without waiting. Costs next to nothing when there are
+    /// none.
     fn completions(&mut self, done: &mut Vec<Completion>);
 
     /// Waits until at least one more request has finished. Called only with requests in flight.

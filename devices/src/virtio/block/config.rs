@@ -53,6 +53,7 @@ impl ConfigSpace {
             // Header and status take two descriptors.
             seg_max: u32::from(queue_size.saturating_sub(2).max(1)).into(),
             blk_size: info.block_bytes.into(),
+            physical_block_exp: physical_block_exp(info),
             min_io_size: 1.into(),
             writeback: u8::from(writeback),
             num_queues: queues.into(),
@@ -73,6 +74,12 @@ impl ConfigSpace {
             *byte = *value;
         }
     }
+}
+
+/// Logical blocks per physical block, as a power of two.
+fn physical_block_exp(info: &BlockInfo) -> u8 {
+    let blocks = info.physical_block_bytes / info.block_bytes.max(1);
+    u8::try_from(blocks.max(1).ilog2()).unwrap_or(0)
 }
 
 pub(super) fn features(info: &BlockInfo, queues: u16) -> u64 {

@@ -10,12 +10,14 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use super::backend::{BlockBackend, SECTOR_BYTES};
 use super::config::{self, ConfigSpace, WRITEBACK_OFFSET};
 use super::request;
+use super::shared::Shared;
 use super::state::BlockStateV1;
-use super::worker::{BlockWorker, Shared};
+use super::worker::BlockWorker;
 use crate::counters::{Counter, Counters};
 use crate::device::Migratability;
 use crate::events::Reporter;
 use crate::rate::{RateLimiter, RateLimits};
+use crate::rate_log::RateLimit;
 use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
@@ -136,6 +138,7 @@ impl Block {
             counters: Arc::default(),
             reporter,
             writeback: AtomicBool::new(true),
+            io_errors: RateLimit::new(),
         };
         Self {
             identity: DeviceIdentity {
@@ -229,6 +232,7 @@ impl VirtioDevice for Block {
         let info = &self.shared.info;
         let wire = BlockStateV1 {
             capacity_sectors: info.capacity_bytes / SECTOR_BYTES,
+            block_bytes: info.block_bytes,
             read_only: info.read_only,
             writeback: self.writeback,
         };
@@ -248,6 +252,11 @@ impl VirtioDevice for Block {
                 why,
             ));
         }
+        if wire.block_bytes != info.block_bytes {
+            let why = format!("this image has blocks of {}", info.block_bytes);
+            let found = wire.block_bytes;
+            return Err(RestoreError::field(KIND, "block_bytes", found, why));
+        }
         if wire.read_only != info.read_only {
             let why = format!("this image has read_only = {}", info.read_only);
             return Err(RestoreError::field(KIND, "read_only", wire.read_only, why));
@@ -256,3 +265,6 @@ impl VirtioDevice for Block {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

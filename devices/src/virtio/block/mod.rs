@@ -7,8 +7,12 @@ mod backend;
 mod config;
 mod device;
 mod request;
+mod shared;
 mod state;
 mod worker;
+
+#[cfg(test)]
+mod test_driver;
 
 pub use backend::{
     BlockBackend, BlockInfo, BlockIo, BlockOp, BlockRequest, Completion, SECTOR_BYTES,

@@ -147,7 +147,8 @@ fn parse_ranges(
             (true, 0 | RANGE_UNMAP) => BlockOp::WriteZeroes {
                 unmap: flags == RANGE_UNMAP,
             },
-            _ => return Err(Refusal::Unsupported(VIRTIO_BLK_T_DISCARD)),
+            (false, _) => return Err(Refusal::Unsupported(VIRTIO_BLK_T_DISCARD)),
+            (true, _) => return Err(Refusal::Unsupported(VIRTIO_BLK_T_WRITE_ZEROES)),
         };
         if sectors > MAX_RANGE_SECTORS {
             return Err(Refusal::BadRange);

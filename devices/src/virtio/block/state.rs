@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 pub struct BlockStateV1 {
     /// Capacity in 512-byte sectors; the restoring side's image must have the same.
     pub capacity_sectors: u64,
+    /// Block size that the guest has seen; the restoring side's image must have the same.
+    pub block_bytes: u32,
     /// Whether the image is read-only.
     pub read_only: bool,
     /// Cache mode that the driver has chosen.

@@ -2,22 +2,16 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use event_manager::EventOps;
-use parking_lot::Mutex;
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-};
+use event_manager::{EventOps, EventSet, Events};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::backend::{BlockInfo, BlockIo, BlockOp, BlockRequest, Completion};
-use super::device::BlockCounters;
+use super::backend::{BlockIo, BlockOp, BlockRequest, Completion};
 use super::request::{self, Extent, Parsed, Refusal};
-use crate::events::{DeviceEvent, Reporter};
-use crate::rate::RateLimiter;
-use crate::rate_log::RateLimit;
+use super::shared::Shared;
 use crate::virtio::buffers;
 use crate::virtio::queue::{Chain, QueueError, Segments, Virtqueue};
 use crate::virtio::worker::{Handler, watch};
@@ -27,33 +21,9 @@ const DOORBELL: u32 = 0;
 const COMPLETION: u32 = 1;
 const RATE_TIMER: u32 = 2;
 
-/// What all queues of a device share.
-pub(super) struct Shared {
-    pub(super) serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    pub(super) info: BlockInfo,
-    pub(super) limiter: Option<Mutex<RateLimiter>>,
-    pub(super) counters: Arc<BlockCounters>,
-    pub(super) reporter: Reporter,
-    pub(super) writeback: AtomicBool,
-}
-
-impl Shared {
-    fn report(&self, extent: &Extent, error: &io::Error) {
-        static EVENTS: RateLimit = RateLimit::new();
-        self.counters.errors.add(1);
-        if EVENTS.admit(Instant::now()).is_none() {
-            return;
-        }
-        let operation = extent.op.name();
-        let device = self.reporter.device();
-        log::error!(device:%, operation, offset = extent.offset, bytes = extent.len, error:%; "host I/O error, passed on to the guest");
-        self.reporter.report(DeviceEvent::IoError {
-            operation,
-            offset: extent.offset,
-            error: error.to_string(),
-        });
-    }
-}
+/// Requests begun before the backend starts on them: enough to share a system call, few enough
+/// that the first does not wait long.
+const BATCH: u16 = 32;
 
 /// A request that the backend works on.
 struct Pending {
@@ -81,6 +51,8 @@ pub(super) struct BlockWorker {
     throttled: bool,
     /// The driver broke the rules; nothing more is taken from the queue.
     broken: bool,
+    /// The queue was left with requests in it, for other events to have their turn.
+    more: bool,
     done: Vec<Completion>,
 }
 
@@ -100,6 +72,7 @@ impl BlockWorker {
             timer: TimerFd::new()?,
             throttled: false,
             broken: false,
+            more: false,
             done: Vec::new(),
         })
     }
@@ -108,38 +81,56 @@ impl BlockWorker {
         self.queue
     }
 
-    /// Takes requests until there are none, the rate limit is reached or the driver errs.
+    /// Takes requests until there are none, the rate limit is reached or the driver errs; at
+    /// most a queueful, so that a busy driver cannot keep the thread from its other events.
     fn serve(&mut self) {
-        if self.throttled || self.broken {
-            return;
-        }
-        if let Err(error) = self.take_requests() {
-            self.broken = true;
-            self.queue.interrupt().device_error(&error);
-        }
-        self.io.flush_submissions();
-        // Reads from the page cache complete while they are submitted.
-        self.reap();
-    }
-
-    fn take_requests(&mut self) -> Result<(), QueueError> {
-        let mut answered = false;
-        loop {
-            self.queue.disable_doorbell()?;
-            while !self.must_wait() {
-                let Some(chain) = self.queue.pop()? else {
-                    break;
-                };
-                answered |= self.begin(chain)?;
-            }
-            if self.throttled || !self.queue.enable_doorbell()? {
+        self.more = false;
+        let mut left = self.queue.size();
+        while !self.throttled && !self.broken {
+            if left == 0 {
+                self.more = true;
                 break;
             }
+            let batch = left.min(BATCH);
+            left -= batch;
+            let taken = self.take_batch(batch);
+            self.io.flush_submissions();
+            // What the page cache can serve has finished already.
+            self.reap();
+            match taken {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => self.fail(&error),
+            }
         }
+    }
+
+    /// Begins up to `limit` requests. False when the queue is empty and its doorbell on.
+    fn take_batch(&mut self, limit: u16) -> Result<bool, QueueError> {
+        let mut answered = false;
+        let mut taken = 0;
+        self.queue.disable_doorbell()?;
+        let more = loop {
+            if taken == limit || self.must_wait() {
+                break true;
+            }
+            match self.queue.pop()? {
+                Some(chain) => answered |= self.begin(chain)?,
+                // Something may have come between the look and the doorbell.
+                None if self.queue.enable_doorbell()? => self.queue.disable_doorbell()?,
+                None => break false,
+            }
+            taken += 1;
+        };
         if answered {
             self.queue.signal()?;
         }
-        Ok(())
+        Ok(more)
+    }
+
+    fn fail(&mut self, error: &QueueError) {
+        self.broken = true;
+        self.queue.interrupt().device_error(error);
     }
 
     /// Asks the rate limit; when it says no, sets the timer.
@@ -175,8 +166,7 @@ impl BlockWorker {
         if slot.is_none_or(Option::is_some) {
             return Err(malformed("is in flight already"));
         }
-        let memory = Arc::clone(self.queue.memory());
-        match request::parse(&memory, &chain, &self.shared.info) {
+        match request::parse(self.queue.memory(), &chain, &self.shared.info) {
             Ok(Parsed::Transfer { extent, segments }) => {
                 self.start(chain, &[extent], segments);
                 Ok(false)
@@ -193,7 +183,8 @@ impl BlockWorker {
                     .get(..room.min(20) as usize)
                     .unwrap_or_default();
                 // `pop` has checked that the buffers are RAM.
-                let written = buffers::write(&memory, chain.writable(), 0, id).unwrap_or(0);
+                let memory = self.queue.memory();
+                let written = buffers::write(memory, chain.writable(), 0, id).unwrap_or(0);
                 self.answer(&chain, VIRTIO_BLK_S_OK, written as u64)?;
                 Ok(true)
             }
@@ -267,8 +258,7 @@ impl BlockWorker {
             Ok(())
         };
         if let Err(error) = signalled {
-            self.broken = true;
-            self.queue.interrupt().device_error(&error);
+            self.fail(&error);
         }
     }
 
@@ -306,38 +296,19 @@ impl BlockWorker {
         else {
             return false;
         };
-        self.count(&pending);
-        let read = pending.extent.op == BlockOp::Read && !pending.failed;
-        let written = if read { pending.bytes } else { 0 };
-        let status = if pending.failed {
-            VIRTIO_BLK_S_IOERR
-        } else {
-            VIRTIO_BLK_S_OK
+        let op = pending.extent.op;
+        let (status, written) = match (pending.failed, op) {
+            (true, _) => (VIRTIO_BLK_S_IOERR, 0),
+            (false, BlockOp::Read) => (VIRTIO_BLK_S_OK, pending.bytes),
+            (false, _) => (VIRTIO_BLK_S_OK, 0),
         };
+        if !pending.failed {
+            self.shared.count(op, pending.bytes);
+        }
         if let Err(error) = self.answer(&pending.chain, status, written) {
-            self.broken = true;
-            self.queue.interrupt().device_error(&error);
+            self.fail(&error);
         }
         true
-    }
-
-    fn count(&self, pending: &Pending) {
-        if pending.failed {
-            return;
-        }
-        let counters = &self.shared.counters;
-        match pending.extent.op {
-            BlockOp::Read => {
-                counters.reads.add(1);
-                counters.read_bytes.add(pending.bytes);
-            }
-            BlockOp::Write => {
-                counters.writes.add(1);
-                counters.written_bytes.add(pending.bytes);
-            }
-            BlockOp::Flush => counters.flushes.add(1),
-            BlockOp::Discard | BlockOp::WriteZeroes { .. } => counters.discards.add(1),
-        }
     }
 
     /// Writes the status byte and returns the chain with `data` bytes filled before it.
@@ -353,22 +324,23 @@ impl BlockWorker {
 
 impl Handler for BlockWorker {
     fn start(&mut self, events: &mut EventOps) {
-        watch(events, self.queue.doorbell(), DOORBELL);
-        watch(events, self.io.event(), COMPLETION);
+        // Edge-triggered: each ring wakes the thread once, without a read to reset the counter.
+        let doorbell = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let doorbell = Events::with_data(self.queue.doorbell(), DOORBELL, doorbell);
+        if let Err(error) = events.add(doorbell) {
+            log::error!(error:? = error; "disk doorbell could not be watched");
+        }
+        for event in self.io.events() {
+            watch(events, &event, COMPLETION);
+        }
         watch(events, &self.timer, RATE_TIMER);
         self.serve();
     }
 
     fn ready(&mut self, token: u32, _events: &mut EventOps) {
         match token {
-            DOORBELL => {
-                let _ = self.queue.doorbell().read();
-                self.serve();
-            }
-            COMPLETION => {
-                let _ = self.io.event().read();
-                self.reap();
-            }
+            DOORBELL => self.serve(),
+            COMPLETION => self.reap(),
             RATE_TIMER if self.timer.wait().is_ok() => {
                 self.throttled = false;
                 self.serve();
@@ -378,7 +350,14 @@ impl Handler for BlockWorker {
     }
 
     fn before_sleep(&mut self) -> bool {
-        false
+        // A completion may have interrupted the last sleep instead of making a descriptor ready.
+        if self.in_flight > 0 {
+            self.reap();
+        }
+        if self.more {
+            self.serve();
+        }
+        self.more
     }
 
     fn drain(&mut self) {
@@ -388,3 +367,6 @@ impl Handler for BlockWorker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
