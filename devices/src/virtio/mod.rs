@@ -15,6 +15,7 @@ mod interrupt;
 mod pci;
 mod queue;
 mod state;
+pub mod vhost_user;
 pub mod worker;
 
 pub use device::{
