@@ -2,3 +2,4 @@
 
 pub mod chardev;
 pub mod pin;
+pub mod vhost_user;
