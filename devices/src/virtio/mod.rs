@@ -21,6 +21,7 @@ pub mod rng;
 mod state;
 
 pub mod vsock;
+pub mod vhost_user;
 pub mod worker;
 
 pub use device::{

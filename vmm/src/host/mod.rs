@@ -7,3 +7,4 @@ pub mod net;
 pub mod pin;
 pub mod tap;
 pub mod vsock;
+pub mod vhost_user;

@@ -1,0 +1,62 @@
+//! Rings that another process works on: where it got to, and where it signals.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::interrupt::MsiRoute;
+use crate::virtio::queue::Virtqueue;
+
+const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Waits until everything taken from the ring before `next_avail` has come back. False when that
+/// does not happen in time.
+pub(super) fn drain(queue: &Virtqueue, next_avail: u16, deadline: Instant) -> bool {
+    loop {
+        let in_flight = queue
+            .used_index()
+            .map(|used_index| next_avail.wrapping_sub(used_index));
+        match in_flight {
+            Ok(0) => return true,
+            // Neither a ring that cannot be read nor one with impossible indices will ever agree.
+            Err(_) => return false,
+            Ok(count) if count > queue.size() || Instant::now() >= deadline => return false,
+            Ok(_) => thread::sleep(DRAIN_INTERVAL),
+        }
+    }
+}
+
+/// The first queue with requests that a previous peer has taken and not returned.
+pub(super) fn first_unfinished(queues: &[Virtqueue]) -> Option<u16> {
+    let unfinished = queues
+        .iter()
+        .find(|queue| queue.used_index().ok() != Some(queue.state().next_avail));
+    unfinished.map(Virtqueue::index)
+}
+
+/// Where a peer signals that buffers were used.
+pub(super) enum Call {
+    Route(Arc<dyn MsiRoute>),
+    /// The driver polls.
+    Unheard(EventFd),
+}
+
+impl Call {
+    pub(super) fn of(queue: &Virtqueue) -> io::Result<Self> {
+        let route = queue.interrupt().shared().queue_route(queue.index());
+        match route {
+            Some(route) => Ok(Self::Route(Arc::clone(route))),
+            None => EventFd::new(EFD_NONBLOCK).map(Self::Unheard),
+        }
+    }
+
+    pub(super) fn eventfd(&self) -> &EventFd {
+        match self {
+            Self::Route(route) => route.eventfd(),
+            Self::Unheard(event) => event,
+        }
+    }
+}

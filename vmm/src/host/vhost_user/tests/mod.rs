@@ -1,0 +1,10 @@
+//! The front-end against servers over real sockets: scripted ones that misbehave, and real ones.
+
+#![allow(clippy::cast_possible_truncation)]
+
+mod disk;
+mod fs;
+mod hostile;
+mod net;
+mod rig;
+mod script;
