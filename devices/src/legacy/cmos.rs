@@ -41,6 +41,8 @@ const STATUS_D_VALID: u8 = 1 << 7;
 const HOUR_PM: u8 = 1 << 7;
 
 const SECONDS_PER_DAY: u64 = 86_400;
+/// The last one that century and year can show.
+const MAX_YEAR: u16 = 9999;
 
 /// Wire structure of [`Cmos`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,6 +135,8 @@ impl Cmos {
             HOURS => calendar.hour = inner.decode_hour(value),
             DAY => calendar.day = number,
             MONTH => calendar.month = number,
+            // Two digits each; more of them, as a guest may write, are no year.
+            YEAR | CENTURY if number > 99 => return,
             YEAR => calendar.year = calendar.year / 100 * 100 + u16::from(number),
             CENTURY => calendar.year = u16::from(number) * 100 + calendar.year % 100,
             WEEKDAY | STATUS_C | STATUS_D => return,
@@ -223,7 +227,7 @@ impl Calendar {
         };
         let year = 400 * cycle + year_of_cycle + u64::from(month <= 2);
         Self {
-            year: u16::try_from(year).unwrap_or(u16::MAX),
+            year: u16::try_from(year).unwrap_or(MAX_YEAR).min(MAX_YEAR),
             month: (month & 0xf) as u8,
             day: (day & 0x1f) as u8,
             weekday: ((days + 4) % 7) as u8 + 1,

@@ -132,6 +132,13 @@ impl Serial {
         }
     }
 
+    /// There is room again: the host may offer what was refused.
+    fn ask_for_refused(&self, inner: &mut Inner) {
+        if std::mem::take(&mut inner.rx_refused) {
+            self.signal_host();
+        }
+    }
+
     fn signal_host(&self) {
         // The counter saturating means that the host thread has a signal it has not yet seen.
         let _ = self.event.write(1);
@@ -223,9 +230,7 @@ impl IoHandler for Serial {
             DATA if inner.divisor_access() => divisor_low,
             DATA => {
                 let byte = inner.rx.pop().unwrap_or(0);
-                if std::mem::take(&mut inner.rx_refused) {
-                    self.signal_host();
-                }
+                self.ask_for_refused(&mut inner);
                 self.update_line(&inner);
                 byte
             }
@@ -272,6 +277,7 @@ impl IoHandler for Serial {
                 inner.fcr = value & FCR_ENABLE;
                 if value & FCR_CLEAR_RX != 0 {
                     inner.rx.clear();
+                    self.ask_for_refused(&mut inner);
                 }
             }
             LCR => inner.lcr = value,
@@ -327,6 +333,7 @@ impl Device for Serial {
     /// Output that still waits is kept: it was sent before the reset.
     fn reset(&self) -> Result<(), DeviceError> {
         let mut inner = self.lock();
+        self.ask_for_refused(&mut inner);
         let tx = std::mem::replace(&mut inner.tx, ByteQueue::new(TX_CAPACITY));
         *inner = Inner { tx, ..Inner::new() };
         Ok(())

@@ -94,6 +94,9 @@ impl Msix {
     /// Guest read of the table, 4 or 8 bytes aligned; others read as ones.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
+        if !is_aligned(offset, data.len()) {
+            return;
+        }
         for (part, at) in data.chunks_exact_mut(4).zip((offset..).step_by(4)) {
             let value = entry_index(at).and_then(|vector| {
                 let entry = self.entries.get(vector)?;
@@ -113,6 +116,10 @@ impl Msix {
 
     /// Guest write to the table, 4 or 8 bytes aligned; others are ignored.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        // Aligned, a write touches one entry only.
+        if !is_aligned(offset, data.len()) {
+            return;
+        }
         let mut touched = None;
         for (part, at) in data.chunks_exact(4).zip((offset..).step_by(4)) {
             let Some(vector) = entry_index(at) else {
@@ -241,6 +248,11 @@ impl Msix {
             log::warn!(vector, error:% = error; "MSI-X vector could not be changed");
         }
     }
+}
+
+/// Table accesses are of 4 or 8 bytes, naturally aligned (section 6.8.2).
+fn is_aligned(offset: u64, len: usize) -> bool {
+    matches!(len, 4 | 8) && offset.is_multiple_of(len as u64)
 }
 
 fn entry_index(offset: u64) -> Option<usize> {

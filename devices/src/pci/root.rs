@@ -257,17 +257,21 @@ impl PciRoot {
         let mut mapped = self.mapped.lock();
         for (part, at) in data.chunks(4).zip((offset..).step_by(4)) {
             let changes = function.write_config(at, part);
-            self.apply(&mut mapped, bdf, &function, &changes);
+            if self.apply(&mut mapped, bdf, &function, &changes) {
+                self.map_refused(&mut mapped);
+            }
         }
     }
 
+    /// True when a BAR has left its place.
     fn apply(
         &self,
         mapped: &mut Mapped,
         bdf: Bdf,
         function: &Arc<dyn PciFunction>,
         changes: &[BarChange],
-    ) {
+    ) -> bool {
+        let mut left = false;
         for change in changes {
             match change {
                 BarChange::Map(location) => {
@@ -279,9 +283,24 @@ impl PciRoot {
                 BarChange::Unmap(location) => {
                     if mapped.remove(&(bdf, location.spec.index)).is_some() {
                         self.unmap(function, location);
+                        left = true;
                     }
                 }
             }
+        }
+        left
+    }
+
+    /// A BAR that was refused its place because another was there takes it once that one has
+    /// left: so a guest can exchange two BARs while both are decoded.
+    fn map_refused(&self, mapped: &mut Mapped) {
+        for (bdf, function) in self.all() {
+            let mut refused = function.decoded();
+            refused.retain(|change| match change {
+                BarChange::Map(location) => !mapped.contains_key(&(bdf, location.spec.index)),
+                BarChange::Unmap(_) => false,
+            });
+            self.apply(mapped, bdf, &function, &refused);
         }
     }
 

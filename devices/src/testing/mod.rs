@@ -8,7 +8,7 @@ pub use driver::{Buffer, DriverQueue, ram};
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
@@ -18,6 +18,18 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{GuestRequest, GuestRequests};
 use crate::interrupt::{InterruptError, IrqLine, MsiMessage, MsiRoute, MsiRouter};
 use crate::pci::DoorbellRegistry;
+use crate::virtio::worker::inline;
+
+/// From now on, workers that devices start on this thread get no threads of their own: they run
+/// when [`run_workers`] is called. For fuzzing, where equal inputs must take equal paths.
+pub fn workers_on_this_thread() {
+    inline::enable();
+}
+
+/// Lets each worker of this thread handle what is ready, once.
+pub fn run_workers() {
+    inline::run();
+}
 
 /// A router whose routes record what happens to them.
 #[derive(Default)]
@@ -48,7 +60,8 @@ impl MsiRouter for FakeRouter {
 /// A route that counts deliveries and remembers one interrupt while masked.
 pub struct FakeRoute {
     state: Mutex<FakeRouteState>,
-    event: EventFd,
+    /// Made when somebody asks for it: fuzzing builds routes by the thousand.
+    event: OnceLock<EventFd>,
 }
 
 #[derive(Default)]
@@ -62,7 +75,7 @@ impl FakeRoute {
     pub(crate) fn new() -> Self {
         Self {
             state: Mutex::default(),
-            event: EventFd::new(0).expect("the host has descriptors left"),
+            event: OnceLock::new(),
         }
     }
 
@@ -115,7 +128,8 @@ impl MsiRoute for FakeRoute {
     }
 
     fn eventfd(&self) -> &EventFd {
-        &self.event
+        self.event
+            .get_or_init(|| EventFd::new(0).expect("the host has descriptors left"))
     }
 }
 

@@ -4,7 +4,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::thread::JoinHandle;
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Token of the worker's own stop descriptor; handlers use others.
@@ -37,8 +39,15 @@ pub fn watch(events: &mut EventOps, source: &impl AsRawFd, token: u32) {
 
 /// A thread that owns a handler until it is stopped. Dropping a worker stops it, too.
 pub struct Worker<H: Handler> {
-    thread: Option<JoinHandle<H>>,
+    running: Option<Running<H>>,
     stop: EventFd,
+}
+
+enum Running<H: Handler> {
+    Thread(JoinHandle<H>),
+    /// On whichever thread calls [`crate::testing::run_workers`].
+    #[cfg(any(test, feature = "testing"))]
+    Inline(inline::Shared<H>),
 }
 
 impl<H: Handler> Worker<H> {
@@ -56,17 +65,25 @@ impl<H: Handler> Worker<H> {
             Ok(parts) => parts,
             Err(error) => return Err((error, handler)),
         };
+        #[cfg(any(test, feature = "testing"))]
+        if inline::is_wanted() {
+            let events = EventLoop::new(handler, stop_in_thread, manager);
+            let running = Some(Running::Inline(inline::share(events)));
+            return Ok(Self { running, stop });
+        }
         // The handler crosses in a slot, so that it is not lost when the thread cannot start.
         let slot = std::sync::Arc::new(parking_lot::Mutex::new(Some(handler)));
         let for_thread = std::sync::Arc::clone(&slot);
         let builder = std::thread::Builder::new().name(name.to_owned());
         let spawned = builder.spawn(move || {
             let handler = for_thread.lock().take().expect("only this thread takes it");
-            run(handler, stop_in_thread, manager)
+            let mut events = EventLoop::new(handler, stop_in_thread, manager);
+            while events.turn(true) {}
+            events.finish()
         });
         match spawned {
             Ok(thread) => Ok(Self {
-                thread: Some(thread),
+                running: Some(Running::Thread(thread)),
                 stop,
             }),
             Err(error) => Err((error, slot.lock().take().expect("no thread took it"))),
@@ -86,10 +103,14 @@ impl<H: Handler> Worker<H> {
     }
 
     fn join(&mut self) -> Option<std::thread::Result<H>> {
-        let thread = self.thread.take()?;
+        let running = self.running.take()?;
         // The counter cannot overflow: this is its only write.
         let _ = self.stop.write(1);
-        Some(thread.join())
+        match running {
+            Running::Thread(thread) => Some(thread.join()),
+            #[cfg(any(test, feature = "testing"))]
+            Running::Inline(events) => Some(Ok(inline::take(&events).finish())),
+        }
     }
 }
 
@@ -121,35 +142,56 @@ impl<H: Handler> MutEventSubscriber for Subscriber<H> {
     }
 }
 
-fn run<H: Handler>(handler: H, stop: EventFd, mut manager: EventManager<Subscriber<H>>) -> H {
-    const SLEEP: i32 = -1;
-    const DO_NOT_SLEEP: i32 = 0;
-    let id = manager.add_subscriber(Subscriber {
-        handler,
-        stop,
-        stopping: false,
-    });
-    loop {
-        let subscriber = manager
-            .subscriber_mut(id)
-            .expect("it is never removed in the loop");
+/// A handler and the descriptors that it waits for.
+struct EventLoop<H: Handler> {
+    manager: EventManager<Subscriber<H>>,
+    id: SubscriberId,
+}
+
+impl<H: Handler> EventLoop<H> {
+    fn new(handler: H, stop: EventFd, mut manager: EventManager<Subscriber<H>>) -> Self {
+        let id = manager.add_subscriber(Subscriber {
+            handler,
+            stop,
+            stopping: false,
+        });
+        Self { manager, id }
+    }
+
+    /// Handles what is ready; with `may_sleep`, waits for something. False once it shall end.
+    fn turn(&mut self, may_sleep: bool) -> bool {
+        const SLEEP: i32 = -1;
+        const DO_NOT_SLEEP: i32 = 0;
+        let subscriber = self
+            .manager
+            .subscriber_mut(self.id)
+            .expect("it is removed only by `finish`");
         if subscriber.stopping {
-            break;
+            return false;
         }
-        let timeout = if subscriber.handler.before_sleep() {
+        let busy = subscriber.handler.before_sleep();
+        let timeout = if busy || !may_sleep {
             DO_NOT_SLEEP
         } else {
             SLEEP
         };
-        if let Err(error) = manager.run_with_timeout(timeout) {
+        if let Err(error) = self.manager.run_with_timeout(timeout) {
             // Interrupted by a signal, or a descriptor that epoll no longer likes: look again.
             log::debug!(error:? = error; "device event loop");
         }
+        true
     }
-    let mut subscriber = manager.remove_subscriber(id).expect("it was added above");
-    subscriber.handler.drain();
-    subscriber.handler
+
+    fn finish(mut self) -> H {
+        let subscriber = self.manager.remove_subscriber(self.id);
+        let mut subscriber = subscriber.expect("it was added by `new`");
+        subscriber.handler.drain();
+        subscriber.handler
+    }
 }
+
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod inline;
 
 #[cfg(test)]
 mod tests {

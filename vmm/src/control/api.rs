@@ -72,6 +72,12 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 )]
 struct Document;
 
+/// The routes that [`serve`] answers, without a socket.
+#[cfg(feature = "testing")]
+pub fn bare_router(client: ControllerClient) -> Router {
+    router(client)
+}
+
 fn router(client: ControllerClient) -> Router {
     Router::new()
         .route("/v1/info", get(get_info))

@@ -14,6 +14,8 @@ mod errors;
 mod metrics;
 mod runtime_dir;
 
+#[cfg(feature = "testing")]
+pub use api::bare_router;
 pub use api::{openapi, serve};
 pub use client::{Client, ClientError};
 pub use errors::ErrorBody;

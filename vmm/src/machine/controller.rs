@@ -21,6 +21,11 @@ use super::runtime::{Machine, MachineError};
 use crate::config::VmConfig;
 use crate::kvm::VcpuEvent;
 
+#[cfg(feature = "testing")]
+mod fake;
+#[cfg(feature = "testing")]
+pub use fake::fake_controller;
+
 /// Commands that may wait.
 const QUEUE: usize = 64;
 

@@ -23,6 +23,8 @@ mod resources;
 mod runtime;
 
 pub use assembly::BuildError;
+#[cfg(feature = "testing")]
+pub use controller::fake_controller;
 pub use controller::{CommandError, ControllerClient, DeviceInfo, Sample, VmInfo};
 pub use events::{EventHub, EventKind, VmEvent};
 pub use handle::{LaunchError, LaunchOptions, VmHandle};

@@ -50,6 +50,27 @@ fn setting_the_clock_keeps_it_ticking_from_there() {
     );
 }
 
+/// Written often enough, a year of more than two digits would leave the range of the type.
+#[test]
+fn years_of_more_than_two_digits_leave_the_clock_alone() {
+    let cmos = cmos();
+    write(&cmos, STATUS_B, STATUS_B_24_HOUR | STATUS_B_BINARY);
+    for field in [YEAR, CENTURY] {
+        for number in [100, 255] {
+            write(&cmos, field, number);
+        }
+    }
+    assert_eq!([CENTURY, YEAR].map(|field| read(&cmos, field)), [20, 26]);
+    let mut wire: CmosStateV1 = cmos.save().unwrap().decode(KIND, 1..=1).unwrap();
+    wire.offset_seconds = i64::MAX;
+    cmos.restore(&DeviceState::encode(KIND, 1, &wire).unwrap())
+        .unwrap();
+    for number in [99, 255] {
+        write(&cmos, YEAR, number);
+    }
+    assert_eq!(read(&cmos, YEAR), 99);
+}
+
 #[test]
 fn impossible_dates_leave_the_clock_alone() {
     let cmos = cmos();

@@ -85,6 +85,20 @@ fn input_interrupts_until_read_and_refused_input_is_asked_for_again() {
 }
 
 #[test]
+fn refused_input_is_asked_for_when_the_guest_throws_input_away() {
+    let (serial, _line) = serial();
+    let long = [b'a'; RX_CAPACITY + 5];
+    assert_eq!(serial.receive(&long), RX_CAPACITY);
+    serial.write(IIR_FCR, &[FCR_ENABLE | FCR_CLEAR_RX]);
+    assert_eq!(serial.event().read().unwrap(), 1, "cleared");
+    assert_eq!(serial.receive(&long), RX_CAPACITY);
+    serial.reset().unwrap();
+    assert_eq!(serial.event().read().unwrap(), 1, "reset");
+    serial.reset().unwrap();
+    assert!(serial.event().read().is_err(), "nothing was refused");
+}
+
+#[test]
 fn loopback_returns_output_and_modem_lines() {
     let (serial, _line) = serial();
     serial.write(MCR, &[MCR_LOOP | 0x0a]);

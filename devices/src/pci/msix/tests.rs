@@ -61,6 +61,21 @@ fn table_reads_back_what_was_written() {
 }
 
 #[test]
+fn write_across_two_entries_changes_neither() {
+    let (mut msix, router) = msix(2);
+    program(&mut msix, 0, 0xfee0_0000, 0x30);
+    program(&mut msix, 1, 0xfee0_0000, 0x31);
+    msix.set_control(ENABLE);
+    let before = msix.save();
+    msix.write_table(12, &[1, 0, 0, 0, 0, 0x10, 0xe0, 0xfe]);
+    assert_eq!(msix.save(), before);
+    assert!(router.routes()[0].message().is_some());
+    let mut data = [0; 8];
+    msix.read_table(12, &mut data);
+    assert_eq!(data, [0xff; 8]);
+}
+
+#[test]
 fn accesses_outside_the_table_or_of_odd_width_do_nothing() {
     let (mut msix, router) = msix(1);
     msix.set_control(ENABLE);

@@ -180,6 +180,26 @@ fn bar_on_top_of_another_is_not_mapped_and_does_not_unmap_it() {
 }
 
 #[test]
+fn bars_exchanged_while_decoded_are_both_mapped_in_the_end() {
+    let f = fixture();
+    let ecam = f.root.ecam();
+    let bdfs = [1, 2].map(|device| Bdf::new(0, device, 0).unwrap());
+    let functions = [TestFunction::new(), TestFunction::new()];
+    for (bdf, function) in bdfs.into_iter().zip(&functions) {
+        f.root.add(bdf, function.clone()).unwrap();
+        ecam.write(ecam_address(bdf, 4), &[2, 0]);
+    }
+    ecam.write(ecam_address(bdfs[0], 0x10), &0x1_0000_u32.to_le_bytes());
+    ecam.write(ecam_address(bdfs[1], 0x10), &0_u32.to_le_bytes());
+    assert_eq!(f.bells.addresses(), [0x10_0000_3000, 0x10_0001_3000]);
+    for (offset, function) in [(0x1_0044, &functions[0]), (0x55, &functions[1])] {
+        f.memory.write(0x10_0000_0000 + offset, &[0]);
+        let written = function.written.load(Ordering::Relaxed);
+        assert_eq!(written, offset & 0xffff);
+    }
+}
+
+#[test]
 fn window_and_device_numbers_run_out_with_a_clear_error() {
     let f = fixture();
     for _ in 0..2 {

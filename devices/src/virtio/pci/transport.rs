@@ -204,6 +204,33 @@ impl VirtioPci {
         identity.features | identity.ring_features | 1 << VIRTIO_F_VERSION_1
     }
 
+    /// Whether a saved driver's status and features are ones that [`Self::write_status`] lets it
+    /// reach.
+    fn check_negotiation(wire: &VirtioPciStateV1, offered: u64) -> Result<(), RestoreError> {
+        let has = |bit: u8| wire.status & bit != 0;
+        let impossible = |why: &str| {
+            let value = format!("{:#x}", wire.status);
+            Err(RestoreError::field(KIND, "status", value, why))
+        };
+        if has(common::STATUS_DRIVER_OK) && !has(common::STATUS_FEATURES_OK) {
+            return impossible("the driver is ready without agreed features");
+        }
+        if !has(common::STATUS_FEATURES_OK) {
+            // Until the device has agreed, a driver may have written anything.
+            return Ok(());
+        }
+        let foreign = wire.driver_features & !offered;
+        if foreign != 0 {
+            let value = format!("{:#x}", wire.driver_features);
+            let why = format!("features {foreign:#x} are not offered here");
+            return Err(RestoreError::field(KIND, "driver_features", value, why));
+        }
+        if wire.driver_features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            return impossible("features are agreed without VIRTIO_F_VERSION_1");
+        }
+        Ok(())
+    }
+
     /// Follows the driver through initialization (section 3.1.1).
     fn write_status(&self, inner: &mut Inner, status: u8) {
         if status == 0 {
@@ -420,9 +447,10 @@ impl PciFunction for VirtioPci {
         let inner = self.lock();
         if offset == self.window_data()
             && let Some((at, len)) = self.window(&inner)
-            && let Some(data) = data.get_mut(..len)
+            && let Some((window, rest)) = data.split_at_mut_checked(len)
         {
-            return self.read_area(&inner, at, data);
+            rest.fill(0);
+            return self.read_area(&inner, at, window);
         }
         inner.config.read(offset, data);
     }
@@ -551,12 +579,7 @@ impl Device for VirtioPci {
                 device: self.id.to_string(),
             });
         }
-        let foreign = wire.driver_features & !Self::offered_features(&inner);
-        if foreign != 0 {
-            let value = format!("{:#x}", wire.driver_features);
-            let why = format!("features {foreign:#x} are not offered here");
-            return Err(RestoreError::field(KIND, "driver_features", value, why));
-        }
+        Self::check_negotiation(&wire, Self::offered_features(&inner))?;
         if wire.queues.len() != inner.queues.len() {
             let why = format!("this device has {} queues", inner.queues.len());
             return Err(RestoreError::field(KIND, "queues", wire.queues.len(), why));

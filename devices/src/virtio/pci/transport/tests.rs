@@ -276,6 +276,22 @@ fn state_moves_to_another_instance_and_the_device_goes_on_there() {
     assert!(matches!(again, Err(RestoreError::AlreadyStarted { .. })));
 }
 
+/// A guest must not be able to keep its VM from moving.
+#[test]
+fn driver_in_the_midst_of_negotiation_can_move() {
+    let source = fixture();
+    source.set_status(3);
+    source.set_features(u64::MAX);
+    source.pci.pause().unwrap();
+    let state = source.pci.save().unwrap();
+    let target = fixture();
+    target.pci.restore(&state).unwrap();
+    assert_eq!(target.pci.save().unwrap(), state);
+    target.pci.start().unwrap();
+    target.set_status(3 | common::STATUS_FEATURES_OK);
+    assert_eq!(target.status(), 3, "not offered, as before");
+}
+
 #[test]
 fn hostile_states_are_refused_by_field() {
     let source = fixture();
@@ -284,8 +300,10 @@ fn hostile_states_are_refused_by_field() {
     let state = source.pci.save().unwrap();
     let wire: VirtioPciStateV1 = state.decode(KIND, 1..=1).unwrap();
     type Spoil = fn(&mut VirtioPciStateV1);
-    let cases: [(&str, Spoil); 5] = [
+    let cases: [(&str, Spoil); 7] = [
         ("driver_features", |wire| wire.driver_features |= 1 << 50),
+        ("status", |wire| wire.status &= !common::STATUS_FEATURES_OK),
+        ("status", |wire| wire.driver_features = 0),
         ("queues", |wire| wire.queues.truncate(1)),
         ("queues.size", |wire| wire.queues[0].size = 3),
         ("entries", |wire| wire.msix.entries.clear()),
@@ -329,6 +347,9 @@ fn configuration_window_reaches_the_structures() {
     let mut data = [0; 4];
     f.pci.read_config(cap + 16, &mut data);
     assert_eq!(data, [2, 0, 0, 0], "number of queues");
+    data = [0xff; 4];
+    f.pci.read_config(cap + 16, &mut data);
+    assert_eq!(data, [2, 0, 0, 0], "a wider access defines all its bytes");
     // A window of nonsense length reads as plain memory.
     f.pci.write_config(cap + 12, &64_u32.to_le_bytes());
     f.pci.read_config(cap + 16, &mut data);

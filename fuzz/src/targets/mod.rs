@@ -1,0 +1,15 @@
+//! One module per target; each has `run` and `seeds`.
+
+pub mod api;
+pub mod config;
+pub mod ioapic;
+pub mod kernel;
+mod kernel_seeds;
+pub mod keyvalue;
+pub mod msix;
+pub mod pci;
+pub mod platform;
+pub mod restore;
+pub mod serial;
+pub mod virtio_block;
+pub mod virtio_pci;
