@@ -49,7 +49,8 @@ fn small_file_system(bytes: u64) -> TempDir {
 }
 
 fn unmount(directory: &TempDir) {
-    run(&format!("umount {}", directory.as_path().display()));
+    // Lazily: the kernel may let go of a file a moment after it was closed.
+    run(&format!("umount --lazy {}", directory.as_path().display()));
 }
 
 #[test]
@@ -335,10 +336,8 @@ fn forbid_io_uring() {
         filter: program.as_mut_ptr(),
     };
     // SAFETY: takes integers.
-    assert_eq!(
-        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) },
-        0
-    );
+    let no_new_privileges = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(no_new_privileges, 0);
     // SAFETY: the pointer is to a filter program, which the kernel copies.
     let set = unsafe {
         libc::syscall(
