@@ -173,7 +173,13 @@ fn what_the_guest_writes_is_in_the_image_and_it_reads_it_back() {
     assert_eq!(u64::from_le_bytes(capacity) * 512, IMAGE_BYTES);
 
     let last = IMAGE_BYTES / 512 - 1;
-    let table = [(0, 512), (1, 4096), (9, 0x1_0000), (2048, 1536), (last, 512)];
+    let table = [
+        (0, 512),
+        (1, 4096),
+        (9, 0x1_0000),
+        (2048, 1536),
+        (last, 512),
+    ];
     for (queue, (sector, len)) in table.into_iter().enumerate() {
         let data = pattern(sector, len);
         assert_eq!(write(&mut disk, queue % 2, sector, &data), OK);

@@ -33,10 +33,7 @@ fn interface(
     config: &NetConfig,
 ) -> (Result<VhostUser, VhostUserError>, Receiver<DeviceEvent>) {
     let (reporter, events) = reporter();
-    (
-        open_net(socket, config, MacAddress(MAC), reporter),
-        events,
-    )
+    (open_net(socket, config, MacAddress(MAC), reporter), events)
 }
 
 fn frame(number: usize, len: usize) -> Vec<u8> {
@@ -109,7 +106,11 @@ fn frames_come_back_from_the_server() {
     }
     drop(guest.pause());
     drop(guest);
-    assert_eq!(server.features(), ECHO_FEATURES, "nothing it has not offered");
+    assert_eq!(
+        server.features(),
+        ECHO_FEATURES,
+        "nothing it has not offered"
+    );
 }
 
 #[test]
