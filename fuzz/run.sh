@@ -48,8 +48,15 @@ run_target() {
     fi
     row "$name" "$log" "$result"
     [[ $result != ok ]] || return 0
-    { printf '\n%s, from fuzz/%s:\n' "$name" "$log"; tail -n 60 "$log"; } >&2
+    report "$name" "$log" >&2
     return 1
+}
+
+# What went wrong, where, and with which input. The log has it all.
+report() {
+    printf '\n%s failed; from fuzz/%s:\n' "$1" "$2"
+    grep -E -m1 -A20 'panicked at|ERROR: |^fuzz: ' "$2" || tail -n 20 "$2"
+    grep -E '^(artifact_prefix|Base64)' "$2" || true
 }
 
 row() {
@@ -77,7 +84,7 @@ main() {
         grep -qxF -- "$name" <<<"$known" || { echo "no target is named $name; there are:" $known >&2; exit 2; }
     done
     printf '%-16s %10s %9s %9s %8s  %s\n' target execs execs/s coverage corpus result
-    export -f run_target row
+    export -f run_target report row
     export FUZZ INPUT_SECONDS MEMORY_MIB INPUT_BYTES
     printf '%s\n' "${targets[@]}" |
         xargs -P "${FUZZ_JOBS:-$(nproc)}" -I{} bash -euo pipefail -c 'run_target "$1" "$2"' fuzz {} "$seconds"
