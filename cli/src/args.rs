@@ -59,8 +59,10 @@ pub(crate) enum Command {
     Events(EventsArgs),
     /// Show a VM's counters.
     Metrics(NameJsonArgs),
-    /// Connect this terminal to a VM's serial port (started with --serial pty or socket=PATH).
-    Console(NameArgs),
+    /// Show or change how much memory a VM's guest is asked to give up.
+    Balloon(BalloonArgs),
+    /// Connect this terminal to a VM's serial port or console (started with pty or socket=PATH).
+    Console(ConsoleArgs),
     /// Tell what this host can do for VMs, and how to mend what it cannot.
     Doctor(JsonArgs),
     /// Print shell completions.
@@ -153,9 +155,33 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct NameArgs {
+pub(crate) struct BalloonArgs {
     /// Name of the VM.
     pub(crate) name: String,
+    /// How much the guest shall give up in all: 512M, 0; shown when absent.
+    #[arg(value_name = "SIZE")]
+    pub(crate) target: Option<vmm::config::ByteSize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConsoleArgs {
+    /// Name of the VM.
+    pub(crate) name: String,
+    /// Which of the two; the serial port first when both can be reached.
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Option<Terminal>,
+}
+
+/// What a terminal can be connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Terminal {
+    /// The serial port.
+    Serial,
+    /// The virtio console.
+    Console,
 }
 
 #[derive(Debug, Args)]

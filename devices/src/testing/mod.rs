@@ -8,8 +8,8 @@ pub use driver::{Buffer, DriverQueue, ram};
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 

@@ -20,8 +20,8 @@ mod queue;
 pub mod rng;
 mod state;
 
-pub mod vsock;
 pub mod vhost_user;
+pub mod vsock;
 pub mod worker;
 
 pub use device::{

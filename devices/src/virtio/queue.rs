@@ -156,6 +156,15 @@ impl Virtqueue {
         index.map(|Wrapping(index)| index).map_err(|e| self.ring(e))
     }
 
+    /// The available index in guest memory.
+    ///
+    /// # Errors
+    /// [`QueueError::Ring`] when the ring cannot be read.
+    pub fn available_index(&self) -> Result<u16, QueueError> {
+        let index = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+        index.map(|Wrapping(index)| index).map_err(|e| self.ring(e))
+    }
+
     /// Whether the driver has made anything available that was not popped yet.
     #[must_use]
     pub fn has_available(&self) -> bool {

@@ -6,5 +6,5 @@ pub mod entropy;
 pub mod net;
 pub mod pin;
 pub mod tap;
-pub mod vsock;
 pub mod vhost_user;
+pub mod vsock;

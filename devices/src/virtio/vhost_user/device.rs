@@ -11,7 +11,7 @@ use super::fs::{FsKind, VhostUserFsOptions};
 use super::kind::{Kind, UnfitPeer};
 use super::net::{NetKind, VhostUserNetOptions};
 use super::peer::{PeerError, PeerQueue, VhostUserPeer};
-use super::rings::{Call, drain, first_unfinished};
+use super::rings::{Call, drain, finish, first_unfinished};
 use super::watch::{Shared, Watch};
 use crate::device::Migratability;
 use crate::events::Reporter;
@@ -29,7 +29,7 @@ const KIND: &str = "virtio-vhost-user";
 /// file systems its own state (`VHOST_USER_PROTOCOL_F_DEVICE_STATE`).
 const BLOCKED: &str = "its vhost-user server keeps state that cannot be moved";
 
-/// See [`VhostUser::drain_limit`].
+/// How long requests may take before a peer is stopped, and once more afterwards.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// A virtio device on whose queues another process works.
@@ -43,6 +43,8 @@ pub struct VhostUser {
     config: Vec<u8>,
     /// The peer had requests in flight when it was last stopped and waited for.
     unfinished: bool,
+    /// How long requests may take before the peer is stopped.
+    pub(super) finish_limit: Duration,
     /// How long requests may take that the peer still works on after it was stopped.
     pub(super) drain_limit: Duration,
     running: Option<Running>,
@@ -107,6 +109,7 @@ impl VhostUser {
             initial_config: config.clone(),
             config,
             unfinished: false,
+            finish_limit: DRAIN_LIMIT,
             drain_limit: DRAIN_LIMIT,
             running: None,
         })
@@ -169,6 +172,21 @@ impl VhostUser {
             let _ = queue.doorbell().write(1);
         }
         Ok(())
+    }
+
+    /// Lets the peer finish what it has begun and what the driver has made available. Servers on
+    /// QEMU's libvhost-user (7.2 for one) break when a request ends in a stopped queue: they signal
+    /// a descriptor that the stop has closed.
+    fn finish_requests(&self, queues: &[Virtqueue]) {
+        if !self.kind.answers_every_request() {
+            return;
+        }
+        let deadline = Instant::now() + self.finish_limit;
+        for queue in queues {
+            finish(queue, || {
+                self.shared.is_lost() || Instant::now() >= deadline
+            });
+        }
     }
 
     /// Takes the queues back from the peer and moves them to where it has got to.
@@ -287,6 +305,7 @@ impl VirtioDevice for VhostUser {
             return Vec::new();
         };
         let mut queues = running.queues;
+        self.finish_requests(&queues);
         drop(running.watch);
         if !self.shared.is_lost()
             && let Err(error) = self.stop_peer(&mut queues)

@@ -81,6 +81,15 @@ impl Kind {
         }
     }
 
+    /// Whether every buffer that a driver offers comes back without anything happening elsewhere:
+    /// a network's receive buffers wait for frames.
+    pub(super) fn answers_every_request(&self) -> bool {
+        match self {
+            Self::Block(_) | Self::Fs(_) => true,
+            Self::Net(_) => false,
+        }
+    }
+
     /// Whether a driver may write `data` at `offset`, and the peer is to hear of it.
     pub(super) fn is_writable(&self, offset: u64, data: &[u8]) -> bool {
         match self {

@@ -12,6 +12,24 @@ use crate::virtio::queue::Virtqueue;
 
 const DRAIN_INTERVAL: Duration = Duration::from_millis(1);
 
+/// Waits until everything that the driver has made available has come back, or `is_late`.
+pub(super) fn finish(queue: &Virtqueue, is_late: impl Fn() -> bool) {
+    let in_flight = || match (queue.available_index(), queue.used_index()) {
+        (Ok(available), Ok(used)) => available.wrapping_sub(used),
+        // A ring that cannot be read has nothing to wait for.
+        _ => 0,
+    };
+    // Nor has one with impossible indices.
+    let is_busy = || (1..=queue.size()).contains(&in_flight());
+    if is_busy() {
+        // The driver may have been stopped between offering a request and saying so.
+        let _ = queue.doorbell().write(1);
+    }
+    while is_busy() && !is_late() {
+        thread::sleep(DRAIN_INTERVAL);
+    }
+}
+
 /// Waits until everything taken from the ring before `next_avail` has come back. False when that
 /// does not happen in time.
 pub(super) fn drain(queue: &Virtqueue, next_avail: u16, deadline: Instant) -> bool {

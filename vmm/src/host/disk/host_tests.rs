@@ -10,8 +10,8 @@ use devices::virtio::block::BlockOp;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::testing::{
-    Client, Model, config, directory, has, has_qemu_tools, id, is_root, qcow2_config, raw_engines,
-    raw_image, run, skip,
+    Client, Model, Numbers, config, directory, has, has_qemu_tools, id, is_root, qcow2_config,
+    raw_engines, raw_image, run, skip,
 };
 use super::{DiskError, LockError, open};
 use crate::config::{DiskAio, DiskConfig};
@@ -49,7 +49,8 @@ fn small_file_system(bytes: u64) -> TempDir {
 }
 
 fn unmount(directory: &TempDir) {
-    run(&format!("umount {}", directory.as_path().display()));
+    // Lazily: the kernel may let go of a file a moment after it was closed.
+    run(&format!("umount --lazy {}", directory.as_path().display()));
 }
 
 #[test]
@@ -86,6 +87,84 @@ fn full_host_file_system_is_an_error_and_nothing_worse() {
         }
         unmount(&full);
     });
+}
+
+/// tmpfs frees ranges and cannot zero them in place; ramfs can do neither.
+#[test]
+fn file_systems_that_lack_range_operations_are_no_obstacle() {
+    with_own_mounts(|| {
+        for (kind, frees) in [("tmpfs", true), ("ramfs", false)] {
+            let directory = directory();
+            let at = directory.as_path().display();
+            run(&format!("mount -t {kind} none {at}"));
+            let path = raw_image(&directory, 4 * MIB);
+            for (name, config) in raw_engines(&path) {
+                File::create(&path).unwrap().set_len(4 * MIB).unwrap();
+                let disk = match open(&config, &id()) {
+                    Err(DiskError::NoDirectIo { .. }) => continue,
+                    opened => opened.unwrap(),
+                };
+                let info = disk.backend().info().clone();
+                assert_eq!((info.discard, info.write_zeroes), (frees, frees));
+                let mut client = Client::new(&disk, 16);
+                let mut model = Model::new(4 * MIB);
+                model.work(&mut client, 91, 200, 16);
+                // Not offered then, but a driver may ask at the wrong time.
+                client.write(0, &[7; 8192]).unwrap();
+                for unmap in [false, true] {
+                    let zeroes = BlockOp::WriteZeroes { unmap };
+                    client.run(zeroes, 512, 3 * 512, &[]).unwrap();
+                    client.run(zeroes, 4096, 2048, &[]).unwrap();
+                    let mut expected = [7; 8192];
+                    expected[512..2048].fill(0);
+                    expected[4096..6144].fill(0);
+                    assert!(client.read(0, 8192).unwrap() == expected, "{kind} {name}");
+                }
+                client.run(BlockOp::Discard, 0, 4096, &[]).unwrap();
+                let rest = client.read(6144, 2048).unwrap();
+                assert_eq!(rest, [7; 2048], "{kind} {name}");
+            }
+            unmount(&directory);
+        }
+    });
+}
+
+/// More pieces than a system call takes, and only those behind them are unfit for direct I/O.
+#[test]
+fn long_requests_with_odd_buffers_at_their_end_work() {
+    let directory = directory();
+    let path = raw_image(&directory, 8 * MIB);
+    for (name, config) in raw_engines(&path) {
+        let mut client = Client::open(&config);
+        let mut pieces: Vec<(u64, u32)> = (0..1100).map(|page| (page * 8192, 4096)).collect();
+        let odd = 1100 * 8192 + 20;
+        pieces.extend([(odd, 1000), (odd + 5000, 3096)]);
+        let mut expected = Vec::new();
+        let mut numbers = Numbers(95);
+        for (at, len) in &pieces {
+            let data = numbers.bytes(*len as usize);
+            let at = vm_memory::GuestAddress(*at);
+            vm_memory::Bytes::write_slice(&*client.memory, &data, at).unwrap();
+            expected.extend(data);
+        }
+        let len = expected.len() as u64;
+        client.run(BlockOp::Write, 4096, len, &pieces).unwrap();
+        let mut found = vec![0; expected.len()];
+        File::open(&path)
+            .unwrap()
+            .read_exact_at(&mut found, 4096)
+            .unwrap();
+        assert!(found == expected, "{name}: on the disk");
+        for (at, len) in &pieces {
+            let (at, data) = (vm_memory::GuestAddress(*at), vec![0xee; *len as usize]);
+            vm_memory::Bytes::write_slice(&*client.memory, &data, at).unwrap();
+        }
+        client.run(BlockOp::Read, 4096, len, &pieces).unwrap();
+        let read = pieces
+            .iter()
+            .flat_map(|(at, len)| client.guest_bytes(*at, *len as usize));
+        assert!(read.eq(expected), "{name}: in memory");
+    }
 }
 
 #[test]
@@ -335,10 +414,8 @@ fn forbid_io_uring() {
         filter: program.as_mut_ptr(),
     };
     // SAFETY: takes integers.
-    assert_eq!(
-        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) },
-        0
-    );
+    let no_new_privileges = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(no_new_privileges, 0);
     // SAFETY: the pointer is to a filter program, which the kernel copies.
     let set = unsafe {
         libc::syscall(

@@ -154,6 +154,12 @@ impl RawImage {
         (offset | len).is_multiple_of(u64::from(unit)) && pieces.are_aligned(memory, unit)
     }
 
+    /// Whether direct I/O has refused what it was given although it met the alignment that the
+    /// kernel tells: some stacked devices ask for more.
+    pub(super) fn is_picky(&self, error: &io::Error) -> bool {
+        !self.is_buffered() && error.raw_os_error() == Some(libc::EINVAL)
+    }
+
     fn transfer(
         &self,
         memory: &GuestRam,
@@ -171,7 +177,13 @@ impl RawImage {
             let moved = uninterrupted(|| match write {
                 true => pieces.write_to(&self.file, offset),
                 false => pieces.read_from(&self.file, offset),
-            })?;
+            });
+            let moved = match moved {
+                Err(error) if self.is_picky(&error) => {
+                    return self.bounce(memory, request, done, scratch);
+                }
+                moved => moved?,
+            };
             done += progress(moved as u64, request.op)?;
         }
         if !write {
@@ -218,7 +230,15 @@ impl RawImage {
         Ok(())
     }
 
+    /// A host that cannot discard keeps the storage, as it may.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.try_discard(offset, len) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn try_discard(&self, offset: u64, len: u64) -> io::Result<()> {
         if self.kind == FileKind::Regular {
             return syscalls::fallocate(&self.file, Fallocate::PunchHole, offset, len);
         }

@@ -102,9 +102,49 @@ fn queues_come_back_with_the_positions_of_the_peer_and_an_interrupt() {
 }
 
 #[test]
+fn peer_is_stopped_when_it_has_answered_what_the_driver_offered() {
+    let mut rig = Rig::new();
+    rig.device.finish_limit = Duration::from_secs(3600);
+    rig.activate();
+    let doorbell = rig.peer.with(|state| state.kicks[0].try_clone().unwrap());
+    assert_eq!(doorbell.read().unwrap(), 1, "the one of the start");
+    rig.set_available_index(0, 3);
+    rig.peer.with(|state| state.positions = vec![3, 0]);
+    let peer = rig.peer.clone();
+    let memory = Arc::clone(&rig.memory);
+    let server = thread::spawn(move || {
+        // The driver has not rung; the device does, and then waits for every answer.
+        while doorbell.read().is_err() {
+            thread::yield_now();
+        }
+        for used in [1, 2, 3] {
+            assert!(!peer.calls().contains(&"stop"), "stopped at {used}");
+            set_used_index(&memory, 0, used);
+        }
+    });
+    let queues = rig.device.deactivate();
+    server.join().unwrap();
+    let state = queues[0].state();
+    assert_eq!((state.next_avail, state.next_used), (3, 3));
+}
+
+#[test]
+fn peer_that_is_lost_meanwhile_is_not_waited_for() {
+    let mut rig = Rig::new();
+    rig.device.finish_limit = Duration::from_secs(3600);
+    rig.activate();
+    rig.set_available_index(0, 3);
+    rig.peer.hang_up();
+    assert_eq!(rig.device.deactivate().len(), 2);
+    assert_eq!(rig.losses(), 1);
+}
+
+#[test]
 fn pause_waits_for_requests_that_end_after_the_stop() {
     let mut rig = Rig::new();
+    rig.device.finish_limit = Duration::from_millis(20);
     rig.activate();
+    rig.set_available_index(0, 2);
     rig.set_used_index(0, 0xffff);
     let memory = Arc::clone(&rig.memory);
     rig.peer.with(|state| {
@@ -130,8 +170,10 @@ fn pause_waits_for_requests_that_end_after_the_stop() {
 #[test]
 fn requests_that_do_not_end_go_on_after_a_pause_and_are_cut_off_by_a_reset() {
     let mut rig = Rig::new();
+    rig.device.finish_limit = Duration::from_millis(20);
     rig.device.drain_limit = Duration::from_millis(20);
     rig.activate();
+    rig.set_available_index(0, 3);
     rig.peer.with(|state| state.positions = vec![3, 0]);
     rig.set_used_index(0, 1);
     let queues = rig.device.deactivate();
@@ -152,8 +194,10 @@ fn requests_that_do_not_end_go_on_after_a_pause_and_are_cut_off_by_a_reset() {
 #[test]
 fn impossible_indices_are_not_waited_for() {
     let mut rig = Rig::new();
+    rig.device.finish_limit = Duration::from_secs(3600);
     rig.device.drain_limit = Duration::from_secs(3600);
     rig.activate();
+    rig.set_available_index(0, 3);
     rig.peer.with(|state| state.positions = vec![3, 0]);
     // 65 requests cannot be in a queue of 64.
     rig.set_used_index(0, 3_u16.wrapping_sub(65));

@@ -313,6 +313,12 @@ impl Rig {
         set_used_index(&self.memory, index, used);
     }
 
+    /// What the driver does to the available index of queue `index`.
+    fn set_available_index(&self, index: u16, available: u16) {
+        let at = GuestAddress(base(index) + 0x4000 + 2);
+        self.memory.write_obj(available, at).unwrap();
+    }
+
     fn losses(&self) -> u64 {
         self.device.counters().losses.get()
     }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -12,6 +13,12 @@ use super::bytes;
 use super::holder::{self, Holder};
 use crate::host::disk::file::{OpenMode, reopen};
 use crate::host::disk::syscalls::{self, ByteLock};
+
+/// How long a device may stay exclusive after it was given up: the kernel lets go of an
+/// `io_uring` request's file shortly after it has told the completion, and a child process that is
+/// being made has our descriptors until it executes its program.
+const LINGER: Duration = Duration::from_millis(500);
+const LINGER_STEP: Duration = Duration::from_millis(2);
 
 /// What an image is locked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +91,16 @@ impl Device {
         let mut options = OpenOptions::new();
         options.read(true).write(self.mode.writable);
         options.custom_flags(exclusive | direct);
-        syscalls::replace(&self.file, reopen(&self.file, &options)?)
+        let deadline = Instant::now() + LINGER;
+        loop {
+            match reopen(&self.file, &options) {
+                Ok(file) => return syscalls::replace(&self.file, file),
+                Err(error) if is_busy(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(LINGER_STEP);
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 
@@ -188,9 +204,10 @@ impl ImageLock {
         if let (Some(device), LockMode::Writer, false) = (&self.device, mode, held.exclusive) {
             device.set_exclusive(true).map_err(|source| {
                 let path = self.path.clone();
-                match source.raw_os_error() {
-                    Some(libc::EBUSY) => LockError::HostUses { path },
-                    _ => LockError::Unsupported { path, source },
+                if is_busy(&source) {
+                    LockError::HostUses { path }
+                } else {
+                    LockError::Unsupported { path, source }
                 }
             })?;
             held.exclusive = true;
@@ -234,6 +251,10 @@ impl Drop for ImageLock {
         // until it executes its program.
         self.release();
     }
+}
+
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBUSY)
 }
 
 fn is_conflict(error: &io::Error) -> bool {

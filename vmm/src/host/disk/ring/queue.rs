@@ -243,10 +243,12 @@ impl RingQueue {
             }
             return;
         }
+        let error = io::Error::from_raw_os_error(-result);
         match -result {
             // The ring could not; a thread can wait, or knows another way.
             libc::EAGAIN | libc::EINTR | libc::EOPNOTSUPP => self.pass_on(index),
-            errno => self.fail(index, io::Error::from_raw_os_error(errno)),
+            _ if self.image.is_picky(&error) => self.pass_on(index),
+            _ => self.fail(index, error),
         }
     }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 mod disk;
+mod echo;
 mod fs;
 mod hostile;
 mod net;

@@ -83,7 +83,7 @@ impl Server {
         command.args(["--pdeathsig", "KILL"]).arg(program);
         let mut server = Self(command.args(arguments).spawn().unwrap());
         let deadline = Instant::now() + DEADLINE;
-        while !socket.exists() {
+        while !is_listening(socket) {
             let status = server.0.try_wait().unwrap();
             assert_eq!(status, None, "{} ended", program.display());
             assert!(Instant::now() < deadline, "{} hangs", program.display());
@@ -104,6 +104,18 @@ impl Drop for Server {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Whether somebody listens on `socket`, found out without a connection: some servers take one.
+fn is_listening(socket: &Path) -> bool {
+    // proc(5): the fourth column has __SO_ACCEPTCON (linux/net.h), the last one the path.
+    const ACCEPTS: &str = "00010000";
+    let path = socket.to_str().unwrap();
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    sockets.lines().any(|line| {
+        let mut columns = line.split_whitespace();
+        columns.nth(3) == Some(ACCEPTS) && columns.next_back() == Some(path)
+    })
 }
 
 /// A program of the host's, if it is installed.

@@ -25,8 +25,8 @@ pub(super) const GET_CONFIG: u32 = 24;
 pub(super) const SET_CONFIG: u32 = 25;
 
 /// Header flags: version 1, and "this is a reply".
-const REPLY: u32 = 1 | 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
+pub(super) const REPLY: u32 = 1 | 1 << 2;
+pub(super) const NEED_REPLY: u32 = 1 << 3;
 const HEADER_BYTES: usize = 12;
 const DRIP_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -137,7 +137,7 @@ impl Script {
     }
 }
 
-fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let size = payload.len() as u32;
     let words = [request, flags, size].map(u32::to_le_bytes);
     [words.as_flattened(), payload].concat()

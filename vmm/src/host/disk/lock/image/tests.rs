@@ -47,6 +47,42 @@ fn failed_attempts_leave_no_trace() {
     }
 }
 
+/// Attempts at the same time may all fail, but never do two succeed.
+#[test]
+fn threads_that_compete_are_never_writers_together() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    const ROUNDS: usize = 300;
+    let directory = directory();
+    let path = raw_image(&directory, 512);
+    let (writers, readers) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let turns = AtomicUsize::new(0);
+    let compete = &|mode: LockMode| {
+        let mine = lock(&path);
+        for _ in 0..ROUNDS {
+            if mine.acquire(mode).is_err() {
+                continue;
+            }
+            let (others, own) = match mode {
+                LockMode::Writer => (readers.load(Ordering::SeqCst), &writers),
+                LockMode::Reader => (writers.load(Ordering::SeqCst), &readers),
+            };
+            let before = own.fetch_add(1, Ordering::SeqCst);
+            assert_eq!(others, 0, "a writer beside readers");
+            assert!(mode == LockMode::Reader || before == 0, "two writers");
+            std::thread::yield_now();
+            own.fetch_sub(1, Ordering::SeqCst);
+            mine.release();
+            turns.fetch_add(1, Ordering::SeqCst);
+        }
+    };
+    std::thread::scope(|scope| {
+        for mode in [LockMode::Writer, LockMode::Writer, LockMode::Reader] {
+            scope.spawn(move || compete(mode));
+        }
+    });
+    assert!(turns.into_inner() > 0, "nobody ever had it");
+}
+
 /// Every lock of the table is told apart: a writer that loses one byte is no writer any more.
 #[test]
 fn lock_set_by_hand_is_respected() {
