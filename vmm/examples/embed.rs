@@ -12,8 +12,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let kernel = arguments
         .next()
         .ok_or("usage: embed KERNEL [COMMAND LINE]")?;
-    let mut config = VmConfig::default();
-    config.name = "embedded".parse()?;
+    let mut config = VmConfig {
+        name: "embedded".parse()?,
+        ..VmConfig::default()
+    };
     config.memory.size = ByteSize::mib(64);
     config.boot.kernel = Some(kernel.into());
     config.boot.cmdline = arguments.next().unwrap_or_default();
