@@ -27,7 +27,7 @@ contain commas. The same keys are used in the configuration file; --dry-run show
 pub(crate) struct Cli {
     /// How much to log on standard error: error, warn, info, debug or trace [default: $DROVER_LOG or warn].
     #[arg(long, global = true, value_name = "LEVEL")]
-    pub(crate) log: Option<String>,
+    pub(crate) log: Option<log::LevelFilter>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -59,8 +59,10 @@ pub(crate) enum Command {
     Events(EventsArgs),
     /// Show a VM's counters.
     Metrics(NameJsonArgs),
-    /// Connect this terminal to a VM's serial port (started with --serial pty or socket=PATH).
-    Console(NameArgs),
+    /// Show or change how much memory a VM's guest is asked to give up.
+    Balloon(BalloonArgs),
+    /// Connect this terminal to a VM's serial port or console (started with pty or socket=PATH).
+    Console(ConsoleArgs),
     /// Tell what this host can do for VMs, and how to mend what it cannot.
     Doctor(JsonArgs),
     /// Print shell completions.
@@ -108,9 +110,9 @@ pub(crate) struct RunArgs {
     /// [,aio=io-uring|threads][,bytes-per-second=][,ops-per-second=][,id=], or vhost-user=SOCKET.
     #[arg(long, value_name = "LIST")]
     pub(crate) disk: Vec<String>,
-    /// Network interface: [tap=NAME|fd=[N]|vhost-user=SOCKET][,mac=][,mtu=][,queues=][,queue-size=]
+    /// Network interface (a new TAP when nothing is given): [tap=NAME|fd=[N]|vhost-user=SOCKET][,mac=][,mtu=][,queues=][,queue-size=]
     /// [,offload=off][,bytes-per-second=][,packets-per-second=][,id=].
-    #[arg(long, value_name = "LIST")]
+    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "queues=1")]
     pub(crate) net: Vec<String>,
     /// Entropy source: [source=FILE][,bytes-per-second=].
     #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "source=/dev/urandom")]
@@ -153,9 +155,33 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct NameArgs {
+pub(crate) struct BalloonArgs {
     /// Name of the VM.
     pub(crate) name: String,
+    /// How much the guest shall give up in all: 512M, 0; shown when absent.
+    #[arg(value_name = "SIZE")]
+    pub(crate) target: Option<vmm::config::ByteSize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConsoleArgs {
+    /// Name of the VM.
+    pub(crate) name: String,
+    /// Which of the two; the serial port first when both can be reached.
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Option<Terminal>,
+}
+
+/// What a terminal can be connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Terminal {
+    /// The serial port.
+    Serial,
+    /// The virtio console.
+    Console,
 }
 
 #[derive(Debug, Args)]

@@ -7,17 +7,23 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use vmm::host::chardev::{Escape, EscapeAction, RawTerminal};
+use anyhow::{Context, Result};
+use vmm::control::Client;
+use vmm::host::chardev::{ConsoleSize, Escape, EscapeAction, RawTerminal, terminal_size};
+use vmm::machine::VmInfo;
 
+use crate::args::{ConsoleArgs, Terminal};
 use crate::control;
 
-pub(crate) fn console(name: &str) -> Result<ExitCode> {
-    let info = control::get_info(&control::find(name)?)?;
-    let Some(path) = info.serial else {
-        bail!("VM {name} has no console to connect to: start it with --serial pty or socket=PATH");
-    };
+/// How often the terminal's size is looked at.
+const SIZE_INTERVAL: Duration = Duration::from_millis(500);
+
+pub(crate) fn console(args: &ConsoleArgs) -> Result<ExitCode> {
+    let name = &args.name;
+    let client = control::find(name)?;
+    let (device, path) = choose(control::get_info(&client)?, args)?;
     let path = Path::new(&path);
     let (input, output) = open(path).with_context(|| format!("console {}", path.display()))?;
     let raw = RawTerminal::enter(io::stdin().as_fd()).context("terminal")?;
@@ -28,11 +34,45 @@ pub(crate) fn console(name: &str) -> Result<ExitCode> {
     // ends with whichever ends first.
     let printer = std::thread::spawn(move || copy_to_terminal(input));
     let typist = std::thread::spawn(move || copy_from_terminal(output));
+    let mut told = None;
+    let mut next_look = Instant::now();
     while !printer.is_finished() && !typist.is_finished() {
-        std::thread::park_timeout(std::time::Duration::from_millis(50));
+        if device == Terminal::Console && Instant::now() >= next_look {
+            next_look += SIZE_INTERVAL;
+            tell_size(&client, &mut told);
+        }
+        std::thread::park_timeout(Duration::from_millis(50));
     }
     drop(raw);
     Ok(ExitCode::SUCCESS)
+}
+
+/// What to connect to, and where it is.
+fn choose(info: VmInfo, args: &ConsoleArgs) -> Result<(Terminal, String)> {
+    let serial = info.serial.map(|path| (Terminal::Serial, path));
+    let console = info.console.map(|path| (Terminal::Console, path));
+    let (found, flag) = match args.device {
+        Some(Terminal::Serial) => (serial, "--serial"),
+        Some(Terminal::Console) => (console, "--console"),
+        None => (serial.or(console), "--serial or --console"),
+    };
+    let name = &args.name;
+    found.with_context(|| {
+        format!("VM {name} cannot be connected to: start it with {flag} pty or socket=PATH")
+    })
+}
+
+/// Passes the size of this terminal on when it has changed. A VM that cannot be told keeps the
+/// size that it knows.
+fn tell_size(client: &Client, told: &mut Option<ConsoleSize>) {
+    let size = terminal_size(io::stdin().as_fd());
+    let Some(new) = size.filter(|_| size != *told) else {
+        return;
+    };
+    if let Err(error) = control::resize_console(client, new.columns, new.rows) {
+        log::debug!(error:% = error; "the guest does not know the terminal's size");
+    }
+    *told = size;
 }
 
 fn open(path: &Path) -> io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)> {

@@ -2,14 +2,14 @@
 
 use std::future::Future;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 use vmm::config::{ByteSize, VmName};
 use vmm::control::{Client, ClientError, RuntimeDir};
-use vmm::machine::{DeviceInfo, Sample, VmEvent, VmInfo, VmState};
+use vmm::machine::{BalloonInfo, DeviceInfo, Sample, VmEvent, VmInfo, VmState};
 
-use crate::args::{EventsArgs, NameJsonArgs, ShutdownArgs};
+use crate::args::{BalloonArgs, EventsArgs, NameJsonArgs, ShutdownArgs};
 use crate::table;
 
 /// Runs one exchange to its end.
@@ -24,6 +24,12 @@ fn block_on<T>(exchange: impl Future<Output = Result<T>>) -> Result<T> {
 pub(crate) fn find(name: &str) -> Result<Client> {
     let name: VmName = name.parse()?;
     Ok(Client::new(RuntimeDir::from_environment().find(&name)?))
+}
+
+/// Tells the guest how large the terminal at its console is.
+pub(crate) fn resize_console(client: &Client, columns: u16, rows: u16) -> Result<()> {
+    let body = serde_json::json!({ "columns": columns, "rows": rows });
+    block_on(async { Ok(client.put("/v1/console", &body).await?) })
 }
 
 pub(crate) fn get_info(client: &Client) -> Result<VmInfo> {
@@ -75,10 +81,7 @@ pub(crate) fn info(name: &str, json: bool) -> Result<ExitCode> {
     if json {
         return print_json(&info);
     }
-    let serial = info
-        .serial
-        .clone()
-        .unwrap_or_else(|| "not reachable from outside".to_owned());
+    let reachable = |path: Option<String>| path.unwrap_or_else(|| "-".to_owned());
     let lines = [
         ("name", info.name.clone()),
         ("state", info.state.to_string()),
@@ -86,7 +89,8 @@ pub(crate) fn info(name: &str, json: bool) -> Result<ExitCode> {
         ("vcpus", info.vcpus.to_string()),
         ("memory", ByteSize(info.memory_bytes).to_string()),
         ("uptime", duration(info.uptime_ms)),
-        ("serial", serial),
+        ("serial", reachable(info.serial)),
+        ("console", reachable(info.console)),
         ("control socket", client.socket().display().to_string()),
         ("version", info.version.clone()),
     ];
@@ -155,6 +159,37 @@ pub(crate) fn devices(name: &str, json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+pub(crate) fn balloon(args: &BalloonArgs) -> Result<ExitCode> {
+    const PATH: &str = "/v1/balloon";
+    let client = find(&args.name)?;
+    let exchange = async {
+        if let Some(target) = args.target {
+            let body = serde_json::json!({ "target_bytes": target.bytes() });
+            client.put(PATH, &body).await?;
+        }
+        Ok(client.get::<BalloonInfo>(PATH).await?)
+    };
+    let info = block_on(exchange).with_context(|| format!("VM {}", args.name))?;
+    if args.json {
+        return print_json(&info);
+    }
+    if args.target.is_none() {
+        print_balloon(&info);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_balloon(info: &BalloonInfo) {
+    println!("{:<20} {}", "target", ByteSize(info.target_bytes));
+    println!("{:<20} {}", "given up", ByteSize(info.actual_bytes));
+    for (name, value) in &info.stats {
+        match name.strip_suffix("_bytes") {
+            Some(name) => println!("{:<20} {}", name.replace('_', " "), ByteSize(*value)),
+            None => println!("{:<20} {value}", name.replace('_', " ")),
+        }
+    }
+}
+
 pub(crate) fn events(args: &EventsArgs) -> Result<ExitCode> {
     let client = find(&args.name)?;
     let path = format!("/v1/events?follow={}&since={}", args.follow, args.since);
@@ -184,9 +219,10 @@ fn print_event(line: &str) {
         .unwrap_or("event")
         .to_owned();
     let details = fields.iter().map(|(key, value)| format!(" {key}={value}"));
-    let (seconds, millis) = (event.time_ms / 1000, event.time_ms % 1000);
+    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(event.time_ms);
     println!(
-        "{seconds}.{millis:03} {:>5} {name}{}",
+        "{} {:>5} {name}{}",
+        humantime::format_rfc3339_millis(time),
         event.sequence,
         details.collect::<String>()
     );

@@ -2,9 +2,8 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
-
-use std::sync::{Mutex, MutexGuard};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::GuestRam;
 use devices::virtio::block::{
@@ -34,6 +33,7 @@ impl FakeDisk {
         let info = BlockInfo {
             capacity_bytes: sectors * SECTOR_BYTES,
             block_bytes: 512,
+            physical_block_bytes: 512,
             read_only: false,
             discard: true,
             write_zeroes: true,
@@ -94,11 +94,13 @@ impl BlockIo for FakeQueue {
 
     fn flush_submissions(&mut self) {}
 
-    fn event(&self) -> &EventFd {
-        &self.event
+    fn events(&self) -> Vec<RawFd> {
+        vec![self.event.as_raw_fd()]
     }
 
     fn completions(&mut self, done: &mut Vec<Completion>) {
+        // Nothing to read is as good: the descriptor is quiet then.
+        let _ = self.event.read();
         let mut state = self.state.lock().expect("a panic ends everything");
         if state.held && !self.urgent {
             return;

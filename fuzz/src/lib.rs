@@ -32,7 +32,8 @@ macro_rules! targets {
 targets! {
     kernel, config, keyvalue, api,
     serial, platform, msix, ioapic,
-    pci, virtio_pci, virtio_block, restore,
+    pci, virtio_pci, virtio_block, virtio_net, virtio_console, virtio_rng, virtio_balloon,
+    virtio_vsock, restore,
 }
 
 /// The target named `name`.

@@ -1,4 +1,5 @@
 //! Test harness.
 
+pub mod bench;
 pub mod harness;
 pub mod lab;

@@ -159,11 +159,13 @@ impl Ring {
         what > 1
     }
 
-    /// Takes back what the device has returned; `strict`: and looks at it.
-    pub fn collect(&mut self, memory: &mut Memory, strict: bool) {
+    /// Takes back what the device has returned; `strict`: and looks at it. Returns how many
+    /// chains that were.
+    pub fn collect(&mut self, memory: &mut Memory, strict: bool) -> usize {
         if self.size == 0 || !strict {
-            return;
+            return 0;
         }
+        let before = self.outstanding.len();
         let index: u16 = memory.read(self.base + USED + 2);
         while self.seen != index {
             let at = self.base + USED + 4 + 8 * u64::from(self.seen % self.size);
@@ -175,6 +177,7 @@ impl Ring {
             self.free += chain.descriptors;
             self.seen = self.seen.wrapping_add(1);
         }
+        before - self.outstanding.len()
     }
 }
 

@@ -5,6 +5,7 @@
 //! it wrote nowhere else.
 
 mod driver;
+mod host;
 mod memory;
 
 use std::sync::Arc;
@@ -16,26 +17,34 @@ use devices::{Device, DeviceId};
 
 use crate::input::{Input, Script};
 pub use driver::{DATA, Ring};
+pub use host::reporter;
 use memory::Memory;
+pub use memory::RAM;
 
 /// What differs between devices.
 pub trait Subject {
     /// Number of queues.
     const QUEUES: u16;
+    /// Queues from which the device takes buffers when it has something for the driver.
+    const RECEIVES: &'static [u16] = &[];
     /// Whether the device returns every valid chain of queue `queue` once the host lets it.
-    fn answers_all(queue: u16) -> bool;
+    fn answers_all(&self, queue: u16) -> bool;
     /// The host's side, fresh.
     fn new() -> Self;
     /// A device over that side; called again for each migration.
     fn device(&self) -> Box<dyn VirtioDevice>;
     /// Something happens on the host.
     fn host(&mut self, input: &mut Input<'_>);
-    /// The host stops holding anything back.
+    /// The host stops holding anything back, and takes what the device has for it.
     fn release(&mut self);
 }
 
-/// Turns of the workers until everything that can happen has happened.
+/// Turns of the workers until everything that can happen has happened, and the longest that may
+/// take: every turn answers a chain, or has something for the driver.
 const TURNS: usize = 16;
+const MAX_TURNS: usize = 4096;
+/// One writable buffer of 4 KiB, as [`Ring::offer`] reads it.
+const ROOM: [u8; 4] = [0, 1, 6, 0];
 /// Starts of the areas in the BAR, and one that belongs to nobody.
 const AREAS: [u64; 8] = [0, 0, 0x1000, 0x2000, 0x4000, 0x8000, 0xc000, 0xf000];
 const NOTIFY: u64 = 0x4000;
@@ -266,26 +275,45 @@ impl<S: Subject> Rig<S> {
 
     /// Once the host lets it, the device has answered everything it owes.
     fn finish(mut self) {
-        self.subject.release();
-        for ring in 0..S::QUEUES {
-            self.kick((ring & 0xff) as u8);
+        let mut quiet = 0;
+        for _ in 0..MAX_TURNS {
+            let answered = self.turn();
+            quiet = if answered { 0 } else { quiet + 1 };
+            if quiet == TURNS {
+                break;
+            }
         }
-        for _ in 0..TURNS {
-            run_workers();
-        }
+        assert_eq!(quiet, TURNS, "the device goes on and on");
         let mut status = [0];
         self.pci.read_bar(0, 0x14, &mut status);
         let works = status[0] & 0x44 == 4;
-        for (ring, queue) in self.rings.iter_mut().zip(0..) {
-            ring.collect(&mut self.memory, !self.careless);
+        for (ring, queue) in self.rings.iter().zip(0..) {
             let left = ring.outstanding();
-            let settled = left == 0 || !works || self.careless || !S::answers_all(queue);
+            let settled = left == 0 || !works || self.careless || !self.subject.answers_all(queue);
             assert!(settled, "queue {queue}: {left} chains are never returned");
         }
         self.pci.pause().expect("a fake host has everything");
         if !self.careless {
             self.memory.check();
         }
+    }
+}
+
+impl<S: Subject> Rig<S> {
+    /// Everybody does what there is to do. True when the device has returned something.
+    fn turn(&mut self) -> bool {
+        self.subject.release();
+        for queue in S::RECEIVES.iter().filter(|_| !self.careless) {
+            let ring = &mut self.rings[usize::from(*queue)];
+            ring.offer(&mut self.memory, &mut Input::new(&ROOM));
+        }
+        for queue in 0..S::QUEUES {
+            self.kick((queue & 0xff) as u8);
+        }
+        run_workers();
+        let rings = self.rings.iter_mut();
+        let answers = rings.map(|ring| ring.collect(&mut self.memory, !self.careless));
+        answers.sum::<usize>() > 0
     }
 }
 

@@ -6,7 +6,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let note = note(18, &0x10_0010_u32.to_le_bytes());
     let pvh = elf64(&[(1, 0x10_0000, b"\xf4\xf4\xf4\xf4", 0x40), (4, 0, &note, 0)]);
     let plain = elf64(&[(1, 0x10_0000, b"\xf4", 0x2000), (1, 0x10_4000, b"data", 4)]);
-    let images = [pvh, plain, elf32(&note), bzimage(), b"\x7fELF\x02\x01".to_vec()];
+    let overlapping = elf64(&[(1, 0x10_0000, b"\xf4data", 0x10), (1, 0x10_0002, b"", 0x20)]);
+    let images = [pvh, plain, overlapping, elf32(&note), bzimage(), b"\x7fELF\x02\x01".to_vec()];
     let wrapped = images.into_iter().zip(0..).map(|(image, pages)| {
         let script = Script::new().u8(pages).blob(b"console=ttyS0").u8(0);
         script.bytes(&image).done()

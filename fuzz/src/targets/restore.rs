@@ -12,7 +12,12 @@ use devices::testing::{FakeLine, FakeRequests, FakeRouter, ram, run_workers, wor
 use devices::virtio::VirtioPci;
 use devices::{Device, DeviceId, DeviceState, IoHandler};
 
+use super::virtio_balloon::Host as BalloonHost;
 use super::virtio_block::Disk;
+use super::virtio_console::Terminal;
+use super::virtio_net::Network;
+use super::virtio_rng::Source;
+use super::virtio_vsock::Sockets;
 use crate::input::{Input, Script};
 use crate::rig::Subject;
 
@@ -124,10 +129,13 @@ where
     Box::new(Registers { kind, device, bytes })
 }
 
+/// Number of devices below.
+const KINDS: u8 = 10;
+
 /// Devices by number. A virtio device is one line.
 fn subject(kind: u8) -> Box<dyn Restored> {
     let line = Arc::new(FakeLine::default());
-    match kind % 5 {
+    match kind % KINDS {
         0 => registers(0, Arc::new(Serial::new(id("serial"), line).expect("a fake")), 8),
         1 => registers(1, Arc::new(Cmos::new(id("rtc"), || UNIX_EPOCH)), 2),
         2 => {
@@ -135,7 +143,12 @@ fn subject(kind: u8) -> Box<dyn Restored> {
             registers(2, Arc::new(AcpiRegisters::new(id("acpi"), requests, line)), 8)
         }
         3 => registers(3, IoApic::new(id("ioapic"), &FakeRouter::default()).expect("a fake"), 0x14),
-        _ => virtio::<Disk>(4),
+        4 => virtio::<Disk>(4),
+        5 => virtio::<Network>(5),
+        6 => virtio::<Terminal>(6),
+        7 => virtio::<Source>(7),
+        8 => virtio::<BalloonHost>(8),
+        _ => virtio::<Sockets>(9),
     }
 }
 
@@ -238,11 +251,11 @@ fn nth<'a>(value: &'a mut Value, place: &mut usize) -> Option<&'a mut Value> {
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
-    let raw = (0..5).map(|kind| {
+    let raw = (0..KINDS).map(|kind| {
         let state = subject(kind).device().save().expect("it can always be saved");
         Script::new().u8(kind).u8(0).bytes(&state.bytes).done()
     });
-    let changed = (0..5).map(|kind| {
+    let changed = (0..KINDS).map(|kind| {
         let script = Script::new().u8(kind).u8(1).u16(1).u8(1).u8(7);
         script.u16(3).u8(7).u8(5).u16(9).u8(0).u64(u64::MAX).done()
     });

@@ -3,8 +3,6 @@
 use std::io;
 use std::sync::Arc;
 
-use devices::DeviceId;
-use devices::events::{DeviceEvent, EventSink, Reporter};
 use devices::rate::RateLimits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockOptions};
@@ -19,16 +17,10 @@ pub fn run(data: &[u8]) {
 
 pub struct Disk(Arc<FakeDisk>);
 
-struct Deaf;
-
-impl EventSink for Deaf {
-    fn report(&self, _device: &DeviceId, _event: DeviceEvent) {}
-}
-
 impl Subject for Disk {
     const QUEUES: u16 = 2;
 
-    fn answers_all(_queue: u16) -> bool {
+    fn answers_all(&self, _queue: u16) -> bool {
         true
     }
 
@@ -43,9 +35,7 @@ impl Subject for Disk {
             queue_size: 64,
             rate_limits: RateLimits::default(),
         };
-        let id = DeviceId::new("disk0").expect("a good name");
-        let reporter = Reporter::new(id, Arc::new(Deaf));
-        Box::new(Block::new(self.0.clone(), options, reporter))
+        Box::new(Block::new(self.0.clone(), options, rig::reporter()))
     }
 
     fn host(&mut self, input: &mut Input<'_>) {

@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-/// Cargo's target folder: the running test is `target/PROFILE/deps/NAME-HASH`.
+/// Cargo's target folder, in which the running test lies; Cargo tags it as a cache.
 ///
 /// # Errors
 /// When the test runs from somewhere else.
 pub fn target_folder() -> anyhow::Result<PathBuf> {
-    let test = std::env::current_exe().context("the test's own path is unknown")?;
-    let folder = test.ancestors().nth(3).map(Path::to_owned);
-    folder.with_context(|| format!("{} is not in a target folder", test.display()))
+    let own = std::env::current_exe().context("the test's own path is unknown")?;
+    let is_target = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
+    let folder = own.ancestors().find(is_target).map(Path::to_owned);
+    folder.with_context(|| format!("{} is not in a target folder", own.display()))
 }
 
 /// The `drover` binary: `$DROVER_BIN`, else the release build.

@@ -41,7 +41,7 @@ impl ProcessView {
         self.memory_field("smaps_rollup", "Pss")
     }
 
-    /// The same without the guest's memory.
+    /// The same without the guest's memory, the only memory files there are.
     ///
     /// # Errors
     /// When the process is gone.
@@ -52,7 +52,7 @@ impl ProcessView {
         for line in maps.lines() {
             // A mapping begins with its addresses, its fields with a capital letter.
             if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) {
-                in_guest = line.contains("memfd:guest-ram");
+                in_guest = line.contains("/memfd:");
             } else if in_guest && let Some(rest) = line.strip_prefix("Pss:") {
                 guest += kib(rest).context("Pss is not a number")?;
             }

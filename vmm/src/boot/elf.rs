@@ -1,5 +1,7 @@
 //! ELF kernels: `vmlinux`, and anything with a PVH note.
 
+use std::ops::Range;
+
 use devices::GuestRam;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -136,24 +138,26 @@ pub(super) fn load(
         _ => return Err(BootError::Elf("it is not for x86")),
     };
     let mut pvh_entry = None;
-    let mut loaded: Vec<(u64, u64)> = Vec::new();
+    let mut loaded: Vec<Range<u64>> = Vec::new();
     for segment in &segments {
         match segment.kind {
             SEGMENT_LOAD if segment.memory_len > 0 => {
-                load_segment(image, ram, placement, segment)?;
-                loaded.push((segment.paddr, segment.paddr + segment.memory_len));
+                let range = load_segment(image, ram, placement, segment)?;
+                // What lies there would depend on whether RAM was fresh, see `Placement::zero`.
+                let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
+                if loaded.iter().any(meets) {
+                    return Err(BootError::Elf("two of its segments overlap in memory"));
+                }
+                loaded.push(range);
             }
             SEGMENT_NOTE => pvh_entry = pvh_entry.or(find_pvh_entry(image, segment)?),
             _ => {}
         }
     }
-    let end = loaded.iter().map(|(_, end)| *end).max();
+    let end = loaded.iter().map(|range| range.end).max();
     let end = end.ok_or(BootError::Elf("it has nothing to load"))?;
     let wanted = pvh_entry.unwrap_or(entry);
-    if !loaded
-        .iter()
-        .any(|(start, end)| (*start..*end).contains(&wanted))
-    {
+    if !loaded.iter().any(|range| range.contains(&wanted)) {
         return Err(BootError::EntryOutside(wanted));
     }
     Ok(Loaded {
@@ -223,13 +227,13 @@ fn check_table(entry_size: u16, expected: usize, count: u16) -> Result<(), BootE
     Ok(())
 }
 
-/// Copies the file's part and zeroes the rest.
+/// Copies the file's part and zeroes the rest; returns where it lies.
 fn load_segment(
     image: &Image<'_>,
     ram: &GuestRam,
     placement: &Placement,
     segment: &Segment,
-) -> Result<(), BootError> {
+) -> Result<Range<u64>, BootError> {
     let what = "ELF segment";
     if segment.file_len > segment.memory_len {
         return Err(BootError::Elf(
@@ -242,7 +246,8 @@ fn load_segment(
         ram,
         segment.paddr + segment.file_len,
         segment.memory_len - segment.file_len,
-    )
+    )?;
+    Ok(segment.paddr..segment.paddr + segment.memory_len)
 }
 
 /// Looks for the PVH entry note. A note segment that makes no sense is skipped: it may be meant

@@ -19,6 +19,8 @@ mod load;
 mod memory_map;
 mod pvh;
 mod reader;
+#[cfg(test)]
+mod testing;
 
 pub use error::BootError;
 pub use load::{BootImage, EntryPoint, KernelSource, RamContents, load};

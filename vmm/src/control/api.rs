@@ -6,12 +6,13 @@ use std::io;
 use std::os::unix::net::UnixListener;
 
 use axum::body::{Body, Bytes};
-use axum::extract::rejection::QueryRejection;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
+use devices::virtio::console::ConsoleSize;
 use serde::Deserialize;
 use tokio::sync::broadcast;
 use tokio_stream::StreamExt;
@@ -21,7 +22,7 @@ use utoipa::OpenApi;
 use super::errors::{ApiError, ErrorBody};
 use super::metrics;
 use crate::config::VmConfig;
-use crate::machine::{ControllerClient, DeviceInfo, Request, Sample, VmEvent, VmInfo};
+use crate::machine::{BalloonInfo, ControllerClient, DeviceInfo, Request, Sample, VmEvent, VmInfo};
 
 /// Largest accepted request body.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -59,6 +60,9 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         get_config,
         get_devices,
         get_counters,
+        get_balloon,
+        put_balloon,
+        put_console,
         get_events,
         get_metrics,
         get_openapi,
@@ -84,6 +88,8 @@ fn router(client: ControllerClient) -> Router {
         .route("/v1/config", get(get_config))
         .route("/v1/devices", get(get_devices))
         .route("/v1/counters", get(get_counters))
+        .route("/v1/balloon", get(get_balloon).put(put_balloon))
+        .route("/v1/console", put(put_console))
         .route("/v1/events", get(get_events))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
@@ -137,6 +143,70 @@ async fn get_counters(
     State(client): State<ControllerClient>,
 ) -> Result<Json<Vec<Sample>>, ApiError> {
     Ok(Json(client.counters().await?))
+}
+
+/// The memory balloon.
+#[utoipa::path(get, path = "/v1/balloon", responses((status = 200, body = BalloonInfo), (status = 404, body = ErrorBody)))]
+async fn get_balloon(
+    State(client): State<ControllerClient>,
+) -> Result<Json<BalloonInfo>, ApiError> {
+    Ok(Json(client.balloon().await?))
+}
+
+/// What a balloon is set to.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct BalloonTarget {
+    /// Bytes that the guest shall give up in all, a multiple of 4096 and less than it has.
+    target_bytes: u64,
+}
+
+/// Asks the guest to give up memory, or to take some back. How soon it follows is up to the guest.
+#[utoipa::path(
+    put,
+    path = "/v1/balloon",
+    request_body = BalloonTarget,
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody)),
+)]
+async fn put_balloon(
+    State(client): State<ControllerClient>,
+    target: Result<Json<BalloonTarget>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(target) = target.map_err(bad_body)?;
+    client.set_balloon(target.target_bytes).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Size of a terminal in characters.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct TerminalSize {
+    /// Columns.
+    columns: u16,
+    /// Rows.
+    rows: u16,
+}
+
+/// Tells the guest the size of the terminal at its virtio console.
+#[utoipa::path(
+    put,
+    path = "/v1/console",
+    request_body = TerminalSize,
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody)),
+)]
+async fn put_console(
+    State(client): State<ControllerClient>,
+    size: Result<Json<TerminalSize>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(TerminalSize { columns, rows }) = size.map_err(bad_body)?;
+    client.resize_console(ConsoleSize { columns, rows }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// One status for every way in which a body can be wrong, as documented; the message tells them
+/// apart.
+fn bad_body(rejection: JsonRejection) -> ApiError {
+    ApiError::new(StatusCode::BAD_REQUEST, rejection.body_text())
 }
 
 /// The same in Prometheus' text format.

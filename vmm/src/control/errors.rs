@@ -34,6 +34,8 @@ impl From<CommandError> for ApiError {
     fn from(error: CommandError) -> Self {
         let status = match error {
             CommandError::Rejected(_) => StatusCode::CONFLICT,
+            CommandError::NoDevice(_) => StatusCode::NOT_FOUND,
+            CommandError::Balloon(_) => StatusCode::BAD_REQUEST,
             CommandError::Ended => StatusCode::GONE,
             CommandError::Machine(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };

@@ -86,6 +86,7 @@ mod tests {
             memory_bytes: 512,
             uptime_ms: 7,
             serial: None,
+            console: None,
             version: "0".to_owned(),
         };
         let sample = |source: &str, name: &str, value| Sample {

@@ -9,12 +9,15 @@ use devices::irqchip::{IOAPIC_BYTES, IoApic};
 use devices::legacy::{
     CMOS_BYTES, Cmos, I8042, I8042_BYTES, PVPANIC_BYTES, PvPanic, SERIAL_BYTES, Serial,
 };
-use devices::pci::PciRoot;
+use devices::pci::{PciRoot, PciRootError};
+use devices::virtio::balloon::{BalloonError, BalloonHandle};
+use devices::virtio::{VirtioPci, VirtioPciError};
 use devices::{Bus, BusError, Device, DeviceId, GuestRam, IoHandler};
 use kvm_ioctls::Cap;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::notices::Notices;
+use super::peripherals::{self, Peripheral};
 use super::placement::Placement;
 use super::resources::Resources;
 use super::runtime::{DeviceEntry, Machine};
@@ -32,7 +35,7 @@ use crate::kvm::{
     Buses, KvmDoorbells, KvmError, KvmMsiRouter, System, Vcpu, VcpuContext, VcpuSet, Vm,
 };
 use crate::memory::{
-    ECAM_BASE, ECAM_BYTES, IOAPIC_BASE, Layout, LayoutError, MemoryError, allocate,
+    ECAM_BASE, ECAM_BYTES, IOAPIC_BASE, Layout, LayoutError, MemoryError, RamDiscard, allocate,
 };
 
 /// Start of the firmware tables; the area ends at 1 MiB.
@@ -60,6 +63,27 @@ pub enum BuildError {
     /// An interrupt route.
     #[error(transparent)]
     Interrupt(#[from] InterruptError),
+    /// A device has no place on the PCI bus.
+    #[error("{id}")]
+    Pci {
+        /// The device.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: PciRootError,
+    },
+    /// A virtio device has no interrupt or descriptor left.
+    #[error("{id}")]
+    Virtio {
+        /// The device.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: VirtioPciError,
+    },
+    /// The memory balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// Two devices claim the same addresses.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -100,6 +124,7 @@ fn id(name: &str) -> DeviceId {
 /// What devices are plugged into.
 struct Board {
     buses: Buses,
+    router: Arc<dyn MsiRouter>,
     pci: Arc<PciRoot>,
     ioapic: Arc<IoApic>,
     devices: Vec<DeviceEntry>,
@@ -113,6 +138,35 @@ impl Board {
             address: None,
             counters: None,
         });
+    }
+
+    /// Puts a virtio device into the next free slot of the root bus.
+    fn plug(&mut self, peripheral: Peripheral, memory: &Arc<GuestRam>) -> Result<(), BuildError> {
+        let Peripheral {
+            id,
+            kind,
+            device,
+            counters,
+        } = peripheral;
+        let at = |id: &DeviceId| {
+            let id = id.clone();
+            move |source| BuildError::Pci { id, source }
+        };
+        let bdf = self.pci.next_free().map_err(at(&id))?;
+        let function = VirtioPci::new(id.clone(), device, Arc::clone(memory), &*self.router);
+        let function = function.map_err(|source| BuildError::Virtio {
+            id: id.clone(),
+            source,
+        })?;
+        let function = Arc::new(function);
+        self.pci.add(bdf, function.clone()).map_err(at(&id))?;
+        self.devices.push(DeviceEntry {
+            device: function,
+            kind,
+            address: Some(bdf.to_string()),
+            counters: Some(counters),
+        });
+        Ok(())
     }
 
     fn add_ports(&self, base: u16, len: u64, handler: Arc<dyn IoHandler>) -> Result<(), BusError> {
@@ -159,6 +213,10 @@ impl Machine {
         );
         board.add_ports(SERIAL_PORT, SERIAL_BYTES, serial.clone())?;
         board.add("serial-16550", serial.clone());
+        for peripheral in resources.peripherals.devices {
+            board.plug(peripheral, &memory)?;
+        }
+        let balloon = add_balloon(&mut board, config, &memory, notices)?;
 
         let vcpus = create_vcpus(&system, &vm, topology, &supported, config)?;
         let entry = load_guest(
@@ -178,11 +236,23 @@ impl Machine {
             gate: Arc::clone(notices.gate()),
         };
         let vcpus = VcpuSet::spawn(vcpus, &context, move |vcpu| placement.bind_vcpu(vcpu))?;
-        let on_quit = notices.clone();
-        let pump = CharPump::start("serial", serial, resources.serial, move || on_quit.quit());
+        let quit = || {
+            let notices = notices.clone();
+            move || notices.quit()
+        };
+        let pump = CharPump::start("serial", serial, resources.serial, quit());
+        let mut pumps = vec![pump.map_err(host("serial port's thread"))?];
+        let mut console = None;
+        if let Some(ends) = resources.peripherals.console {
+            let pump = CharPump::start("console", ends.port.clone(), ends.endpoint, quit());
+            pumps.push(pump.map_err(host("console's thread"))?);
+            console = Some(ends.port);
+        }
         Ok(Self {
             vcpus,
-            pumps: vec![pump.map_err(host("serial console thread"))?],
+            pumps,
+            balloon,
+            console,
             devices: board.devices,
             acpi,
             pci: board.pci,
@@ -227,6 +297,7 @@ fn new_board(vm: &Vm, layout: &Layout) -> Result<Board, BuildError> {
     )?;
     let mut board = Board {
         buses,
+        router,
         pci,
         ioapic: Arc::clone(&ioapic),
         devices: Vec::new(),
@@ -261,6 +332,23 @@ fn add_platform(
         Arc::new(PvPanic::new(notices.clone())),
     )?;
     Ok(acpi)
+}
+
+fn add_balloon(
+    board: &mut Board,
+    config: &VmConfig,
+    memory: &Arc<GuestRam>,
+    notices: &Arc<Notices>,
+) -> Result<Option<BalloonHandle>, BuildError> {
+    let Some(balloon) = &config.balloon else {
+        return Ok(None);
+    };
+    let discard = RamDiscard::new(Arc::clone(memory), config.memory.hugepages);
+    let ram_bytes = config.memory.size.bytes();
+    let (peripheral, handle) =
+        peripherals::balloon(balloon, ram_bytes, Arc::new(discard), notices.clone())?;
+    board.plug(peripheral, memory)?;
+    Ok(Some(handle))
 }
 
 fn create_vcpus(

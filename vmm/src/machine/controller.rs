@@ -8,161 +8,34 @@ use std::time::Instant;
 
 use devices::acpi::GuestRequest;
 use devices::events::DeviceEvent;
-use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, channel};
-use tokio::sync::oneshot;
+use devices::virtio::balloon::BalloonHandle;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel};
 
 use super::events::{EventHub, EventKind};
 use super::lifecycle::{
-    EndReason, Rejection, Request, Transition, VmState, admit, react, react_to_triple_fault,
+    EndReason, Request, Transition, VmState, admit, react, react_to_triple_fault,
 };
 use super::notices::Notice;
 use super::runtime::{Machine, MachineError};
 use crate::config::VmConfig;
 use crate::kvm::VcpuEvent;
 
+mod client;
 #[cfg(feature = "testing")]
 mod fake;
+mod views;
+pub use client::{CommandError, ControllerClient};
 #[cfg(feature = "testing")]
 pub use fake::fake_controller;
+pub use views::{BalloonInfo, DeviceInfo, Sample, VmInfo};
 
-/// Commands that may wait.
-const QUEUE: usize = 64;
+use client::{Command, QUEUE};
 
-/// A VM at a glance.
-#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct VmInfo {
-    /// Its name.
-    pub name: String,
-    /// Running, paused or ended.
-    pub state: VmState,
-    /// Process id of the VMM.
-    pub pid: u32,
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// Bytes of RAM.
-    pub memory_bytes: u64,
-    /// Milliseconds since the VM was started.
-    pub uptime_ms: u64,
-    /// Path of the serial port's pseudo-terminal or socket.
-    pub serial: Option<String>,
-    /// Version of the VMM.
-    pub version: String,
-}
-
-/// A device at a glance.
-#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct DeviceInfo {
-    /// Its name.
-    pub id: String,
-    /// What it is: `virtio-block`.
-    pub kind: String,
-    /// PCI address, if it has one.
-    pub address: Option<String>,
-    /// Why its state cannot be saved, if it cannot.
-    pub migration_blocked: Option<String>,
-}
-
-/// One counted number.
-#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct Sample {
-    /// The device or vCPU: `disk0`, `vcpu1`.
-    pub source: String,
-    /// The counter: `block_reads_total`.
-    pub name: String,
-    /// What it counts.
-    pub help: String,
-    /// Its value.
-    pub value: u64,
-}
-
-/// A command was not carried out.
-#[derive(Debug, thiserror::Error)]
-pub enum CommandError {
-    /// The state does not allow it.
-    #[error(transparent)]
-    Rejected(#[from] Rejection),
-    /// The machine refused.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// The VM has ended.
-    #[error("the VM has ended")]
-    Ended,
-}
-
-type Answer<T> = oneshot::Sender<Result<T, CommandError>>;
-
-/// Everything that can be asked of a VM.
-enum Command {
-    /// A change of state.
-    Request(Request, Answer<()>),
-    /// The VM at a glance.
-    Info(Answer<VmInfo>),
-    /// Its devices.
-    Devices(Answer<Vec<DeviceInfo>>),
-    /// Its counters.
-    Counters(Answer<Vec<Sample>>),
-}
-
-/// A way to ask. Cheap to clone, usable from any thread.
-#[derive(Clone)]
-pub struct ControllerClient {
-    commands: Sender<Command>,
-    events: EventHub,
-    config: Arc<VmConfig>,
-}
-
-impl ControllerClient {
-    /// Pause, resume, power button, reset or stop.
-    ///
-    /// # Errors
-    /// [`CommandError`].
-    pub async fn request(&self, request: Request) -> Result<(), CommandError> {
-        self.ask(|answer| Command::Request(request, answer)).await
-    }
-
-    /// The VM at a glance.
-    ///
-    /// # Errors
-    /// [`CommandError::Ended`].
-    pub async fn info(&self) -> Result<VmInfo, CommandError> {
-        self.ask(Command::Info).await
-    }
-
-    /// The VM's devices.
-    ///
-    /// # Errors
-    /// [`CommandError::Ended`].
-    pub async fn devices(&self) -> Result<Vec<DeviceInfo>, CommandError> {
-        self.ask(Command::Devices).await
-    }
-
-    /// The VM's counters.
-    ///
-    /// # Errors
-    /// [`CommandError::Ended`].
-    pub async fn counters(&self) -> Result<Vec<Sample>, CommandError> {
-        self.ask(Command::Counters).await
-    }
-
-    /// The configuration it was started with.
-    #[must_use]
-    pub fn config(&self) -> &VmConfig {
-        &self.config
-    }
-
-    /// Where its events come from.
-    #[must_use]
-    pub fn events(&self) -> &EventHub {
-        &self.events
-    }
-
-    async fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, CommandError> {
-        let (answer, answered) = oneshot::channel();
-        let sent = self.commands.send(command(answer)).await;
-        sent.map_err(|_| CommandError::Ended)?;
-        answered.await.unwrap_or(Err(CommandError::Ended))
-    }
+/// What others open to reach the guest, where there is such a thing.
+#[derive(Default)]
+pub(super) struct Terminals {
+    pub(super) serial: Option<String>,
+    pub(super) console: Option<String>,
 }
 
 /// Owner of a machine.
@@ -170,7 +43,7 @@ pub(super) struct Controller {
     machine: Machine,
     config: Arc<VmConfig>,
     state: VmState,
-    serial_path: Option<String>,
+    terminals: Terminals,
     started: Instant,
     events: EventHub,
     commands: Receiver<Command>,
@@ -183,21 +56,17 @@ impl Controller {
     pub(super) fn new(
         machine: Machine,
         config: Arc<VmConfig>,
-        serial_path: Option<String>,
+        terminals: Terminals,
         notices: UnboundedReceiver<Notice>,
     ) -> (Self, ControllerClient) {
         let (commands, inbox) = channel(QUEUE);
         let events = EventHub::default();
-        let client = ControllerClient {
-            commands,
-            events: events.clone(),
-            config: Arc::clone(&config),
-        };
+        let client = ControllerClient::new(commands, events.clone(), Arc::clone(&config));
         let controller = Self {
             machine,
             config,
             state: VmState::Paused,
-            serial_path,
+            terminals,
             started: Instant::now(),
             events,
             commands: inbox,
@@ -253,7 +122,26 @@ impl Controller {
             Command::Counters(answer) => {
                 let _ = answer.send(Ok(self.machine.samples()));
             }
+            Command::Balloon(answer) => {
+                let _ = answer.send(self.balloon().map(BalloonInfo::of));
+            }
+            Command::SetBalloon(bytes, answer) => {
+                let set = self
+                    .balloon()
+                    .and_then(|balloon| Ok(balloon.set_target_bytes(bytes)?));
+                let _ = answer.send(set);
+            }
+            Command::ResizeConsole(size, answer) => {
+                let console = self.machine.console.as_ref();
+                let console = console.ok_or(CommandError::NoDevice("console"));
+                let _ = answer.send(console.map(|console| console.resize(size)));
+            }
         }
+    }
+
+    fn balloon(&self) -> Result<&BalloonHandle, CommandError> {
+        let balloon = self.machine.balloon.as_ref();
+        balloon.ok_or(CommandError::NoDevice("balloon"))
     }
 
     fn handle_request(&mut self, request: Request) -> Result<(), CommandError> {
@@ -348,7 +236,8 @@ impl Controller {
             vcpus: self.config.cpus.count,
             memory_bytes: self.config.memory.size.bytes(),
             uptime_ms: u64::try_from(uptime).unwrap_or(u64::MAX),
-            serial: self.serial_path.clone(),
+            serial: self.terminals.serial.clone(),
+            console: self.terminals.console.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

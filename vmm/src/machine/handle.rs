@@ -1,6 +1,7 @@
 //! A VM as a program that embeds it sees it.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
@@ -13,8 +14,9 @@ use super::notices::Notices;
 use super::placement::{Placement, PlacementError};
 use super::resources::{ResourceError, Resources};
 use super::runtime::{Machine, MachineError};
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{CharTarget, ConfigError, VmConfig};
 use crate::control::{self, NameClaim, RuntimeDir, RuntimeDirError};
+use crate::host::chardev::terminal_size;
 
 /// How long open answers of the API may take once the VM has ended.
 const FAREWELL_TIME: Duration = Duration::from_secs(1);
@@ -57,10 +59,12 @@ pub struct LaunchOptions {
     pub handle_signals: bool,
 }
 
-/// A VM that was launched. Dropping the handle stops the VM.
+/// A VM that was launched. Dropping the handle stops the VM and waits for its end.
 pub struct VmHandle {
     client: ControllerClient,
-    thread: JoinHandle<EndReason>,
+    notices: Arc<Notices>,
+    /// Taken by whoever waits for the end.
+    thread: Option<JoinHandle<EndReason>>,
 }
 
 impl VmHandle {
@@ -75,7 +79,8 @@ impl VmHandle {
         let spawned = builder.spawn(move || match prepare(config, &options) {
             Ok(prepared) => {
                 // The launcher waits for exactly this.
-                let _ = report.send(Ok(prepared.client.clone()));
+                let handle = (prepared.client.clone(), Arc::clone(&prepared.notices));
+                let _ = report.send(Ok(handle));
                 serve(prepared, options.handle_signals)
             }
             Err(error) => {
@@ -84,10 +89,14 @@ impl VmHandle {
             }
         });
         let thread = spawned.map_err(LaunchError::Thread)?;
-        let client = reported.recv().map_err(|_| {
+        let (client, notices) = reported.recv().map_err(|_| {
             LaunchError::Thread(io::Error::other("the controller ended before it began"))
         })??;
-        Ok(Self { client, thread })
+        Ok(Self {
+            client,
+            notices,
+            thread: Some(thread),
+        })
     }
 
     /// To ask the VM for things.
@@ -101,12 +110,24 @@ impl VmHandle {
     /// # Panics
     /// When the controller thread has panicked.
     #[must_use]
-    pub fn wait(self) -> EndReason {
-        let Self { client, thread } = self;
-        // The controller ends when nobody is left to ask it: keep one until it has ended.
-        let reason = thread.join().expect("the controller does not panic");
-        drop(client);
-        reason
+    pub fn wait(mut self) -> EndReason {
+        let thread = self
+            .thread
+            .take()
+            .expect("only here and in drop is it taken");
+        thread.join().expect("the controller does not panic")
+    }
+}
+
+impl Drop for VmHandle {
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        self.notices.quit();
+        if thread.join().is_err() {
+            log::error!("the controller has panicked");
+        }
     }
 }
 
@@ -114,6 +135,7 @@ impl VmHandle {
 struct Prepared {
     controller: Controller,
     client: ControllerClient,
+    notices: Arc<Notices>,
     claim: Option<NameClaim>,
 }
 
@@ -126,18 +148,16 @@ fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, Launch
         .as_ref()
         .map(|dir| dir.claim(&config.name));
     let claim = claim.transpose()?;
-    let resources = Resources::open(&config, options.builtin_kernel)?;
-    let serial_path = resources
-        .serial
-        .path()
-        .map(|path| path.display().to_string());
     let (notices, inbox) = Notices::new();
+    let resources = Resources::open(&config, options.builtin_kernel, notices.clone())?;
+    let terminals = resources.terminals();
     let machine = Machine::build(&config, resources, &notices, placement)?;
-    let (mut controller, client) = Controller::new(machine, Arc::new(config), serial_path, inbox);
+    let (mut controller, client) = Controller::new(machine, Arc::new(config), terminals, inbox);
     controller.start()?;
     Ok(Prepared {
         controller,
         client,
+        notices,
         claim,
     })
 }
@@ -158,10 +178,12 @@ fn serve(prepared: Prepared, handle_signals: bool) -> EndReason {
         controller,
         client,
         mut claim,
+        ..
     } = prepared;
     runtime.block_on(async {
         if handle_signals {
             tokio::spawn(stop_on_signal(client.clone()));
+            tokio::spawn(follow_terminal_size(client.clone()));
         }
         let (ended, end) = tokio::sync::oneshot::channel::<()>();
         let listener = claim.as_mut().and_then(NameClaim::take_listener);
@@ -197,5 +219,25 @@ async fn stop_on_signal(client: ControllerClient) {
     log::info!(signal = name; "the VM ends");
     if let Err(error) = client.request(Request::Stop).await {
         log::debug!(error:% = error; "the VM has ended by itself");
+    }
+}
+
+/// Passes the size of our terminal on when it is the guest's console.
+async fn follow_terminal_size(client: ControllerClient) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let console = client.config().console.as_ref();
+    if console.is_none_or(|console| console.target != CharTarget::Stdio) {
+        return;
+    }
+    let Ok(mut changed) = signal(SignalKind::window_change()) else {
+        return log::warn!("changes of the terminal's size cannot be followed");
+    };
+    while changed.recv().await.is_some() {
+        let Some(size) = terminal_size(io::stdin().as_fd()) else {
+            continue;
+        };
+        if client.resize_console(size).await.is_err() {
+            return;
+        }
     }
 }

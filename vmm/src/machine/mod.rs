@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `lifecycle` | which request is allowed in which state: pure |
 //! | `resources` | what the configuration names on the host, opened |
+//! | `peripherals` | the devices that the configuration adds |
 //! | `placement` | on which host CPUs threads run |
 //! | `assembly` | from configuration and resources to a machine that is ready to run |
 //! | `runtime` | the machine: start, pause, resume, reset |
@@ -18,6 +19,7 @@ mod events;
 mod handle;
 mod lifecycle;
 mod notices;
+mod peripherals;
 mod placement;
 mod resources;
 mod runtime;
@@ -25,10 +27,11 @@ mod runtime;
 pub use assembly::BuildError;
 #[cfg(feature = "testing")]
 pub use controller::fake_controller;
-pub use controller::{CommandError, ControllerClient, DeviceInfo, Sample, VmInfo};
+pub use controller::{BalloonInfo, CommandError, ControllerClient, DeviceInfo, Sample, VmInfo};
 pub use events::{EventHub, EventKind, VmEvent};
 pub use handle::{LaunchError, LaunchOptions, VmHandle};
 pub use lifecycle::{EndReason, Rejection, Request, Transition, VmState, admit};
+pub use peripherals::PeripheralError;
 pub use placement::PlacementError;
 pub use resources::{ResourceError, Resources};
 pub use runtime::{Machine, MachineError};

@@ -6,9 +6,15 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use devices::DeviceId;
+use devices::events::EventSink;
+
+use super::controller::Terminals;
+use super::peripherals::{self, PeripheralError, Peripherals};
 use crate::boot::{BootImage, KernelSource};
-use crate::config::{CharTarget, VmConfig};
+use crate::config::VmConfig;
 use crate::host::chardev::{Endpoint, EndpointError};
 
 /// A resource could not be opened.
@@ -28,14 +34,17 @@ pub enum ResourceError {
     /// There is nothing to boot.
     #[error("no kernel is given: use --kernel FILE, or [boot] kernel in the configuration file")]
     NoKernel,
-    /// A host end of a byte stream.
+    /// The serial port's host end.
+    #[error("serial")]
+    Serial(#[source] EndpointError),
+    /// A device of the configuration.
     #[error("{device}")]
-    Endpoint {
+    Peripheral {
         /// The device.
-        device: &'static str,
+        device: DeviceId,
         /// Why not.
         #[source]
-        source: EndpointError,
+        source: PeripheralError,
     },
 }
 
@@ -45,14 +54,21 @@ pub struct Resources {
     pub boot: BootImage,
     /// Host end of the serial port.
     pub serial: Endpoint,
+    /// Devices over their open host ends.
+    pub(super) peripherals: Peripherals,
 }
 
 impl Resources {
-    /// Opens what `config` names. `builtin` is booted when the configuration names no kernel.
+    /// Opens what `config` names. `builtin` is booted when the configuration names no kernel;
+    /// devices report to `events`.
     ///
     /// # Errors
     /// [`ResourceError`] names the resource and the host's answer.
-    pub fn open(config: &VmConfig, builtin: Option<&'static [u8]>) -> Result<Self, ResourceError> {
+    pub(super) fn open(
+        config: &VmConfig,
+        builtin: Option<&'static [u8]>,
+        events: Arc<dyn EventSink>,
+    ) -> Result<Self, ResourceError> {
         let kernel = match (&config.boot.kernel, builtin) {
             (Some(path), _) => KernelSource::File(open_boot_file("kernel", path)?),
             (None, Some(bytes)) => KernelSource::Builtin(bytes),
@@ -66,8 +82,28 @@ impl Resources {
                 .transpose()?,
             command_line: config.boot.cmdline.clone(),
         };
-        let serial = endpoint("serial", &config.serial)?;
-        Ok(Self { boot, serial })
+        let serial = Endpoint::open(&config.serial).map_err(ResourceError::Serial)?;
+        let peripherals = peripherals::open(config, events)
+            .map_err(|(device, source)| ResourceError::Peripheral { device, source })?;
+        Ok(Self {
+            boot,
+            serial,
+            peripherals,
+        })
+    }
+
+    /// What others open to reach the guest.
+    pub(super) fn terminals(&self) -> Terminals {
+        let path = |endpoint: &Endpoint| {
+            // Whoever asks may be in another folder.
+            let path = std::path::absolute(endpoint.path()?).ok()?;
+            Some(path.display().to_string())
+        };
+        let console = self.peripherals.console.as_ref();
+        Terminals {
+            serial: path(&self.serial),
+            console: console.and_then(|console| path(&console.endpoint)),
+        }
     }
 }
 
@@ -82,8 +118,4 @@ fn open_boot_file(what: &'static str, path: &Path) -> Result<File, ResourceError
             path: path.to_owned(),
             source,
         })
-}
-
-fn endpoint(device: &'static str, target: &CharTarget) -> Result<Endpoint, ResourceError> {
-    Endpoint::open(target).map_err(|source| ResourceError::Endpoint { device, source })
 }

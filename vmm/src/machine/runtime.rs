@@ -5,6 +5,8 @@ use std::sync::Arc;
 use devices::acpi::AcpiRegisters;
 use devices::counters::Counters;
 use devices::pci::PciRoot;
+use devices::virtio::balloon::BalloonHandle;
+use devices::virtio::console::ConsolePort;
 use devices::{Device, DeviceError, GuestRam, Migratability};
 
 use super::assembly::{self, BuildError};
@@ -46,6 +48,8 @@ pub struct Machine {
     pub(super) vcpus: VcpuSet,
     pub(super) pumps: Vec<CharPump>,
     pub(super) devices: Vec<DeviceEntry>,
+    pub(super) balloon: Option<BalloonHandle>,
+    pub(super) console: Option<Arc<ConsolePort>>,
     pub(super) acpi: Arc<AcpiRegisters>,
     pub(super) pci: Arc<PciRoot>,
     pub(super) gate: Arc<GuestGate>,

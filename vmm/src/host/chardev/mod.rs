@@ -9,8 +9,9 @@ mod poll;
 mod pump;
 mod terminal;
 
+pub use devices::virtio::console::ConsoleSize;
 pub(crate) use endpoint::remove_stale_socket;
 pub use endpoint::{Endpoint, EndpointError};
 pub use escape::{Escape, EscapeAction};
 pub use pump::CharPump;
-pub use terminal::{RawTerminal, open_pty};
+pub use terminal::{RawTerminal, open_pty, terminal_size};

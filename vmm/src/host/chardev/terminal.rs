@@ -10,6 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use devices::virtio::console::ConsoleSize;
+
 /// Keeps a terminal in raw mode; dropping it restores what was.
 #[derive(Debug)]
 pub struct RawTerminal {
@@ -65,6 +67,23 @@ fn set_attributes(fd: BorrowedFd<'_>, termios: &libc::termios) -> io::Result<()>
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// The size of `terminal` in characters; `None` when it is none, or has not been told its size.
+#[must_use]
+pub fn terminal_size(terminal: BorrowedFd<'_>) -> Option<ConsoleSize> {
+    let mut size = MaybeUninit::<libc::winsize>::uninit();
+    // SAFETY: the structure has room for what the request writes.
+    let result = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, size.as_mut_ptr()) };
+    if result != 0 {
+        return None;
+    }
+    // SAFETY: the request succeeded and has filled it.
+    let size = unsafe { size.assume_init() };
+    (size.ws_col != 0 && size.ws_row != 0).then_some(ConsoleSize {
+        columns: size.ws_col,
+        rows: size.ws_row,
+    })
 }
 
 /// A new pseudo-terminal in raw mode: our side, and the path that others open.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::channel;
 
-use super::{Command, CommandError, ControllerClient, DeviceInfo, QUEUE, Sample, VmInfo};
+use super::{
+    BalloonInfo, Command, CommandError, ControllerClient, DeviceInfo, QUEUE, Sample, VmInfo,
+};
 use crate::config::VmConfig;
 use crate::machine::events::{EventHub, EventKind};
 use crate::machine::lifecycle::{EndReason, Request, Transition, VmState, admit};
@@ -15,14 +17,12 @@ use crate::machine::lifecycle::{EndReason, Request, Transition, VmState, admit};
 pub fn fake_controller(config: VmConfig) -> (ControllerClient, impl Future<Output = ()>) {
     let (commands, mut inbox) = channel(QUEUE);
     let events = EventHub::default();
-    let client = ControllerClient {
-        commands,
-        events: events.clone(),
-        config: Arc::new(config),
-    };
+    let config = Arc::new(config);
+    let client = ControllerClient::new(commands, events.clone(), Arc::clone(&config));
     let mut fake = Fake {
-        config: Arc::clone(&client.config),
+        config,
         state: VmState::Running,
+        balloon_bytes: 0,
         events,
     };
     let serve = async move {
@@ -42,6 +42,7 @@ pub fn fake_controller(config: VmConfig) -> (ControllerClient, impl Future<Outpu
 struct Fake {
     config: Arc<VmConfig>,
     state: VmState,
+    balloon_bytes: u64,
     events: EventHub,
 }
 
@@ -60,6 +61,16 @@ impl Fake {
             }
             Command::Counters(answer) => {
                 let _ = answer.send(Ok(samples()));
+            }
+            Command::Balloon(answer) => {
+                let _ = answer.send(Ok(self.balloon()));
+            }
+            Command::SetBalloon(bytes, answer) => {
+                self.balloon_bytes = bytes;
+                let _ = answer.send(Ok(()));
+            }
+            Command::ResizeConsole(_, answer) => {
+                let _ = answer.send(Err(CommandError::NoDevice("console")));
             }
         }
     }
@@ -81,6 +92,15 @@ impl Fake {
         Ok(())
     }
 
+    fn balloon(&self) -> BalloonInfo {
+        BalloonInfo {
+            target_bytes: self.balloon_bytes,
+            actual_bytes: 0,
+            stats: [("free_bytes".to_owned(), u64::MAX)].into(),
+            stats_age_ms: Some(1),
+        }
+    }
+
     fn info(&self) -> VmInfo {
         VmInfo {
             name: self.config.name.to_string(),
@@ -90,6 +110,7 @@ impl Fake {
             memory_bytes: self.config.memory.size.bytes(),
             uptime_ms: 0,
             serial: None,
+            console: None,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

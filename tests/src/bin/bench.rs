@@ -1,0 +1,39 @@
+//! Compares Drover with QEMU on this machine; see `docs/testing.md`.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use tests::bench::{Options, USAGE, print_table, run};
+
+fn main() -> ExitCode {
+    let options = match Options::parse(std::env::args().skip(1)) {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprint!("bench: {error:#}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match bench(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(options: &Options) -> anyhow::Result<()> {
+    let Some(figures) = run(options)? else {
+        return Ok(());
+    };
+    print_table(&figures);
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&figures)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}

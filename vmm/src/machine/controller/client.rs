@@ -1,0 +1,152 @@
+//! How others ask the controller.
+
+use std::sync::Arc;
+
+use devices::virtio::balloon::TargetError;
+use devices::virtio::console::ConsoleSize;
+use tokio::sync::mpsc::Sender;
+use tokio::sync::oneshot;
+
+use super::views::{BalloonInfo, DeviceInfo, Sample, VmInfo};
+use crate::config::VmConfig;
+use crate::machine::events::EventHub;
+use crate::machine::lifecycle::{Rejection, Request};
+use crate::machine::runtime::MachineError;
+
+/// Commands that may wait.
+pub(super) const QUEUE: usize = 64;
+
+/// A command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// The state does not allow it.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// The machine refused.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// It concerns a device that the VM does not have.
+    #[error("the VM has no {0}: it needs --{0} when it is started, or [{0}] in its configuration")]
+    NoDevice(&'static str),
+    /// The balloon cannot have this size.
+    #[error(transparent)]
+    Balloon(#[from] TargetError),
+    /// The VM has ended.
+    #[error("the VM has ended")]
+    Ended,
+}
+
+type Answer<T> = oneshot::Sender<Result<T, CommandError>>;
+
+/// Everything that can be asked of a VM.
+pub(super) enum Command {
+    /// A change of state.
+    Request(Request, Answer<()>),
+    /// The VM at a glance.
+    Info(Answer<VmInfo>),
+    /// Its devices.
+    Devices(Answer<Vec<DeviceInfo>>),
+    /// Its counters.
+    Counters(Answer<Vec<Sample>>),
+    /// Its balloon.
+    Balloon(Answer<BalloonInfo>),
+    /// A new target of its balloon, in bytes.
+    SetBalloon(u64, Answer<()>),
+    /// A new size of its console.
+    ResizeConsole(ConsoleSize, Answer<()>),
+}
+
+/// A way to ask. Cheap to clone, usable from any thread.
+#[derive(Clone)]
+pub struct ControllerClient {
+    commands: Sender<Command>,
+    events: EventHub,
+    config: Arc<VmConfig>,
+}
+
+impl ControllerClient {
+    pub(super) fn new(commands: Sender<Command>, events: EventHub, config: Arc<VmConfig>) -> Self {
+        Self {
+            commands,
+            events,
+            config,
+        }
+    }
+
+    /// Pause, resume, power button, reset or stop.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub async fn request(&self, request: Request) -> Result<(), CommandError> {
+        self.ask(|answer| Command::Request(request, answer)).await
+    }
+
+    /// The VM at a glance.
+    ///
+    /// # Errors
+    /// [`CommandError::Ended`].
+    pub async fn info(&self) -> Result<VmInfo, CommandError> {
+        self.ask(Command::Info).await
+    }
+
+    /// The VM's devices.
+    ///
+    /// # Errors
+    /// [`CommandError::Ended`].
+    pub async fn devices(&self) -> Result<Vec<DeviceInfo>, CommandError> {
+        self.ask(Command::Devices).await
+    }
+
+    /// The VM's counters.
+    ///
+    /// # Errors
+    /// [`CommandError::Ended`].
+    pub async fn counters(&self) -> Result<Vec<Sample>, CommandError> {
+        self.ask(Command::Counters).await
+    }
+
+    /// Its memory balloon.
+    ///
+    /// # Errors
+    /// [`CommandError::NoDevice`], [`CommandError::Ended`].
+    pub async fn balloon(&self) -> Result<BalloonInfo, CommandError> {
+        self.ask(Command::Balloon).await
+    }
+
+    /// Asks the guest to give up `bytes` of its memory in all.
+    ///
+    /// # Errors
+    /// [`CommandError::Balloon`] when that is more than it has, [`CommandError::NoDevice`],
+    /// [`CommandError::Ended`].
+    pub async fn set_balloon(&self, bytes: u64) -> Result<(), CommandError> {
+        self.ask(|answer| Command::SetBalloon(bytes, answer)).await
+    }
+
+    /// Tells the guest the size of the terminal at its virtio console.
+    ///
+    /// # Errors
+    /// [`CommandError::NoDevice`], [`CommandError::Ended`].
+    pub async fn resize_console(&self, size: ConsoleSize) -> Result<(), CommandError> {
+        self.ask(|answer| Command::ResizeConsole(size, answer))
+            .await
+    }
+
+    /// The configuration it was started with.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Where its events come from.
+    #[must_use]
+    pub fn events(&self) -> &EventHub {
+        &self.events
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, CommandError> {
+        let (answer, answered) = oneshot::channel();
+        let sent = self.commands.send(command(answer)).await;
+        sent.map_err(|_| CommandError::Ended)?;
+        answered.await.unwrap_or(Err(CommandError::Ended))
+    }
+}
