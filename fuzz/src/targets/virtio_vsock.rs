@@ -155,7 +155,9 @@ fn packet(packet: &Packet) -> Script {
     let header = header.u16(packet.op).u32(packet.flags).u32(0x1000).u32(0);
     let bytes = header.bytes(packet.data).done();
     let beyond = u8::try_from(bytes.len() - 8).expect("a short packet");
-    Script::new().u8(1).u8(0).u8(2).u8(4).u8(beyond).blob(&bytes)
+    // Packets that are sent together do not share a buffer.
+    let place = u8::try_from(packet.op).expect("a few operations") + 8 * u8::from(packet.port % 2 == 1);
+    Script::new().u8(1).u8(0).u8(2 * place).u8(4).u8(beyond).blob(&bytes)
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
