@@ -9,6 +9,9 @@ use crate::input::Input;
 pub const DATA: u64 = 0x8000;
 /// Bytes of low memory that each ring takes up.
 const RING_BYTES: u64 = 0x1000;
+/// Indirect descriptor tables, of each queue as much as its rings take up.
+const TABLES: u64 = 0x1_0000;
+const TABLE_BYTES: u64 = 0x80;
 const AVAIL: u64 = 0x400;
 const USED: u64 = 0x800;
 
@@ -21,7 +24,14 @@ const MAX_SIZE: u16 = 32;
 
 struct Outstanding {
     descriptors: u16,
+    readable_bytes: u64,
     writable_bytes: u64,
+}
+
+/// A chain that the device has returned.
+pub struct Returned {
+    pub readable_bytes: u64,
+    pub written: u64,
 }
 
 /// A queue as its driver sees it.
@@ -87,14 +97,17 @@ impl Ring {
         }
         let mut buffers: Vec<_> = (0..count).map(|_| buffer(memory, input)).collect();
         let careless = if broken { break_rules(&mut buffers, input) } else { sort(&mut buffers) };
-        let writable = buffers.iter().filter(|buffer| buffer.flags & FLAG_WRITE != 0);
-        let writable_bytes = writable.map(|buffer| u64::from(buffer.len)).sum();
+        let bytes = |direction| {
+            let buffers = buffers.iter().filter(|buffer| buffer.flags & FLAG_WRITE == direction);
+            buffers.map(|buffer| u64::from(buffer.len)).sum()
+        };
+        let (readable_bytes, writable_bytes) = (bytes(0), bytes(FLAG_WRITE));
         for buffer in buffers.iter().filter(|buffer| buffer.flags & FLAG_WRITE != 0) {
             memory.allow(buffer.addr, buffer.len.into());
         }
         let head = self.next;
         if indirect {
-            let table = DATA + 0x7000 + u64::from(head) * 0x80;
+            let table = TABLES + self.base + u64::from(head) * TABLE_BYTES;
             self.write_chain(memory, table, &buffers, |index| index + 1);
             let len = 16 * u32::from(count);
             let only = [Descriptor { addr: table, len, flags: FLAG_INDIRECT }];
@@ -110,7 +123,8 @@ impl Ring {
         }
         self.next = (head + needed) % self.size;
         self.free -= needed;
-        self.outstanding.insert(head, Outstanding { descriptors: needed, writable_bytes });
+        let chain = Outstanding { descriptors: needed, readable_bytes, writable_bytes };
+        self.outstanding.insert(head, chain);
         self.publish(memory, head);
         careless
     }
@@ -159,25 +173,25 @@ impl Ring {
         what > 1
     }
 
-    /// Takes back what the device has returned; `strict`: and looks at it. Returns how many
-    /// chains that were.
-    pub fn collect(&mut self, memory: &mut Memory, strict: bool) -> usize {
+    /// Takes back what the device has returned; `strict`: and looks at it.
+    pub fn collect(&mut self, memory: &Memory, strict: bool) -> Vec<Returned> {
+        let mut returned = Vec::new();
         if self.size == 0 || !strict {
-            return 0;
+            return returned;
         }
-        let before = self.outstanding.len();
         let index: u16 = memory.read(self.base + USED + 2);
         while self.seen != index {
             let at = self.base + USED + 4 + 8 * u64::from(self.seen % self.size);
             let (id, len): (u32, u32) = (memory.read(at), memory.read(at + 4));
             let chain = u16::try_from(id).ok().and_then(|head| self.outstanding.remove(&head));
             let chain = chain.expect("only what was offered is returned, and once");
-            let room = chain.writable_bytes;
-            assert!(u64::from(len) <= room, "{len} bytes written into {room}");
+            let (written, room) = (u64::from(len), chain.writable_bytes);
+            assert!(written <= room, "{written} bytes written into {room}");
+            returned.push(Returned { readable_bytes: chain.readable_bytes, written });
             self.free += chain.descriptors;
             self.seen = self.seen.wrapping_add(1);
         }
-        before - self.outstanding.len()
+        returned
     }
 }
 

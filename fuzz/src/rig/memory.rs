@@ -7,7 +7,7 @@ use devices::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
 /// RAM from address 0, then a hole, then one more page.
-const LOW_BYTES: usize = 0x1_0000;
+const LOW_BYTES: usize = 0x1_8000;
 /// Divides it.
 const BLOCK: usize = 256;
 const HIGH_START: u64 = 0x2_0000;

@@ -37,6 +37,12 @@ pub trait Subject {
     fn host(&mut self, input: &mut Input<'_>);
     /// The host stops holding anything back, and takes what the device has for it.
     fn release(&mut self);
+    /// The device has returned a chain: bytes that it could read, bytes that it says it wrote.
+    fn returned(&mut self, _queue: u16, _readable: u64, _written: u64) {}
+    /// The driver starts anew, or has written to the device's configuration.
+    fn disturbed(&mut self) {}
+    /// Everything has been answered, to a driver that kept to the rules all the time.
+    fn check(&self) {}
 }
 
 /// Turns of the workers until everything that can happen has happened, and the longest that may
@@ -105,7 +111,10 @@ impl<S: Subject> Rig<S> {
             8 => self.kick(input.u8()),
             9 => run_workers(),
             10 | 11 => self.subject.host(input),
-            12 => self.initialize(input.u64(), 1 << input.below(6)),
+            12 => {
+                self.subject.disturbed();
+                self.initialize(input.u64(), 1 << input.below(6));
+            }
             13 => match input.below(4) {
                 0 => self.pause(),
                 1 => self.reset(),
@@ -119,9 +128,20 @@ impl<S: Subject> Rig<S> {
                 self.careless |= ring.scribble(&mut self.memory, input);
             }
         }
-        for ring in &mut self.rings {
-            ring.collect(&mut self.memory, !self.careless);
+        self.collect();
+    }
+
+    /// Takes back what the device has returned; how many chains that were.
+    fn collect(&mut self) -> usize {
+        let strict = !self.careless;
+        let mut count = 0;
+        for (ring, queue) in self.rings.iter_mut().zip(0..) {
+            for chain in ring.collect(&self.memory, strict) {
+                self.subject.returned(queue, chain.readable_bytes, chain.written);
+                count += 1;
+            }
         }
+        count
     }
 
     /// Any register of any area. Reads define every byte, and reading clears bits at most.
@@ -130,6 +150,7 @@ impl<S: Subject> Rig<S> {
         let at = area + u64::from(offset);
         if input.flag() {
             self.careless |= area == 0;
+            self.subject.disturbed();
             let value = input.u64().to_le_bytes();
             self.pci.write_bar(0, at, &value[..width]);
             return;
@@ -145,6 +166,7 @@ impl<S: Subject> Rig<S> {
         let (offset, width) = (u16::from(input.u8()), input.choose(&[1, 2, 4]));
         if input.flag() {
             self.careless = true;
+            self.subject.disturbed();
             let value = input.u32().to_le_bytes();
             self.pci.write_config(offset, &value[..width]);
             return;
@@ -184,6 +206,7 @@ impl<S: Subject> Rig<S> {
 
     /// The machine is reset.
     fn reset(&mut self) {
+        self.subject.disturbed();
         self.pci.pause().expect("a fake host has everything");
         self.pci.reset().expect("a fake host has everything");
         self.pci.reset_config();
@@ -295,6 +318,7 @@ impl<S: Subject> Rig<S> {
         self.pci.pause().expect("a fake host has everything");
         if !self.careless {
             self.memory.check();
+            self.subject.check();
         }
     }
 }
@@ -311,9 +335,7 @@ impl<S: Subject> Rig<S> {
             self.kick((queue & 0xff) as u8);
         }
         run_workers();
-        let rings = self.rings.iter_mut();
-        let answers = rings.map(|ring| ring.collect(&mut self.memory, !self.careless));
-        answers.sum::<usize>() > 0
+        self.collect() > 0
     }
 }
 
