@@ -14,7 +14,8 @@ help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that building and testing need
-	@packaging/install-packages.sh packaging/packages-build.txt packaging/packages-test.txt
+	@packaging/install-packages.sh packaging/packages-build.txt packaging/packages-test.txt \
+	    tests/lab/packages.txt
 
 deps-build:
 	@packaging/install-packages.sh packaging/packages-build.txt
@@ -36,8 +37,8 @@ test-kvm: build ## Tests on this machine's /dev/kvm
 	$(CARGO) test --locked --package tests --test 'kvm_*'
 
 test-lab: build ## Real Linux guests in a nested lab under QEMU's software emulation
-	$(CARGO) build --release --locked --package tests --bins
-	target/release/lab
+	$(CARGO) build --locked --package tests --bins
+	DROVER_BIN=$(CURDIR)/target/release/drover target/debug/lab
 
 test-fuzz: ## Every fuzz target for a few seconds
 	fuzz/run.sh $(FUZZ_SMOKE_SECONDS)
@@ -46,8 +47,8 @@ fuzz: ## Every fuzz target for FUZZ_SECONDS (300)
 	fuzz/run.sh $(FUZZ_SECONDS)
 
 bench: build ## Compare with QEMU and print the ratios
-	$(CARGO) build --release --locked --package tests --bins
-	target/release/bench
+	$(CARGO) build --locked --package tests --bins
+	target/debug/bench
 
 lint: ## Formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check

@@ -27,7 +27,7 @@ contain commas. The same keys are used in the configuration file; --dry-run show
 pub(crate) struct Cli {
     /// How much to log on standard error: error, warn, info, debug or trace [default: $DROVER_LOG or warn].
     #[arg(long, global = true, value_name = "LEVEL")]
-    pub(crate) log: Option<String>,
+    pub(crate) log: Option<log::LevelFilter>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -110,9 +110,9 @@ pub(crate) struct RunArgs {
     /// [,aio=io-uring|threads][,bytes-per-second=][,ops-per-second=][,id=], or vhost-user=SOCKET.
     #[arg(long, value_name = "LIST")]
     pub(crate) disk: Vec<String>,
-    /// Network interface: [tap=NAME|fd=[N]|vhost-user=SOCKET][,mac=][,mtu=][,queues=][,queue-size=]
+    /// Network interface (a new TAP when nothing is given): [tap=NAME|fd=[N]|vhost-user=SOCKET][,mac=][,mtu=][,queues=][,queue-size=]
     /// [,offload=off][,bytes-per-second=][,packets-per-second=][,id=].
-    #[arg(long, value_name = "LIST")]
+    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "queues=1")]
     pub(crate) net: Vec<String>,
     /// Entropy source: [source=FILE][,bytes-per-second=].
     #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "source=/dev/urandom")]

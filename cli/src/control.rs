@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 use vmm::config::{ByteSize, VmName};
@@ -219,9 +219,10 @@ fn print_event(line: &str) {
         .unwrap_or("event")
         .to_owned();
     let details = fields.iter().map(|(key, value)| format!(" {key}={value}"));
-    let (seconds, millis) = (event.time_ms / 1000, event.time_ms % 1000);
+    let time = SystemTime::UNIX_EPOCH + Duration::from_millis(event.time_ms);
     println!(
-        "{seconds}.{millis:03} {:>5} {name}{}",
+        "{} {:>5} {name}{}",
+        humantime::format_rfc3339_millis(time),
         event.sequence,
         details.collect::<String>()
     );

@@ -21,7 +21,7 @@ use args::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log(cli.log.as_deref());
+    start_log(cli.log);
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {
@@ -55,11 +55,11 @@ fn dispatch(command: Command) -> Result<ExitCode> {
 }
 
 /// Log lines go to standard error; `--log` or `DROVER_LOG` chooses how many.
-fn start_log(level: Option<&str>) {
+fn start_log(level: Option<log::LevelFilter>) {
     let from_environment = std::env::var("DROVER_LOG").ok();
-    let filter = level.or(from_environment.as_deref()).unwrap_or("warn");
+    let filter = level.map(|level| level.to_string()).or(from_environment);
     env_logger::Builder::new()
-        .parse_filters(filter)
+        .parse_filters(filter.as_deref().unwrap_or("warn"))
         // A guest can make these crates log as fast as it likes.
         .filter_module("virtio_queue", log::LevelFilter::Off)
         .format(|out, record| {

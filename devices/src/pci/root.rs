@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -216,13 +216,13 @@ impl PciRoot {
     /// The handler for the ECAM range (bus 0 first, 1 MiB per bus).
     #[must_use]
     pub fn ecam(self: &Arc<Self>) -> Arc<dyn IoHandler> {
-        Arc::new(Ecam(Arc::clone(self)))
+        Arc::new(Ecam(Arc::downgrade(self)))
     }
 
     /// The handler for ports 0xcf8 to 0xcff.
     #[must_use]
     pub fn config_ports(self: &Arc<Self>) -> Arc<dyn IoHandler> {
-        Arc::new(ConfigPorts(Arc::clone(self)))
+        Arc::new(ConfigPorts(Arc::downgrade(self)))
     }
 
     fn all(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
@@ -361,7 +361,10 @@ impl PciRoot {
 }
 
 /// ECAM: bus in bits 27:20, device 19:15, function 14:12, register 11:0.
-struct Ecam(Arc<PciRoot>);
+///
+/// The root knows the buses that this is on: a counted reference would keep both for ever, with
+/// every device and what it has open on the host.
+struct Ecam(Weak<PciRoot>);
 
 impl Ecam {
     fn decode(offset: u64) -> Option<(Bdf, u16)> {
@@ -373,26 +376,26 @@ impl Ecam {
 
 impl IoHandler for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match Self::decode(offset) {
-            Some((bdf, register)) => self.0.read_config(bdf, register, data),
-            None => data.fill(0xff),
+        match (self.0.upgrade(), Self::decode(offset)) {
+            (Some(root), Some((bdf, register))) => root.read_config(bdf, register, data),
+            _ => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((bdf, register)) = Self::decode(offset) {
-            self.0.write_config(bdf, register, data);
+        if let (Some(root), Some((bdf, register))) = (self.0.upgrade(), Self::decode(offset)) {
+            root.write_config(bdf, register, data);
         }
     }
 }
 
 /// `CONFIG_ADDRESS` and `CONFIG_DATA` (PCI 3.0 section 3.2.2.3.2), at 0xcf8 and 0xcfc.
-struct ConfigPorts(Arc<PciRoot>);
+struct ConfigPorts(Weak<PciRoot>);
 
-impl ConfigPorts {
+impl PciRoot {
     /// The function and register that `CONFIG_DATA` byte `lane` stands for.
-    fn target(&self, lane: u64) -> Option<(Bdf, u16)> {
-        let address = *self.0.config_address.lock();
+    fn config_target(&self, lane: u64) -> Option<(Bdf, u16)> {
+        let address = *self.config_address.lock();
         let lane = u16::try_from(lane).ok()?;
         let register = (address & 0xfc) as u16 + lane;
         let bdf = Bdf::from_requester_id((address >> 8 & 0xffff) as u16);
@@ -402,27 +405,34 @@ impl ConfigPorts {
 
 impl IoHandler for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
+        let Some(root) = self.0.upgrade() else {
+            return data.fill(0xff);
+        };
         if offset == 0 && data.len() == 4 {
-            let address = *self.0.config_address.lock();
+            let address = *root.config_address.lock();
             data.copy_from_slice(&address.to_le_bytes());
             return;
         }
-        match offset.checked_sub(4).and_then(|lane| self.target(lane)) {
-            Some((bdf, register)) => self.0.read_config(bdf, register, data),
+        let lane = offset.checked_sub(4);
+        match lane.and_then(|lane| root.config_target(lane)) {
+            Some((bdf, register)) => root.read_config(bdf, register, data),
             None => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        let Some(root) = self.0.upgrade() else {
+            return;
+        };
         if offset == 0 {
             if let Ok(bytes) = <[u8; 4]>::try_from(data) {
-                let mut address = self.0.config_address.lock();
-                *address = u32::from_le_bytes(bytes);
+                *root.config_address.lock() = u32::from_le_bytes(bytes);
             }
             return;
         }
-        if let Some((bdf, register)) = offset.checked_sub(4).and_then(|lane| self.target(lane)) {
-            self.0.write_config(bdf, register, data);
+        let lane = offset.checked_sub(4);
+        if let Some((bdf, register)) = lane.and_then(|lane| root.config_target(lane)) {
+            root.write_config(bdf, register, data);
         }
     }
 }

@@ -3,11 +3,14 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use polling::Polling;
 
 /// Token of the worker's own stop descriptor; handlers use others.
 const STOP: u32 = u32::MAX;
@@ -20,6 +23,13 @@ pub trait Handler: Send + 'static {
 
     /// A registered descriptor is ready.
     fn ready(&mut self, token: u32, events: &mut EventOps);
+
+    /// Looks for work and does it, at no cost when there is none: no system call, no doorbell
+    /// turned on. True: there was some. Called again and again before the thread sleeps, as long
+    /// as work is likely to come soon.
+    fn poll(&mut self) -> bool {
+        false
+    }
 
     /// Called before the thread sleeps. True: call again instead of sleeping.
     fn before_sleep(&mut self) -> bool;
@@ -146,6 +156,7 @@ impl<H: Handler> MutEventSubscriber for Subscriber<H> {
 struct EventLoop<H: Handler> {
     manager: EventManager<Subscriber<H>>,
     id: SubscriberId,
+    polling: Polling,
 }
 
 impl<H: Handler> EventLoop<H> {
@@ -155,7 +166,11 @@ impl<H: Handler> EventLoop<H> {
             stop,
             stopping: false,
         });
-        Self { manager, id }
+        Self {
+            manager,
+            id,
+            polling: Polling::default(),
+        }
     }
 
     /// Handles what is ready; with `may_sleep`, waits for something. False once it shall end.
@@ -169,15 +184,22 @@ impl<H: Handler> EventLoop<H> {
         if subscriber.stopping {
             return false;
         }
+        if may_sleep {
+            self.polling.spin(|| subscriber.handler.poll());
+        }
         let busy = subscriber.handler.before_sleep();
         let timeout = if busy || !may_sleep {
             DO_NOT_SLEEP
         } else {
             SLEEP
         };
+        let asleep_since = (timeout == SLEEP).then(Instant::now);
         if let Err(error) = self.manager.run_with_timeout(timeout) {
             // Interrupted by a signal, or a descriptor that epoll no longer likes: look again.
             log::debug!(error:? = error; "device event loop");
+        }
+        if let Some(since) = asleep_since {
+            self.polling.woken_after(since.elapsed());
         }
         true
     }
@@ -192,6 +214,7 @@ impl<H: Handler> EventLoop<H> {
 
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod inline;
+mod polling;
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use tests::harness::process;
 use tests::lab::artefacts::Artefacts;
 use tests::lab::cache::Cache;
 use tests::lab::l1::{self, BootFolder, Purpose};
@@ -12,9 +13,9 @@ use tests::lab::options::{Action, Options, USAGE};
 use tests::lab::prerequisites::{missing_packages, required};
 use tests::lab::programs::Programs;
 use tests::lab::protocol::Verdict;
+use tests::lab::report;
 use tests::lab::runner::{Runner, all_well};
 use tests::lab::scenarios::TABLE;
-use tests::lab::{process, report};
 
 fn main() -> ExitCode {
     let options = match Options::parse(std::env::args().skip(1)) {

@@ -14,6 +14,7 @@
 //! - What it says: [`follower`], [`report`].
 //! - What is seen from outside: [`proc`] (memory, threads, descriptors), [`ram`] (the guest's memory).
 //! - Kernels: [`elf`], [`bzimage`], [`probe`].
+//! - Disks and networks: [`image`], [`netns`].
 //! - Checkers: [`json_schema`], [`metrics`].
 //! - Processes and terminals: [`process`], [`pty`].
 
@@ -25,8 +26,10 @@ pub mod elf;
 pub mod events;
 pub mod follower;
 pub mod ground;
+pub mod image;
 pub mod json_schema;
 pub mod metrics;
+pub mod netns;
 pub mod probe;
 pub mod proc;
 pub mod process;

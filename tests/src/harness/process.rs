@@ -71,6 +71,10 @@ pub fn wait_until<T>(deadline: Instant, mut done: impl FnMut() -> Option<T>) -> 
 /// When it cannot be waited for.
 pub fn wait_exit(child: &mut Child, limit: Duration) -> anyhow::Result<Option<ExitStatus>> {
     let deadline = Instant::now() + limit;
+    // A child that was waited for has no number any more.
+    if let Some(status) = child.try_wait()? {
+        return Ok(Some(status));
+    }
     let pidfd = pidfd(child)?;
     loop {
         if let Some(status) = child.try_wait()? {

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::ctx::{Ctx, Skipped};
-use super::process::{describe, wait_until};
 use super::protocol::{Event, REQUEST_FILE, Request, SHARE_IN_L1, Verdict};
 use super::report::tail;
 use super::scenario::Scenario;
 use super::scenarios::TABLE;
+use crate::harness::process::{describe, wait_until};
 
 /// The serial port that carries verdicts.
 const VERDICT_PORT: &str = "/dev/ttyS1";

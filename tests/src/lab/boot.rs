@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::l1::{L1, Next};
-use super::process;
 use super::protocol::Event;
 use super::report::Outcome;
 use super::scenario::Scenario;
+use crate::harness::process;
 
 /// For L1 to start its agent; it takes 2 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);

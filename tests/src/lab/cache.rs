@@ -11,8 +11,8 @@ use std::process::Command;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-use super::process;
 use super::report::tail;
+use crate::harness::process;
 
 /// Why an entry could not be had.
 #[derive(Debug, Error)]

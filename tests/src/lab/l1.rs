@@ -9,9 +9,9 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 
 use super::artefacts::Artefacts;
-use super::process;
 use super::protocol::Event;
 use super::shape::Shape;
+use crate::harness::process;
 
 /// Size of L1's scratch disk; sparse, so only what is written takes space.
 const SCRATCH_BYTES: u64 = 24 << 30;

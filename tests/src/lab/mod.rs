@@ -16,7 +16,7 @@
 //! - Both sides: [`protocol`], [`scenario`] (the table), [`shape`].
 //! - L0: [`options`], [`prerequisites`], [`cache`], [`artefacts`], [`programs`],
 //!   [`l1`] (one QEMU), [`boot`] (its progress), [`runner`] (all boots), [`report`],
-//!   [`process`].
+//!   [`crate::harness::process`].
 //! - L1: [`agent`], [`ctx`] (what a scenario gets), [`vm_spec`] and [`vmm`] (a Drover
 //!   process before and after its start), [`console`], [`network`], [`memory`],
 //!   [`image`], [`scenarios`].
@@ -33,7 +33,6 @@ pub mod memory;
 pub mod network;
 pub mod options;
 pub mod prerequisites;
-pub mod process;
 pub mod programs;
 pub mod protocol;
 pub mod report;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
-use super::console::Console;
-use super::process::describe;
+use super::console;
 use super::vmm::{DROVER, Vmm};
+use crate::harness::process::describe;
 
 /// A lab option and not a default: under QEMU's emulated SVM an L2 guest must not
 /// see the TSC-deadline timer, or its sleeps never end.
@@ -151,7 +151,7 @@ impl VmSpec {
             .stdout
             .take()
             .context("drover has no standard output")?;
-        let console = Console::follow(source, &self.logs.join(format!("{stem}.console.log")))?;
+        let console = console::follow(source, &self.logs.join(format!("{stem}.console.log")))?;
         Ok(Vmm::new(self.clone(), child, console, messages))
     }
 

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use super::console::Console;
+use super::console;
 use super::ctx::output;
 use super::memory::MemoryUse;
-use super::process::{describe, wait_until};
 use super::protocol::Report;
 use super::report::tail;
 use super::vm_spec::VmSpec;
+use crate::harness::follower::Follower;
+use crate::harness::process::{describe, wait_until};
 
 /// The program.
 pub(super) const DROVER: &str = "drover";
@@ -33,13 +34,13 @@ pub struct Vmm {
     spec: VmSpec,
     child: Child,
     /// The guest's serial console.
-    pub console: Console,
+    pub console: Follower,
     messages: PathBuf,
 }
 
 impl Vmm {
     /// Of the process `child`, whose standard error goes to the file `messages`.
-    pub(super) fn new(spec: VmSpec, child: Child, console: Console, messages: PathBuf) -> Self {
+    pub(super) fn new(spec: VmSpec, child: Child, console: Follower, messages: PathBuf) -> Self {
         Self {
             spec,
             child,
@@ -66,7 +67,7 @@ impl Vmm {
         key: &str,
         limit: Duration,
     ) -> anyhow::Result<Report> {
-        let report = self.console.wait_report(task, key, limit);
+        let report = console::wait_report(&mut self.console, task, key, limit);
         report.with_context(|| self.state())
     }
 
@@ -211,7 +212,7 @@ impl Vmm {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn events(&self) -> anyhow::Result<Console> {
+    pub fn events(&self) -> anyhow::Result<Follower> {
         let mut child = Command::new(DROVER)
             .args(["events", &self.spec.name, "--follow", "--json"])
             .env("DROVER_RUNTIME_DIR", &self.spec.run_folder)
@@ -223,7 +224,7 @@ impl Vmm {
             .stdout
             .take()
             .context("drover events has no standard output")?;
-        Console::follow(
+        console::follow(
             source,
             &self
                 .spec

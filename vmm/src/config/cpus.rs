@@ -12,7 +12,7 @@ use crate::arch::x86_64::{CpuCounts, Topology, TopologyError};
 
 /// vCPUs and where they run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct CpusConfig {
     /// Number of vCPUs.
     pub count: u32,

@@ -7,7 +7,7 @@ use crate::memory::{HugePages, RamOptions};
 
 /// How much memory, and how it is backed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct MemoryConfig {
     /// Bytes of RAM.
     pub size: ByteSize,

@@ -203,8 +203,10 @@ async fn put_console(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// One status for every way in which a body can be wrong, as documented; the message tells them
+/// apart.
 fn bad_body(rejection: JsonRejection) -> ApiError {
-    ApiError::new(rejection.status(), rejection.body_text())
+    ApiError::new(StatusCode::BAD_REQUEST, rejection.body_text())
 }
 
 /// The same in Prometheus' text format.

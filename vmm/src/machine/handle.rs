@@ -59,10 +59,12 @@ pub struct LaunchOptions {
     pub handle_signals: bool,
 }
 
-/// A VM that was launched. Dropping the handle stops the VM.
+/// A VM that was launched. Dropping the handle stops the VM and waits for its end.
 pub struct VmHandle {
     client: ControllerClient,
-    thread: JoinHandle<EndReason>,
+    notices: Arc<Notices>,
+    /// Taken by whoever waits for the end.
+    thread: Option<JoinHandle<EndReason>>,
 }
 
 impl VmHandle {
@@ -77,7 +79,8 @@ impl VmHandle {
         let spawned = builder.spawn(move || match prepare(config, &options) {
             Ok(prepared) => {
                 // The launcher waits for exactly this.
-                let _ = report.send(Ok(prepared.client.clone()));
+                let handle = (prepared.client.clone(), Arc::clone(&prepared.notices));
+                let _ = report.send(Ok(handle));
                 serve(prepared, options.handle_signals)
             }
             Err(error) => {
@@ -86,10 +89,14 @@ impl VmHandle {
             }
         });
         let thread = spawned.map_err(LaunchError::Thread)?;
-        let client = reported.recv().map_err(|_| {
+        let (client, notices) = reported.recv().map_err(|_| {
             LaunchError::Thread(io::Error::other("the controller ended before it began"))
         })??;
-        Ok(Self { client, thread })
+        Ok(Self {
+            client,
+            notices,
+            thread: Some(thread),
+        })
     }
 
     /// To ask the VM for things.
@@ -103,12 +110,24 @@ impl VmHandle {
     /// # Panics
     /// When the controller thread has panicked.
     #[must_use]
-    pub fn wait(self) -> EndReason {
-        let Self { client, thread } = self;
-        // The controller ends when nobody is left to ask it: keep one until it has ended.
-        let reason = thread.join().expect("the controller does not panic");
-        drop(client);
-        reason
+    pub fn wait(mut self) -> EndReason {
+        let thread = self
+            .thread
+            .take()
+            .expect("only here and in drop is it taken");
+        thread.join().expect("the controller does not panic")
+    }
+}
+
+impl Drop for VmHandle {
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        self.notices.quit();
+        if thread.join().is_err() {
+            log::error!("the controller has panicked");
+        }
     }
 }
 
@@ -116,6 +135,7 @@ impl VmHandle {
 struct Prepared {
     controller: Controller,
     client: ControllerClient,
+    notices: Arc<Notices>,
     claim: Option<NameClaim>,
 }
 
@@ -137,6 +157,7 @@ fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, Launch
     Ok(Prepared {
         controller,
         client,
+        notices,
         claim,
     })
 }
@@ -157,6 +178,7 @@ fn serve(prepared: Prepared, handle_signals: bool) -> EndReason {
         controller,
         client,
         mut claim,
+        ..
     } = prepared;
     runtime.block_on(async {
         if handle_signals {

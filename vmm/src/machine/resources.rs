@@ -94,7 +94,11 @@ impl Resources {
 
     /// What others open to reach the guest.
     pub(super) fn terminals(&self) -> Terminals {
-        let path = |endpoint: &Endpoint| Some(endpoint.path()?.display().to_string());
+        let path = |endpoint: &Endpoint| {
+            // Whoever asks may be in another folder.
+            let path = std::path::absolute(endpoint.path()?).ok()?;
+            Some(path.display().to_string())
+        };
         let console = self.peripherals.console.as_ref();
         Terminals {
             serial: path(&self.serial),

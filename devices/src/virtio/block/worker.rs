@@ -51,8 +51,10 @@ pub(super) struct BlockWorker {
     throttled: bool,
     /// The driver broke the rules; nothing more is taken from the queue.
     broken: bool,
-    /// The queue was left with requests in it, for other events to have their turn.
+    /// There are requests in the queue that no doorbell will ring for.
     more: bool,
+    /// The doorbell is on: nothing is in the queue that it did not or will not ring for.
+    armed: bool,
     done: Vec<Completion>,
 }
 
@@ -73,6 +75,7 @@ impl BlockWorker {
             throttled: false,
             broken: false,
             more: false,
+            armed: true,
             done: Vec::new(),
         })
     }
@@ -105,27 +108,45 @@ impl BlockWorker {
         }
     }
 
-    /// Begins up to `limit` requests. False when the queue is empty and its doorbell on.
+    /// Begins up to `limit` requests. False when the queue is empty. Its doorbell is off.
     fn take_batch(&mut self, limit: u16) -> Result<bool, QueueError> {
         let mut answered = false;
         let mut taken = 0;
-        self.queue.disable_doorbell()?;
+        if std::mem::take(&mut self.armed) {
+            self.queue.disable_doorbell()?;
+        }
         let more = loop {
             if taken == limit || self.must_wait() {
                 break true;
             }
-            match self.queue.pop()? {
-                Some(chain) => answered |= self.begin(chain)?,
-                // Something may have come between the look and the doorbell.
-                None if self.queue.enable_doorbell()? => self.queue.disable_doorbell()?,
-                None => break false,
-            }
+            let Some(chain) = self.queue.pop()? else {
+                break false;
+            };
+            answered |= self.begin(chain)?;
             taken += 1;
         };
         if answered {
             self.queue.signal()?;
         }
         Ok(more)
+    }
+
+    /// Turns the doorbell on. True when something came before that: it must be served now.
+    fn arm(&mut self) -> bool {
+        if self.armed || self.throttled || self.broken {
+            return false;
+        }
+        match self.queue.enable_doorbell() {
+            Ok(missed) => {
+                self.armed = true;
+                self.more |= missed;
+                missed
+            }
+            Err(error) => {
+                self.fail(&error);
+                false
+            }
+        }
     }
 
     fn fail(&mut self, error: &QueueError) {
@@ -349,15 +370,28 @@ impl Handler for BlockWorker {
         }
     }
 
+    fn poll(&mut self) -> bool {
+        let in_flight = self.in_flight;
+        if in_flight > 0 {
+            self.reap();
+        }
+        let may_serve = !self.throttled && !self.broken;
+        let came = may_serve && self.queue.has_available();
+        if came {
+            self.serve();
+        }
+        came || self.in_flight != in_flight
+    }
+
     fn before_sleep(&mut self) -> bool {
         // A completion may have interrupted the last sleep instead of making a descriptor ready.
         if self.in_flight > 0 {
             self.reap();
         }
-        if self.more {
+        if self.more || self.arm() {
             self.serve();
         }
-        self.more
+        self.more || self.arm()
     }
 
     fn drain(&mut self) {

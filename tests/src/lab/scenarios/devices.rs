@@ -7,9 +7,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
 
+use crate::harness::process::wait_until;
 use crate::lab::ctx::Ctx;
 use crate::lab::image::{create_raw, sha256_raw};
-use crate::lab::process::wait_until;
 use crate::lab::vmm::{BOOT, SOON, Vmm};
 
 /// vsock over a unix socket: the host connects to the socket and says

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
+use crate::harness::process::describe;
 use crate::lab::ctx::Ctx;
-use crate::lab::process::describe;
 use crate::lab::vmm::{BOOT, SOON, Vmm};
 
 pub(super) fn power_button(ctx: &mut Ctx) -> anyhow::Result<()> {

@@ -63,7 +63,6 @@ pub(super) struct RawImage {
 impl RawImage {
     /// Checks size and contents and finds out the abilities.
     pub(super) fn new(host: HostFile) -> Result<Self, DiskError> {
-        check_size(&host)?;
         let probe = |what| {
             let path = host.path.clone();
             move |source| DiskError::Probe { path, what, source }
@@ -72,6 +71,8 @@ impl RawImage {
         if first == QCOW2_MAGIC {
             return Err(DiskError::LooksLikeQcow2 { path: host.path });
         }
+        // Afterwards: files of other formats have any size, and rounding up is no help there.
+        check_size(&host)?;
         let is_device = host.kind == FileKind::BlockDevice;
         let (block_bytes, physical_block_bytes) = if is_device {
             let logical = syscalls::logical_block_bytes(&host.file);

@@ -2,8 +2,13 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::super::capabilities::{COMMON, DEVICE, MSIX_TABLE};
+use super::lifecycle::KIND;
 use super::*;
+use crate::device::{Device, Migratability};
+use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::testing::{Buffer, DriverQueue, FakeRouter, ram};
+use crate::virtio::state::VirtioPciStateV1;
 use crate::virtio::{DeviceIdentity, DeviceType, RING_FEATURES};
 
 /// Common configuration starts the BAR.

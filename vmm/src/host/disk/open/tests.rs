@@ -390,7 +390,12 @@ fn unusable_paths_are_refused_with_a_remedy() {
     run(&format!("mkfifo {}", at("pipe").display()));
     symlink(at("nowhere"), at("dangling")).unwrap();
     fs::write(at("qcow2"), [b"QFI\xfb".as_slice(), &[0; 1020]].concat()).unwrap();
-    let cases: [(&str, &[&str]); 11] = [
+    fs::write(
+        at("odd-qcow2"),
+        [b"QFI\xfb".as_slice(), &[0; 1021]].concat(),
+    )
+    .unwrap();
+    let cases: [(&str, &[&str]); 12] = [
         ("missing", &["cannot be opened", "create it first"]),
         ("dangling", &["cannot be opened", "create it first"]),
         ("raw/below", &["cannot be opened"]),
@@ -401,6 +406,7 @@ fn unusable_paths_are_refused_with_a_remedy() {
         ("tiny", &["has 511 bytes", "truncate -s %512"]),
         ("odd", &["has 513 bytes", "multiple of 512"]),
         ("qcow2", &["declared raw", "format=qcow2"]),
+        ("odd-qcow2", &["declared raw", "format=qcow2"]),
         ("/dev/null", &["is a character device"]),
     ];
     for (name, expected) in cases {

@@ -190,6 +190,92 @@ fn overlays_read_through_to_their_backing_files_and_never_write_there() {
     }
 }
 
+#[test]
+fn base_is_shared_by_overlays_and_by_nobody_who_writes_it() {
+    if !has_qemu_tools() {
+        return;
+    }
+    let directory = directory();
+    let base = raw_image(&directory, 4 * MIB);
+    fs::write(&base, vec![7; 4 * MIB as usize]).unwrap();
+    let overlays = ["a.qcow2", "b.qcow2"].map(|name| {
+        let path = create(&directory, name, "-b disk.img -F raw");
+        qcow2_config(&path)
+    });
+    let base_config = config(&base);
+    {
+        let _writer = open(&base_config, &id()).unwrap();
+        let error = refusal(&overlays[0]);
+        assert!(error.contains("disk.img is in use by this VM"), "{error}");
+        // The refused overlay is free, too.
+        let top = DiskConfig {
+            backing_dir: None,
+            ..config(overlays[0].path.as_deref().unwrap())
+        };
+        assert!(refusal(&top).contains("begins like a qcow2 image"));
+    }
+    let mut clients = overlays.each_ref().map(Client::open);
+    for (client, value) in clients.iter_mut().zip([1, 2]) {
+        client.write(0, &[value; 4096]).unwrap();
+        client.flush().unwrap();
+    }
+    for (client, value) in clients.iter_mut().zip([1, 2]) {
+        assert_eq!(client.read(0, 4096).unwrap(), [value; 4096]);
+        assert_eq!(client.read(65536, 4096).unwrap(), [7; 4096]);
+    }
+    assert!(refusal(&base_config).contains("is in use"));
+    assert!(refusal(&overlays[1]).contains("b.qcow2 is in use"));
+    drop(clients);
+    assert!(fs::read(&base).unwrap().iter().all(|byte| *byte == 7));
+    assert!(open(&base_config, &id()).is_ok());
+}
+
+/// A copy that was interrupted, a disk that was full: the end is missing.
+#[test]
+fn images_cut_short_give_errors_and_never_a_panic() {
+    if !has_qemu_tools() {
+        return;
+    }
+    let directory = directory();
+    let path = create(&directory, "disk.qcow2", "-o cluster_size=4k");
+    let mut model = Model::new(4 * MIB);
+    model.work(&mut Client::open(&qcow2_config(&path)), 57, 100, 4);
+    let whole = fs::read(&path).unwrap();
+    let mut lengths = vec![0, 3, 4, 71, 72, 103, 104, 111, 112, 4095, 4096, 4097];
+    lengths.extend(
+        (2..whole.len() / 4096)
+            .step_by(7)
+            .map(|cluster| cluster * 4096),
+    );
+    lengths.extend([whole.len() - 4096, whole.len() - 1]);
+    let mut refused = 0;
+    for len in lengths {
+        fs::write(&path, &whole[..len]).unwrap();
+        let disk = match open(&qcow2_config(&path), &id()) {
+            Ok(disk) => disk,
+            Err(DiskError::Qcow2(_)) => {
+                refused += 1;
+                continue;
+            }
+            Err(error) => panic!("{len}: {error}"),
+        };
+        assert!(len > 8192, "tables cannot lie within {len} bytes");
+        let mut client = Client::new(&disk, 4);
+        for sector in (0..4 * MIB / 512).step_by(301) {
+            match client.read(sector * 512, 512) {
+                Ok(_) => {}
+                Err(error) => assert_ne!(error.to_string(), "the disk thread panicked", "{len}"),
+            }
+        }
+        let written = client.write(0, &[1; 512]);
+        assert!(
+            written.is_err() || client.read(0, 512).unwrap() == [1; 512],
+            "{len}"
+        );
+    }
+    assert!(refused >= 12, "{refused}");
+}
+
 /// Takes the name of the backing file's format out of the header.
 fn forget_backing_format(path: &Path) {
     let file = fs::File::options()
