@@ -72,7 +72,10 @@ impl Ring {
     /// Empty and in nobody's use.
     pub fn reset(&mut self, memory: &mut Memory) {
         memory.write(self.base, &[0; RING_BYTES as usize]);
-        *self = Self { base: self.base, ..Self::new(0) };
+        *self = Self {
+            base: self.base,
+            ..Self::new(0)
+        };
     }
 
     pub fn set_size(&mut self, size: u16) {
@@ -96,13 +99,22 @@ impl Ring {
             return false;
         }
         let mut buffers: Vec<_> = (0..count).map(|_| buffer(memory, input)).collect();
-        let careless = if broken { break_rules(&mut buffers, input) } else { sort(&mut buffers) };
+        let careless = if broken {
+            break_rules(&mut buffers, input)
+        } else {
+            sort(&mut buffers)
+        };
         let bytes = |direction| {
-            let buffers = buffers.iter().filter(|buffer| buffer.flags & FLAG_WRITE == direction);
+            let buffers = buffers
+                .iter()
+                .filter(|buffer| buffer.flags & FLAG_WRITE == direction);
             buffers.map(|buffer| u64::from(buffer.len)).sum()
         };
         let (readable_bytes, writable_bytes) = (bytes(0), bytes(FLAG_WRITE));
-        for buffer in buffers.iter().filter(|buffer| buffer.flags & FLAG_WRITE != 0) {
+        for buffer in buffers
+            .iter()
+            .filter(|buffer| buffer.flags & FLAG_WRITE != 0)
+        {
             memory.allow(buffer.addr, buffer.len.into());
         }
         let head = self.next;
@@ -110,7 +122,11 @@ impl Ring {
             let table = TABLES + self.base + u64::from(head) * TABLE_BYTES;
             self.write_chain(memory, table, &buffers, |index| index + 1);
             let len = 16 * u32::from(count);
-            let only = [Descriptor { addr: table, len, flags: FLAG_INDIRECT }];
+            let only = [Descriptor {
+                addr: table,
+                len,
+                flags: FLAG_INDIRECT,
+            }];
             self.write_chain(memory, self.base + 16 * u64::from(head), &only, |_| 0);
         } else {
             for (index, buffer) in buffers.iter().enumerate() {
@@ -118,12 +134,22 @@ impl Ring {
                 let slot = (head + index as u16) % self.size;
                 let next = (slot + 1) % self.size;
                 let flags = buffer.flags | if last { 0 } else { FLAG_NEXT };
-                self.write_descriptor(memory, self.base + 16 * u64::from(slot), buffer, flags, next);
+                self.write_descriptor(
+                    memory,
+                    self.base + 16 * u64::from(slot),
+                    buffer,
+                    flags,
+                    next,
+                );
             }
         }
         self.next = (head + needed) % self.size;
         self.free -= needed;
-        let chain = Outstanding { descriptors: needed, readable_bytes, writable_bytes };
+        let chain = Outstanding {
+            descriptors: needed,
+            readable_bytes,
+            writable_bytes,
+        };
         self.outstanding.insert(head, chain);
         self.publish(memory, head);
         careless
@@ -144,7 +170,14 @@ impl Ring {
         }
     }
 
-    fn write_descriptor(&self, memory: &mut Memory, at: u64, buffer: &Descriptor, flags: u16, next: u16) {
+    fn write_descriptor(
+        &self,
+        memory: &mut Memory,
+        at: u64,
+        buffer: &Descriptor,
+        flags: u16,
+        next: u16,
+    ) {
         memory.write(at, &buffer.addr.to_le_bytes());
         memory.write(at + 8, &buffer.len.to_le_bytes());
         memory.write(at + 12, &flags.to_le_bytes());
@@ -166,9 +199,14 @@ impl Ring {
         match what {
             // Flags and, where negotiated, the used event are the driver's to choose.
             0 => memory.write(at, &(value & 1).to_le_bytes()),
-            1 if self.size > 0 => memory.write(at + 4 + 2 * u64::from(self.size), &value.to_le_bytes()),
+            1 if self.size > 0 => {
+                memory.write(at + 4 + 2 * u64::from(self.size), &value.to_le_bytes())
+            }
             2 => memory.write(at + 2, &value.to_le_bytes()),
-            _ => memory.write(at + 4 + 2 * u64::from(value % MAX_SIZE), &value.to_le_bytes()),
+            _ => memory.write(
+                at + 4 + 2 * u64::from(value % MAX_SIZE),
+                &value.to_le_bytes(),
+            ),
         }
         what > 1
     }
@@ -183,11 +221,16 @@ impl Ring {
         while self.seen != index {
             let at = self.base + USED + 4 + 8 * u64::from(self.seen % self.size);
             let (id, len): (u32, u32) = (memory.read(at), memory.read(at + 4));
-            let chain = u16::try_from(id).ok().and_then(|head| self.outstanding.remove(&head));
+            let chain = u16::try_from(id)
+                .ok()
+                .and_then(|head| self.outstanding.remove(&head));
             let chain = chain.expect("only what was offered is returned, and once");
             let (written, room) = (u64::from(len), chain.writable_bytes);
             assert!(written <= room, "{written} bytes written into {room}");
-            returned.push(Returned { readable_bytes: chain.readable_bytes, written });
+            returned.push(Returned {
+                readable_bytes: chain.readable_bytes,
+                written,
+            });
             self.free += chain.descriptors;
             self.seen = self.seen.wrapping_add(1);
         }
@@ -201,11 +244,19 @@ fn buffer(memory: &mut Memory, input: &mut Input<'_>) -> Descriptor {
     let len = input.choose(&[1, 16, 512, 513, 8, 64, 4096, 0]) + u32::from(input.u8());
     let addr = DATA + u64::from(place) * 0x50;
     if place & 1 == 1 {
-        return Descriptor { addr, len, flags: FLAG_WRITE };
+        return Descriptor {
+            addr,
+            len,
+            flags: FLAG_WRITE,
+        };
     }
     let content = input.blob();
     memory.write(addr, content);
-    Descriptor { addr, len, flags: 0 }
+    Descriptor {
+        addr,
+        len,
+        flags: 0,
+    }
 }
 
 /// Readable buffers come first (section 2.7.4.2).

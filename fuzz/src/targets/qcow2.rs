@@ -61,8 +61,15 @@ struct Wish {
 
 impl Wish {
     fn read(input: &mut Input<'_>) -> Self {
-        let sector = if input.flag() { input.u64() } else { input.u8().into() };
-        Self { sector, count: input.u8() }
+        let sector = if input.flag() {
+            input.u64()
+        } else {
+            input.u8().into()
+        };
+        Self {
+            sector,
+            count: input.u8(),
+        }
     }
 
     /// A request that the device would pass on.
@@ -76,7 +83,13 @@ impl Wish {
         };
         let segments: Segments = [data].into_iter().collect();
         let offset = first * SECTOR_BYTES;
-        BlockRequest { token, op: BlockOp::Read, offset, len, segments }
+        BlockRequest {
+            token,
+            op: BlockOp::Read,
+            offset,
+            len,
+            segments,
+        }
     }
 }
 
@@ -126,7 +139,10 @@ fn image(version: u32, l2: &[u64]) -> Vec<u8> {
     .concat();
     let copied = 1 << 63;
     let table = |entries: &[u64]| {
-        let mut bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let mut bytes: Vec<u8> = entries
+            .iter()
+            .flat_map(|entry| entry.to_be_bytes())
+            .collect();
         bytes.resize(512, 0);
         bytes
     };
@@ -136,7 +152,12 @@ fn image(version: u32, l2: &[u64]) -> Vec<u8> {
     first.resize(512, 0);
     // A deflated cluster: one stored block of zeroes.
     let stored = [&[1, 0, 2, 0xff, 0xfd][..], &[0; 512]].concat();
-    let tables = [table(&[2 * CLUSTER]), refcounts, table(&[4 * CLUSTER | copied]), table(l2)];
+    let tables = [
+        table(&[2 * CLUSTER]),
+        refcounts,
+        table(&[4 * CLUSTER | copied]),
+        table(l2),
+    ];
     [first, tables.concat(), vec![0xdd; 512], stored].concat()
 }
 
@@ -146,14 +167,21 @@ pub fn seeds() -> Vec<Vec<u8>> {
     // Two sectors of compressed data from cluster 6 on: with clusters of 512 bytes, their number
     // less one begins at bit 61.
     let compressed = 1 << 62 | 1 << 61 | 6 * CLUSTER;
-    let requests = [(0, 4), (3, 1), (1, 3), (0, 32)].iter().fold(
-        Script::new().u8(4),
-        |script, (sector, count)| script.u8(0).u8(*sector).u8(*count),
-    );
+    let requests = [(0, 4), (3, 1), (1, 3), (0, 32)]
+        .iter()
+        .fold(Script::new().u8(4), |script, (sector, count)| {
+            script.u8(0).u8(*sector).u8(*count)
+        });
     let zero = 1;
     vec![
-        requests.clone().bytes(&image(3, &[data, 0, zero, compressed])).done(),
-        requests.clone().bytes(&image(3, &[compressed, data, 0, zero])).done(),
+        requests
+            .clone()
+            .bytes(&image(3, &[data, 0, zero, compressed]))
+            .done(),
+        requests
+            .clone()
+            .bytes(&image(3, &[compressed, data, 0, zero]))
+            .done(),
         requests.bytes(&image(2, &[0, data])).done(),
     ]
 }

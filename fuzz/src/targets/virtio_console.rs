@@ -120,12 +120,30 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let output = |len: u8, text: &[u8]| Script::new().u8(1).u8(0).u8(2).u8(len).u8(0).blob(text);
     let typed = Script::new().u8(10).u8(0).blob(b"typed").done();
     // Input before and after there is room for it, then more output than the host takes.
-    let talk = Script::new().bytes(&typed).u8(3).bytes(&room(2).done()).u8(9).bytes(&typed);
+    let talk = Script::new()
+        .bytes(&typed)
+        .u8(3)
+        .bytes(&room(2).done())
+        .u8(9)
+        .bytes(&typed);
     let flood = (0..40).fold(Script::new(), |script, _| {
         let script = script.u8(3).u8(1).u8(7);
-        (0..8).fold(script, |script, place| script.u8(2 * place).u8(6).u8(0).u8(0)).u8(9)
+        (0..8)
+            .fold(script, |script, place| {
+                script.u8(2 * place).u8(6).u8(0).u8(0)
+            })
+            .u8(9)
     });
-    let resized = Script::new().u8(10).u8(3).u8(80).u8(25).u8(0).u8(3).u8(0).width(4).u8(0);
+    let resized = Script::new()
+        .u8(10)
+        .u8(3)
+        .u8(80)
+        .u8(25)
+        .u8(0)
+        .u8(3)
+        .u8(0)
+        .width(4)
+        .u8(0);
     let emergency = Script::new().u8(0).u8(3).u8(8).width(4).u8(1).u64(0x21);
     let mut seeds = rig::seeds(&[room(1), output(2, b"hello"), output(7, b""), room(6)]);
     seeds.extend([talk, flood, resized, emergency].map(Script::done));
