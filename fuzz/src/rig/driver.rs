@@ -78,9 +78,10 @@ impl Ring {
         };
     }
 
-    pub fn set_size(&mut self, size: u16) {
+    pub fn set_size(&mut self, memory: &mut Memory, size: u16) {
         self.size = size.min(MAX_SIZE);
         self.free = self.size;
+        memory.allow(self.base + USED, 6 + 8 * u64::from(self.size));
     }
 
     /// Descriptor table, available ring, used ring.
@@ -189,7 +190,6 @@ impl Ring {
         memory.write(self.base + AVAIL + 4 + 2 * slot, &head.to_le_bytes());
         self.avail = self.avail.wrapping_add(1);
         memory.write(self.base + AVAIL + 2, &self.avail.to_le_bytes());
-        memory.allow(self.base + USED, 6 + 8 * u64::from(self.size));
     }
 
     /// Changes what the driver says about its ring. True when that breaks a rule.

@@ -37,7 +37,7 @@ impl<S: Subject> Rig<S> {
             self.common(0x18, &size.to_le_bytes());
             self.common(0x1a, &(queue + 1).to_le_bytes());
             let ring = &mut self.rings[usize::from(queue)];
-            ring.set_size(size);
+            ring.set_size(&mut self.memory, size);
             for (register, address) in (0x20..).step_by(8).zip(ring.addresses()) {
                 self.common(register, &address.to_le_bytes());
             }
