@@ -155,7 +155,7 @@ fn image(version: u32, l2: &[u64]) -> Vec<u8> {
     let tables = [
         table(&[2 * CLUSTER]),
         refcounts,
-        table(&[4 * CLUSTER | copied]),
+        table(&[(4 * CLUSTER) | copied]),
         table(l2),
     ];
     [first, tables.concat(), vec![0xdd; 512], stored].concat()
@@ -163,10 +163,10 @@ fn image(version: u32, l2: &[u64]) -> Vec<u8> {
 
 pub fn seeds() -> Vec<Vec<u8>> {
     let copied = 1 << 63;
-    let data = 5 * CLUSTER | copied;
+    let data = (5 * CLUSTER) | copied;
     // Two sectors of compressed data from cluster 6 on: with clusters of 512 bytes, their number
     // less one begins at bit 61.
-    let compressed = 1 << 62 | 1 << 61 | 6 * CLUSTER;
+    let compressed = 1 << 62 | 1 << 61 | (6 * CLUSTER);
     let requests = [(0, 4), (3, 1), (1, 3), (0, 32)]
         .iter()
         .fold(Script::new().u8(4), |script, (sector, count)| {
