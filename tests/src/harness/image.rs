@@ -14,6 +14,9 @@ use super::process::{self, Finished};
 
 /// What qemu-img may take.
 const LIMIT: Duration = Duration::from_secs(60);
+/// A page as a count of bytes in memory.
+#[allow(clippy::cast_possible_truncation)]
+const PAGE_BYTES: usize = PAGE_SIZE as usize;
 
 /// A new raw image: a hole of `bytes`.
 ///
@@ -74,7 +77,7 @@ pub fn page(offset: u64, seed: u64, generation: u64) -> Vec<u8> {
 /// When it cannot be written.
 pub fn write_pattern(path: &Path, bytes: u64, seed: u64) -> anyhow::Result<()> {
     let file = File::options().write(true).open(path)?;
-    for offset in (0..bytes).step_by(PAGE_SIZE as usize) {
+    for offset in (0..bytes).step_by(PAGE_BYTES) {
         file.write_all_at(&page(offset, seed, 1), offset)?;
     }
     Ok(())
@@ -86,8 +89,8 @@ pub fn write_pattern(path: &Path, bytes: u64, seed: u64) -> anyhow::Result<()> {
 /// The first page that does not.
 pub fn check_pattern(path: &Path, (start, end): (u64, u64), seed: u64) -> anyhow::Result<()> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
-    for offset in (start..end).step_by(PAGE_SIZE as usize) {
-        let mut bytes = [0; PAGE_SIZE as usize];
+    for offset in (start..end).step_by(PAGE_BYTES) {
+        let mut bytes = [0; PAGE_BYTES];
         file.read_exact_at(&mut bytes, offset)?;
         let mut page = [0; WORDS];
         page.iter_mut()
