@@ -39,8 +39,14 @@ impl FakeDisk {
             write_zeroes: true,
         };
         let len = usize::try_from(info.capacity_bytes).expect("a few sectors");
-        let state = State { bytes: vec![0; len], ..State::default() };
-        Arc::new(Self { info, state: Arc::new(Mutex::new(state)) })
+        let state = State {
+            bytes: vec![0; len],
+            ..State::default()
+        };
+        Arc::new(Self {
+            info,
+            state: Arc::new(Mutex::new(state)),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -74,7 +80,13 @@ impl BlockBackend for FakeDisk {
         let event = EventFd::new(EFD_NONBLOCK)?;
         self.state().events.push(event.try_clone()?);
         let state = Arc::clone(&self.state);
-        Ok(Box::new(FakeQueue { state, memory, event, waiting: VecDeque::new(), urgent: false }))
+        Ok(Box::new(FakeQueue {
+            state,
+            memory,
+            event,
+            waiting: VecDeque::new(),
+            urgent: false,
+        }))
     }
 }
 
@@ -108,7 +120,10 @@ impl BlockIo for FakeQueue {
         self.urgent = false;
         for request in self.waiting.drain(..) {
             let result = state.run(&self.memory, &request);
-            done.push(Completion { token: request.token, result });
+            done.push(Completion {
+                token: request.token,
+                result,
+            });
         }
     }
 

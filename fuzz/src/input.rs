@@ -14,7 +14,10 @@ pub struct Input<'a> {
 
 impl<'a> Input<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, moves: MOVES }
+        Self {
+            bytes,
+            moves: MOVES,
+        }
     }
 
     pub fn is_empty(&self) -> bool {

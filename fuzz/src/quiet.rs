@@ -31,7 +31,10 @@ impl Log for Formatter {
     fn log(&self, record: &Record<'_>) {
         let written = write!(Nowhere, "{}", record.args());
         let visited = record.key_values().visit(&mut Nowhere);
-        assert!(written.is_ok() && visited.is_ok(), "a log message could not be formatted");
+        assert!(
+            written.is_ok() && visited.is_ok(),
+            "a log message could not be formatted"
+        );
     }
 
     fn flush(&self) {}

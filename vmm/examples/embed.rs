@@ -14,12 +14,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         .ok_or("usage: embed KERNEL [COMMAND LINE]")?;
     let mut config = VmConfig {
         name: "embedded".parse()?,
+        serial: CharTarget::Null,
         ..VmConfig::default()
     };
     config.memory.size = ByteSize::mib(64);
     config.boot.kernel = Some(kernel.into());
     config.boot.cmdline = arguments.next().unwrap_or_default();
-    config.serial = CharTarget::Null;
 
     // No runtime directory: nobody but this program controls the VM.
     let vm = VmHandle::launch(config, LaunchOptions::default())?;

@@ -186,6 +186,8 @@ impl<H: Handler> EventLoop<H> {
         }
         if may_sleep {
             self.polling.spin(|| subscriber.handler.poll());
+        } else {
+            subscriber.handler.poll();
         }
         let busy = subscriber.handler.before_sleep();
         let timeout = if busy || !may_sleep {

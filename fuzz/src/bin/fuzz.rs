@@ -22,7 +22,9 @@ fuzz_target!(init: prepare(), |data: &[u8]| {
 fn prepare() {
     let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
     if name == "list" {
-        TARGETS.iter().for_each(|target| println!("{}", target.name));
+        TARGETS
+            .iter()
+            .for_each(|target| println!("{}", target.name));
         exit(0);
     }
     let Some(target) = find(&name) else {

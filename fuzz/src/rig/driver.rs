@@ -9,6 +9,9 @@ use crate::input::Input;
 pub const DATA: u64 = 0x8000;
 /// Bytes of low memory that each ring takes up.
 const RING_BYTES: u64 = 0x1000;
+/// Indirect descriptor tables, of each queue as much as its rings take up.
+const TABLES: u64 = 0x1_0000;
+const TABLE_BYTES: u64 = 0x80;
 const AVAIL: u64 = 0x400;
 const USED: u64 = 0x800;
 
@@ -21,7 +24,14 @@ const MAX_SIZE: u16 = 32;
 
 struct Outstanding {
     descriptors: u16,
+    readable_bytes: u64,
     writable_bytes: u64,
+}
+
+/// A chain that the device has returned.
+pub struct Returned {
+    pub readable_bytes: u64,
+    pub written: u64,
 }
 
 /// A queue as its driver sees it.
@@ -62,12 +72,16 @@ impl Ring {
     /// Empty and in nobody's use.
     pub fn reset(&mut self, memory: &mut Memory) {
         memory.write(self.base, &[0; RING_BYTES as usize]);
-        *self = Self { base: self.base, ..Self::new(0) };
+        *self = Self {
+            base: self.base,
+            ..Self::new(0)
+        };
     }
 
-    pub fn set_size(&mut self, size: u16) {
+    pub fn set_size(&mut self, memory: &mut Memory, size: u16) {
         self.size = size.min(MAX_SIZE);
         self.free = self.size;
+        memory.allow(self.base + USED, 6 + 8 * u64::from(self.size));
     }
 
     /// Descriptor table, available ring, used ring.
@@ -86,18 +100,34 @@ impl Ring {
             return false;
         }
         let mut buffers: Vec<_> = (0..count).map(|_| buffer(memory, input)).collect();
-        let careless = if broken { break_rules(&mut buffers, input) } else { sort(&mut buffers) };
-        let writable = buffers.iter().filter(|buffer| buffer.flags & FLAG_WRITE != 0);
-        let writable_bytes = writable.map(|buffer| u64::from(buffer.len)).sum();
-        for buffer in buffers.iter().filter(|buffer| buffer.flags & FLAG_WRITE != 0) {
+        let careless = if broken {
+            break_rules(&mut buffers, input)
+        } else {
+            sort(&mut buffers)
+        };
+        let bytes = |direction| {
+            let buffers = buffers
+                .iter()
+                .filter(|buffer| buffer.flags & FLAG_WRITE == direction);
+            buffers.map(|buffer| u64::from(buffer.len)).sum()
+        };
+        let (readable_bytes, writable_bytes) = (bytes(0), bytes(FLAG_WRITE));
+        for buffer in buffers
+            .iter()
+            .filter(|buffer| buffer.flags & FLAG_WRITE != 0)
+        {
             memory.allow(buffer.addr, buffer.len.into());
         }
         let head = self.next;
         if indirect {
-            let table = DATA + 0x7000 + u64::from(head) * 0x80;
+            let table = TABLES + self.base + u64::from(head) * TABLE_BYTES;
             self.write_chain(memory, table, &buffers, |index| index + 1);
             let len = 16 * u32::from(count);
-            let only = [Descriptor { addr: table, len, flags: FLAG_INDIRECT }];
+            let only = [Descriptor {
+                addr: table,
+                len,
+                flags: FLAG_INDIRECT,
+            }];
             self.write_chain(memory, self.base + 16 * u64::from(head), &only, |_| 0);
         } else {
             for (index, buffer) in buffers.iter().enumerate() {
@@ -105,12 +135,23 @@ impl Ring {
                 let slot = (head + index as u16) % self.size;
                 let next = (slot + 1) % self.size;
                 let flags = buffer.flags | if last { 0 } else { FLAG_NEXT };
-                self.write_descriptor(memory, self.base + 16 * u64::from(slot), buffer, flags, next);
+                self.write_descriptor(
+                    memory,
+                    self.base + 16 * u64::from(slot),
+                    buffer,
+                    flags,
+                    next,
+                );
             }
         }
         self.next = (head + needed) % self.size;
         self.free -= needed;
-        self.outstanding.insert(head, Outstanding { descriptors: needed, writable_bytes });
+        let chain = Outstanding {
+            descriptors: needed,
+            readable_bytes,
+            writable_bytes,
+        };
+        self.outstanding.insert(head, chain);
         self.publish(memory, head);
         careless
     }
@@ -130,7 +171,14 @@ impl Ring {
         }
     }
 
-    fn write_descriptor(&self, memory: &mut Memory, at: u64, buffer: &Descriptor, flags: u16, next: u16) {
+    fn write_descriptor(
+        &self,
+        memory: &mut Memory,
+        at: u64,
+        buffer: &Descriptor,
+        flags: u16,
+        next: u16,
+    ) {
         memory.write(at, &buffer.addr.to_le_bytes());
         memory.write(at + 8, &buffer.len.to_le_bytes());
         memory.write(at + 12, &flags.to_le_bytes());
@@ -142,7 +190,6 @@ impl Ring {
         memory.write(self.base + AVAIL + 4 + 2 * slot, &head.to_le_bytes());
         self.avail = self.avail.wrapping_add(1);
         memory.write(self.base + AVAIL + 2, &self.avail.to_le_bytes());
-        memory.allow(self.base + USED, 6 + 8 * u64::from(self.size));
     }
 
     /// Changes what the driver says about its ring. True when that breaks a rule.
@@ -152,32 +199,42 @@ impl Ring {
         match what {
             // Flags and, where negotiated, the used event are the driver's to choose.
             0 => memory.write(at, &(value & 1).to_le_bytes()),
-            1 if self.size > 0 => memory.write(at + 4 + 2 * u64::from(self.size), &value.to_le_bytes()),
+            1 if self.size > 0 => {
+                memory.write(at + 4 + 2 * u64::from(self.size), &value.to_le_bytes())
+            }
             2 => memory.write(at + 2, &value.to_le_bytes()),
-            _ => memory.write(at + 4 + 2 * u64::from(value % MAX_SIZE), &value.to_le_bytes()),
+            _ => memory.write(
+                at + 4 + 2 * u64::from(value % MAX_SIZE),
+                &value.to_le_bytes(),
+            ),
         }
         what > 1
     }
 
-    /// Takes back what the device has returned; `strict`: and looks at it. Returns how many
-    /// chains that were.
-    pub fn collect(&mut self, memory: &mut Memory, strict: bool) -> usize {
+    /// Takes back what the device has returned; `strict`: and looks at it.
+    pub fn collect(&mut self, memory: &Memory, strict: bool) -> Vec<Returned> {
+        let mut returned = Vec::new();
         if self.size == 0 || !strict {
-            return 0;
+            return returned;
         }
-        let before = self.outstanding.len();
         let index: u16 = memory.read(self.base + USED + 2);
         while self.seen != index {
             let at = self.base + USED + 4 + 8 * u64::from(self.seen % self.size);
             let (id, len): (u32, u32) = (memory.read(at), memory.read(at + 4));
-            let chain = u16::try_from(id).ok().and_then(|head| self.outstanding.remove(&head));
+            let chain = u16::try_from(id)
+                .ok()
+                .and_then(|head| self.outstanding.remove(&head));
             let chain = chain.expect("only what was offered is returned, and once");
-            let room = chain.writable_bytes;
-            assert!(u64::from(len) <= room, "{len} bytes written into {room}");
+            let (written, room) = (u64::from(len), chain.writable_bytes);
+            assert!(written <= room, "{written} bytes written into {room}");
+            returned.push(Returned {
+                readable_bytes: chain.readable_bytes,
+                written,
+            });
             self.free += chain.descriptors;
             self.seen = self.seen.wrapping_add(1);
         }
-        before - self.outstanding.len()
+        returned
     }
 }
 
@@ -187,11 +244,19 @@ fn buffer(memory: &mut Memory, input: &mut Input<'_>) -> Descriptor {
     let len = input.choose(&[1, 16, 512, 513, 8, 64, 4096, 0]) + u32::from(input.u8());
     let addr = DATA + u64::from(place) * 0x50;
     if place & 1 == 1 {
-        return Descriptor { addr, len, flags: FLAG_WRITE };
+        return Descriptor {
+            addr,
+            len,
+            flags: FLAG_WRITE,
+        };
     }
     let content = input.blob();
     memory.write(addr, content);
-    Descriptor { addr, len, flags: 0 }
+    Descriptor {
+        addr,
+        len,
+        flags: 0,
+    }
 }
 
 /// Readable buffers come first (section 2.7.4.2).

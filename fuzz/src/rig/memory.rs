@@ -7,15 +7,17 @@ use devices::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
 /// RAM from address 0, then a hole, then one more page.
-const LOW_BYTES: usize = 0x1_0000;
+const LOW_BYTES: usize = 0x1_8000;
 /// Divides it.
 const BLOCK: usize = 256;
 const HIGH_START: u64 = 0x2_0000;
 const HIGH_BYTES: usize = 0x1000;
 
 /// Where RAM is.
-pub const RAM: [Range<u64>; 2] =
-    [0..LOW_BYTES as u64, HIGH_START..HIGH_START + HIGH_BYTES as u64];
+pub const RAM: [Range<u64>; 2] = [
+    0..LOW_BYTES as u64,
+    HIGH_START..HIGH_START + HIGH_BYTES as u64,
+];
 
 /// Guest memory with its copy.
 pub struct Memory {
@@ -28,7 +30,10 @@ pub struct Memory {
 
 impl Memory {
     pub fn new() -> Self {
-        let ranges = [(GuestAddress(0), LOW_BYTES), (GuestAddress(HIGH_START), HIGH_BYTES)];
+        let ranges = [
+            (GuestAddress(0), LOW_BYTES),
+            (GuestAddress(HIGH_START), HIGH_BYTES),
+        ];
         let ram = GuestRam::from_ranges(&ranges).expect("the host has memory left");
         Self {
             ram: Arc::new(ram),
@@ -45,7 +50,9 @@ impl Memory {
     pub fn write(&mut self, at: u64, bytes: &[u8]) {
         let start = usize::try_from(at).unwrap_or(LOW_BYTES).min(LOW_BYTES);
         let bytes = &bytes[..bytes.len().min(LOW_BYTES - start)];
-        self.ram.write_slice(bytes, GuestAddress(at)).expect("low memory");
+        self.ram
+            .write_slice(bytes, GuestAddress(at))
+            .expect("low memory");
         self.expected[start..start + bytes.len()].copy_from_slice(bytes);
     }
 
@@ -56,13 +63,17 @@ impl Memory {
     /// The device may write there from now on.
     pub fn allow(&mut self, at: u64, len: u64) {
         let start = usize::try_from(at).unwrap_or(LOW_BYTES).min(LOW_BYTES);
-        let end = usize::try_from(at.saturating_add(len)).unwrap_or(LOW_BYTES).min(LOW_BYTES);
+        let end = usize::try_from(at.saturating_add(len))
+            .unwrap_or(LOW_BYTES)
+            .min(LOW_BYTES);
         self.writable[start..end].fill(true);
     }
 
     pub fn contents(&self) -> Vec<u8> {
         let mut contents = vec![0; LOW_BYTES];
-        self.ram.read_slice(&mut contents, GuestAddress(0)).expect("low memory");
+        self.ram
+            .read_slice(&mut contents, GuestAddress(0))
+            .expect("low memory");
         contents
     }
 
@@ -71,10 +82,11 @@ impl Memory {
         let contents = self.contents();
         let differs = |at: &usize| contents[*at] != self.expected[*at] && !self.writable[*at];
         // Most of it is as it was: compared in blocks, to be quick.
-        let blocks = (0..LOW_BYTES).step_by(BLOCK).map(|start| start..start + BLOCK);
-        let mut touched = blocks.filter(|block| {
-            contents[block.clone()] != self.expected[block.clone()]
-        });
+        let blocks = (0..LOW_BYTES)
+            .step_by(BLOCK)
+            .map(|start| start..start + BLOCK);
+        let mut touched =
+            blocks.filter(|block| contents[block.clone()] != self.expected[block.clone()]);
         let wrong = touched.find_map(|mut block| block.find(differs));
         assert_eq!(wrong, None, "the device has written where it may not");
     }

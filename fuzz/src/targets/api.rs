@@ -114,9 +114,25 @@ pub fn seeds() -> Vec<Vec<u8>> {
         "/v1/nothing?x=%zz",
     ];
     let writes = ["pause", "resume", "power-button", "reset", "stop", "info"];
-    let reads = reads.into_iter().fold(Script::new(), |script, uri| request(script, "GET", uri));
+    let reads = reads
+        .into_iter()
+        .fold(Script::new(), |script, uri| request(script, "GET", uri));
     let writes = writes.into_iter().fold(Script::new(), |script, verb| {
         request(script, "POST", &format!("/v1/{verb}"))
     });
-    vec![reads.done(), writes.done()]
+    let put = |script: Script, uri: &str, body: &str| {
+        let script = script.blob(b"PUT").blob(uri.as_bytes()).u8(1);
+        script
+            .blob(b"content-type")
+            .blob(b"application/json")
+            .blob(body.as_bytes())
+            .u8(0)
+    };
+    let puts = put(Script::new(), "/v1/balloon", "{\"target_bytes\":4096}");
+    let puts = put(puts, "/v1/console", "{\"columns\":80,\"rows\":25}");
+    vec![
+        reads.done(),
+        writes.done(),
+        request(puts, "GET", "/v1/balloon").done(),
+    ]
 }

@@ -112,8 +112,15 @@ tag = "home"
 socket = "/run/fs.sock"
 queue-size = 256
 "#;
-    let wrong = "name = \"\"\n[cpus]\ncount = 0x10\nthreads=3\n[memory]\nsize=-1\n[[disk]]\nid=\"net0\"\n";
-    [full, wrong, "", "[boot]\n", "serial = \"null\"\nmemory.size = 16777216\n"]
-        .map(|text| text.as_bytes().to_vec())
-        .into()
+    let wrong =
+        "name = \"\"\n[cpus]\ncount = 0x10\nthreads=3\n[memory]\nsize=-1\n[[disk]]\nid=\"net0\"\n";
+    [
+        full,
+        wrong,
+        "",
+        "[boot]\n",
+        "serial = \"null\"\nmemory.size = 16777216\n",
+    ]
+    .map(|text| text.as_bytes().to_vec())
+    .into()
 }

@@ -58,7 +58,8 @@ impl Chip {
     }
 
     fn read_register(&self, register: u8) -> u32 {
-        self.ioapic.write(SELECT, &u32::from(register).to_le_bytes());
+        self.ioapic
+            .write(SELECT, &u32::from(register).to_le_bytes());
         let mut data = [0; 4];
         self.ioapic.read(WINDOW, &mut data);
         u32::from_le_bytes(data)
@@ -72,7 +73,8 @@ impl Chip {
             self.ioapic.read(offset, &mut fill[..width]);
         }
         assert_eq!(fills[0][..width], fills[1][..width], "at {offset:#x}");
-        self.ioapic.write(offset, &input.u64().to_le_bytes()[..width]);
+        self.ioapic
+            .write(offset, &input.u64().to_le_bytes()[..width]);
     }
 
     fn entry(&self, pin: usize) -> u64 {
@@ -87,19 +89,33 @@ impl Chip {
         line.set_level(high);
         let rising = high && !self.high[pin];
         self.high[pin] = high;
-        let fires = if entry & LEVEL == 0 { rising } else { high && entry & REMOTE_IRR == 0 };
+        let fires = if entry & LEVEL == 0 {
+            rising
+        } else {
+            high && entry & REMOTE_IRR == 0
+        };
         let expected = u64::from(fires && entry & MASKED == 0);
-        assert_eq!(self.delivered(pin) - before, expected, "pin {pin}, entry {entry:#x}");
+        assert_eq!(
+            self.delivered(pin) - before,
+            expected,
+            "pin {pin}, entry {entry:#x}"
+        );
     }
 
     fn end_of_interrupt(&self, vector: u8) {
-        let before = self.pins().map(|pin| (self.entry(pin), self.delivered(pin)));
+        let before = self
+            .pins()
+            .map(|pin| (self.entry(pin), self.delivered(pin)));
         let before: Vec<_> = before.collect();
         self.ioapic.end_of_interrupt(vector);
         for (pin, (entry, delivered)) in before.into_iter().enumerate() {
             let ours = entry & LEVEL != 0 && entry & 0xff == u64::from(vector);
             let again = ours && self.high[pin] && entry & MASKED == 0;
-            assert_eq!(self.delivered(pin) - delivered, u64::from(again), "pin {pin}");
+            assert_eq!(
+                self.delivered(pin) - delivered,
+                u64::from(again),
+                "pin {pin}"
+            );
         }
     }
 
@@ -122,11 +138,19 @@ impl Chip {
             let entry = self.entry(pin);
             let open = entry & MASKED == 0;
             let message = open.then(|| message(entry));
-            assert_eq!(self.routes[pin].message(), message, "pin {pin}, entry {entry:#x}");
+            assert_eq!(
+                self.routes[pin].message(),
+                message,
+                "pin {pin}, entry {entry:#x}"
+            );
             if entry & LEVEL == 0 {
                 assert_eq!(entry & REMOTE_IRR, 0, "pin {pin} would never fire again");
             } else if open && self.high[pin] {
-                assert_ne!(entry & REMOTE_IRR, 0, "a level interrupt was lost on pin {pin}");
+                assert_ne!(
+                    entry & REMOTE_IRR,
+                    0,
+                    "a level interrupt was lost on pin {pin}"
+                );
             }
         }
     }
@@ -164,6 +188,15 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let level = write(Script::new(), 0x22, 0x8031);
     let level = line(line(level, 9, 1), 9, 1).u8(5).u8(0x31);
     let level = line(level, 9, 0).u8(5).u8(0x31).u8(6);
-    let odd = Script::new().u8(2).u16(0x10).width(8).u64(0).u8(2).u16(0).width(1).u64(1).u8(7);
+    let odd = Script::new()
+        .u8(2)
+        .u16(0x10)
+        .width(8)
+        .u64(0)
+        .u8(2)
+        .u16(0)
+        .width(1)
+        .u64(1)
+        .u8(7);
     vec![edge.done(), level.done(), odd.done()]
 }

@@ -9,8 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm::boot::{BootImage, EntryPoint, KernelSource, RamContents, load};
 use vmm::memory::{Layout, RamOptions, allocate};
 
-use crate::input::Input;
 pub use super::kernel_seeds::seeds;
+use crate::input::Input;
 
 const RAM_BYTES: u64 = 16 << 20;
 const RSDP: u64 = 0xe_0000;
@@ -38,14 +38,16 @@ pub fn run(data: &[u8]) {
         };
         let ram = allocate(&layout, &RamOptions::default()).expect("the host has memory left");
         if contents == RamContents::Used {
-            ram.write_slice(&[GARBAGE; WINDOW], GuestAddress(KERNEL_START)).expect("RAM");
+            ram.write_slice(&[GARBAGE; WINDOW], GuestAddress(KERNEL_START))
+                .expect("RAM");
         }
         let result = load(&boot, &ram, &layout, RSDP, contents);
         (result, ram)
     };
     let (from_file, fresh) = boot(KernelSource::File(file(image)), RamContents::Fresh);
     // SAFETY: the image outlives the call, and nothing of the kernel source outlives it.
-    let builtin = KernelSource::Builtin(unsafe { std::mem::transmute::<&[u8], &'static [u8]>(image) });
+    let builtin =
+        KernelSource::Builtin(unsafe { std::mem::transmute::<&[u8], &'static [u8]>(image) });
     let (from_bytes, used) = boot(builtin, RamContents::Used);
     match (from_file, from_bytes) {
         (Ok(entry), Ok(again)) => {
@@ -71,7 +73,14 @@ fn file(bytes: &[u8]) -> File {
 }
 
 fn check_entry(entry: EntryPoint) {
-    let (EntryPoint::Pvh { entry: at, start_info: data } | EntryPoint::Linux64 { entry: at, zero_page: data }) = entry;
+    let (EntryPoint::Pvh {
+        entry: at,
+        start_info: data,
+    }
+    | EntryPoint::Linux64 {
+        entry: at,
+        zero_page: data,
+    }) = entry;
     assert!((KERNEL_START..RAM_BYTES).contains(&at), "{at:#x}");
     assert!(data < KERNEL_START, "{data:#x}");
     if let EntryPoint::Pvh { entry, .. } = entry {
@@ -83,13 +92,15 @@ fn check_entry(entry: EntryPoint) {
 fn compare(fresh: &GuestRam, used: &GuestRam) {
     let window = |ram: &GuestRam| {
         let mut bytes = vec![0; WINDOW];
-        ram.read_slice(&mut bytes, GuestAddress(KERNEL_START)).expect("RAM");
+        ram.read_slice(&mut bytes, GuestAddress(KERNEL_START))
+            .expect("RAM");
         bytes
     };
     let (fresh, used) = (window(fresh), window(used));
-    let wrong = fresh.iter().zip(&used).position(|(fresh, used)| {
-        fresh != used && !(*fresh == 0 && *used == GARBAGE)
-    });
+    let wrong = fresh
+        .iter()
+        .zip(&used)
+        .position(|(fresh, used)| fresh != used && !(*fresh == 0 && *used == GARBAGE));
     assert_eq!(wrong, None, "memory differs after a reset");
 }
 
@@ -108,15 +119,20 @@ fn check_data(ram: &GuestRam, entry: EntryPoint, command_line: &str, initrd: Opt
         }
         EntryPoint::Linux64 { zero_page, .. } => {
             assert_eq!(read(zero_page + 0x70), RSDP);
-            (half(zero_page + 0x228), half(zero_page + 0x218), half(zero_page + 0x21c))
+            (
+                half(zero_page + 0x228),
+                half(zero_page + 0x218),
+                half(zero_page + 0x21c),
+            )
         }
     };
     let mut line = vec![0; command_line.len() + 1];
-    ram.read_slice(&mut line, GuestAddress(line_at)).expect("RAM");
+    ram.read_slice(&mut line, GuestAddress(line_at))
+        .expect("RAM");
     assert_eq!(line, [command_line.as_bytes(), b"\0"].concat());
     assert_eq!(initrd_len, initrd.unwrap_or(0) as u64);
     let mut content = vec![0; initrd.unwrap_or(0)];
-    ram.read_slice(&mut content, GuestAddress(initrd_at)).expect("RAM");
+    ram.read_slice(&mut content, GuestAddress(initrd_at))
+        .expect("RAM");
     assert!(content.iter().all(|byte| *byte == 0x1d));
 }
-

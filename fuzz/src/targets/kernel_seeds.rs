@@ -7,7 +7,14 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let pvh = elf64(&[(1, 0x10_0000, b"\xf4\xf4\xf4\xf4", 0x40), (4, 0, &note, 0)]);
     let plain = elf64(&[(1, 0x10_0000, b"\xf4", 0x2000), (1, 0x10_4000, b"data", 4)]);
     let overlapping = elf64(&[(1, 0x10_0000, b"\xf4data", 0x10), (1, 0x10_0002, b"", 0x20)]);
-    let images = [pvh, plain, overlapping, elf32(&note), bzimage(), b"\x7fELF\x02\x01".to_vec()];
+    let images = [
+        pvh,
+        plain,
+        overlapping,
+        elf32(&note),
+        bzimage(),
+        b"\x7fELF\x02\x01".to_vec(),
+    ];
     let wrapped = images.into_iter().zip(0..).map(|(image, pages)| {
         let script = Script::new().u8(pages).blob(b"console=ttyS0").u8(0);
         script.bytes(&image).done()
@@ -17,7 +24,13 @@ pub fn seeds() -> Vec<Vec<u8>> {
 
 fn note(kind: u32, desc: &[u8]) -> Vec<u8> {
     let len = u32::try_from(desc.len()).expect("a short note");
-    Script::new().u32(4).u32(len).u32(kind).bytes(b"Xen\0").bytes(desc).done()
+    Script::new()
+        .u32(4)
+        .u32(len)
+        .u32(kind)
+        .bytes(b"Xen\0")
+        .bytes(desc)
+        .done()
 }
 
 /// Type, physical address, content and size in memory of each segment.
@@ -41,7 +54,12 @@ fn elf64(segments: &[(u32, u64, &[u8], u64)]) -> Vec<u8> {
     let mut body = Script::new();
     for (kind, address, content, memory) in segments {
         let len = content.len() as u64;
-        head = head.u32(*kind).u32(7).u64(offset).u64(*address).u64(*address);
+        head = head
+            .u32(*kind)
+            .u32(7)
+            .u64(offset)
+            .u64(*address)
+            .u64(*address);
         head = head.u64(len).u64((*memory).max(len)).u64(4);
         body = body.bytes(content);
         offset += len;

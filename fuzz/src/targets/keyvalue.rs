@@ -85,12 +85,18 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let lists = [
         (0, "4,cores=2,threads=2,pin=[0-3],vmm-pin=4"),
         (1, "4G,hugepages=1G,prefault,numa=[0,1]"),
-        (2, "disk.img,format=qcow2,readonly=off,serial=\"a,b\",queues=2,ops-per-second=100"),
+        (
+            2,
+            "disk.img,format=qcow2,readonly=off,serial=\"a,b\",queues=2,ops-per-second=100",
+        ),
         (2, "vhost-user=/run/blk.sock,aio=threads,direct"),
         (3, "tap=tap0,mac=52:54:00:12:34:56,mtu=9000,offload=no"),
         (3, "fd=[3,4],queues=2,bytes-per-second=1G,bytes-burst=1M"),
         (4, "source=/dev/hwrng,bytes-per-second=64K"),
-        (5, "1G,deflate-on-oom,free-page-reporting=on,stats-interval=3"),
+        (
+            5,
+            "1G,deflate-on-oom,free-page-reporting=on,stats-interval=3",
+        ),
         (6, "cid=3,socket=/run/v.sock"),
         (7, "tag=home,socket=/run/fs.sock,queue-size=128"),
         (8, "file=/tmp/x"),

@@ -9,6 +9,7 @@ pub mod keyvalue;
 pub mod msix;
 pub mod pci;
 pub mod platform;
+pub mod qcow2;
 pub mod restore;
 pub mod serial;
 pub mod virtio_balloon;

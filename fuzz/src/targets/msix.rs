@@ -94,7 +94,10 @@ impl Function {
             u32::from_le_bytes(data)
         };
         let address = u64::from(word(4)) << 32 | u64::from(word(0));
-        let message = MsiMessage { address, data: word(8) };
+        let message = MsiMessage {
+            address,
+            data: word(8),
+        };
         (message, word(12))
     }
 
@@ -130,9 +133,8 @@ impl Function {
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
-    let write = |script: Script, offset, width, value| {
-        script.u8(0).u8(offset).width(width).u64(value)
-    };
+    let write =
+        |script: Script, offset, width, value| script.u8(0).u8(offset).width(width).u64(value);
     let program = |script: Script, vector: u8| {
         let at = vector * 16;
         let script = write(script, at, 4, 0xfee0_1000);
@@ -140,11 +142,26 @@ pub fn seeds() -> Vec<Vec<u8>> {
         write(script, at + 12, 4, 0)
     };
     let on = program(program(Script::new().u8(4).u16(ENABLE), 0), 3);
-    let masked = on.clone().u8(5).u8(0).u8(4).u16(ENABLE | FUNCTION_MASK).u8(5).u8(3);
+    let masked = on
+        .clone()
+        .u8(5)
+        .u8(0)
+        .u8(4)
+        .u16(ENABLE | FUNCTION_MASK)
+        .u8(5)
+        .u8(3);
     let wide = write(write(on.clone(), 8, 8, 1 << 32), 0x3c, 8, 1);
     vec![
         on.u8(5).u8(3).u8(3).u16(0).width(8).done(),
-        masked.u8(3).u16(0).width(1).u8(6).u8(4).u16(ENABLE).u8(7).done(),
+        masked
+            .u8(3)
+            .u16(0)
+            .width(1)
+            .u8(6)
+            .u8(4)
+            .u16(ENABLE)
+            .u8(7)
+            .done(),
         wide.u8(5).u8(3).done(),
     ]
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use devices::bus::Bus;
 use devices::pci::{
-    BarChange, BarKind, BarLocation, BarSpec, BarWindows, ConfigSpace, Doorbell,
-    FunctionIdentity, PciFunction, PciRoot, Window,
+    BarChange, BarKind, BarLocation, BarSpec, BarWindows, ConfigSpace, Doorbell, FunctionIdentity,
+    PciFunction, PciRoot, Window,
 };
 use devices::testing::FakeDoorbells;
 use std::sync::Mutex;
@@ -15,17 +15,37 @@ use crate::input::{Input, Script};
 
 /// Small, so that BARs get into each other's way.
 const WINDOWS: BarWindows = BarWindows {
-    memory32: Window { base: 0xc000_0000, len: 0x10_0000 },
-    memory64: Window { base: 0x10_0000_0000, len: 0x10_0000 },
-    io: Window { base: 0xc000, len: 0x1000 },
+    memory32: Window {
+        base: 0xc000_0000,
+        len: 0x10_0000,
+    },
+    memory64: Window {
+        base: 0x10_0000_0000,
+        len: 0x10_0000,
+    },
+    io: Window {
+        base: 0xc000,
+        len: 0x1000,
+    },
 };
 
 /// What the functions have.
 const BARS: [&[(u8, BarKind, u64)]; 4] = [
-    &[(0, BarKind::Memory64, 0x1_0000), (2, BarKind::Memory32, 0x1000), (3, BarKind::Io, 0x20)],
-    &[(0, BarKind::Memory64, 0x4000), (4, BarKind::Memory64, 0x1_0000)],
+    &[
+        (0, BarKind::Memory64, 0x1_0000),
+        (2, BarKind::Memory32, 0x1000),
+        (3, BarKind::Io, 0x20),
+    ],
+    &[
+        (0, BarKind::Memory64, 0x4000),
+        (4, BarKind::Memory64, 0x1_0000),
+    ],
     &[(1, BarKind::Memory32, 0x2000), (5, BarKind::Io, 0x100)],
-    &[(0, BarKind::Io, 0x8), (1, BarKind::Io, 0x10), (2, BarKind::Memory32, 0x10)],
+    &[
+        (0, BarKind::Io, 0x8),
+        (1, BarKind::Io, 0x10),
+        (2, BarKind::Memory32, 0x10),
+    ],
 ];
 /// Where the functions' doorbells are in a BAR, as far as it is long enough.
 const BELLS: [u64; 2] = [0x8, 0x3000];
@@ -70,16 +90,26 @@ impl Machine {
         let io = Arc::new(Bus::new("io"));
         let doorbells = Arc::new(FakeDoorbells::default());
         let root = PciRoot::new(WINDOWS, memory.clone(), io.clone(), doorbells.clone());
-        let functions: Vec<_> = (0..4).map(|number| Arc::new(Function::new(number))).collect();
+        let functions: Vec<_> = (0..4)
+            .map(|number| Arc::new(Function::new(number)))
+            .collect();
         for function in &functions {
             let bdf = root.next_free().expect("there is room");
             root.add(bdf, function.clone()).expect("there is room");
         }
         if input.flag() {
-            functions.iter().for_each(|function| function.restore(input));
+            functions
+                .iter()
+                .for_each(|function| function.restore(input));
             root.map_restored();
         }
-        Self { root, functions, memory, io, doorbells }
+        Self {
+            root,
+            functions,
+            memory,
+            io,
+            doorbells,
+        }
     }
 
     /// A register of a function, present or not; both ways to it show the same.
@@ -96,7 +126,11 @@ impl Machine {
         for fill in &mut fills {
             ecam.read(function | register, &mut fill[..width]);
         }
-        assert_eq!(fills[0][..width], fills[1][..width], "register {register:#x}");
+        assert_eq!(
+            fills[0][..width],
+            fills[1][..width],
+            "register {register:#x}"
+        );
         if register < 0x100 && width < 8 && register % 4 + width as u64 <= 4 {
             let address = 1 << 31 | function >> 4 | register & 0xfc;
             ports.write(0, &u32::try_from(address).expect("32 bits").to_le_bytes());
@@ -167,7 +201,11 @@ impl Machine {
                 let BarChange::Map(location) = change else {
                     panic!("what is decoded is mapped");
                 };
-                let list = if self.is_mapped(function, &location) { &mut mapped } else { &mut missing };
+                let list = if self.is_mapped(function, &location) {
+                    &mut mapped
+                } else {
+                    &mut missing
+                };
                 list.push(location);
             }
         }
@@ -178,10 +216,15 @@ impl Machine {
         }
         for location in missing.iter().filter(|location| in_window(location)) {
             let blocked = mapped.iter().any(|other| overlap(location, other));
-            assert!(blocked, "{location:x?} is missing, its place is free: {mapped:x?}");
+            assert!(
+                blocked,
+                "{location:x?} is missing, its place is free: {mapped:x?}"
+            );
         }
         let expected = mapped.iter().flat_map(|location| {
-            let bells = BELLS.iter().filter(|bell| **bell < location.spec.size_bytes);
+            let bells = BELLS
+                .iter()
+                .filter(|bell| **bell < location.spec.size_bytes);
             bells.map(|bell| location.address + bell)
         });
         let mut expected: Vec<_> = expected.collect();
@@ -190,8 +233,15 @@ impl Machine {
     }
 
     fn is_mapped(&self, function: &Function, location: &BarLocation) -> bool {
-        let bus = if location.spec.kind == BarKind::Io { &self.io } else { &self.memory };
-        let Some(at) = location.address.checked_add(location.spec.size_bytes - SIGNATURE) else {
+        let bus = if location.spec.kind == BarKind::Io {
+            &self.io
+        } else {
+            &self.memory
+        };
+        let Some(at) = location
+            .address
+            .checked_add(location.spec.size_bytes - SIGNATURE)
+        else {
             return false;
         };
         let mut data = [0; SIGNATURE as usize];
@@ -254,7 +304,8 @@ impl Function {
 
     fn is_wide(&self, bar: u8) -> bool {
         let bars = self.space().bars();
-        bars.iter().any(|spec| spec.index == bar && spec.kind == BarKind::Memory64)
+        bars.iter()
+            .any(|spec| spec.index == bar && spec.kind == BarKind::Memory64)
     }
 
     /// Takes over registers from a process that may have lied about them.
@@ -263,7 +314,11 @@ impl Function {
         let mut state = space.save();
         state.writable_bytes[4] = input.u8();
         for bar in &mut state.bars {
-            let base = input.choose(&[WINDOWS.memory64.base, WINDOWS.memory32.base, WINDOWS.io.base]);
+            let base = input.choose(&[
+                WINDOWS.memory64.base,
+                WINDOWS.memory32.base,
+                WINDOWS.io.base,
+            ]);
             bar.address = base + u64::from(input.u16()) * 0x10;
         }
         space.restore(&state).expect("sizes and indices are right");
@@ -280,7 +335,10 @@ impl PciFunction for Function {
     fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]) {
         let spec = self.bars().into_iter().find(|spec| spec.index == bar);
         let size = spec.expect("only our own BARs are read").size_bytes;
-        assert!(offset + data.len() as u64 <= size, "{offset:#x} is outside BAR {bar}");
+        assert!(
+            offset + data.len() as u64 <= size,
+            "{offset:#x} is outside BAR {bar}"
+        );
         data.fill(0);
         if offset == size - SIGNATURE && data.len() == SIGNATURE as usize {
             data.copy_from_slice(&self.signature(bar));
@@ -296,7 +354,11 @@ impl PciFunction for Function {
     fn doorbells(&self, bar: u8, visit: &mut dyn FnMut(Doorbell<'_>)) {
         let spec = self.bars().into_iter().find(|spec| spec.index == bar);
         let size = spec.expect("only our own BARs are mapped").size_bytes;
-        for (offset, event) in BELLS.into_iter().zip(&self.bells).filter(|(bell, _)| *bell < size) {
+        for (offset, event) in BELLS
+            .into_iter()
+            .zip(&self.bells)
+            .filter(|(bell, _)| *bell < size)
+        {
             visit(Doorbell { offset, event });
         }
     }
@@ -304,13 +366,23 @@ impl PciFunction for Function {
         self.space().reset()
     }
     fn decoded(&self) -> Vec<BarChange> {
-        self.space().decoded().into_iter().map(BarChange::Map).collect()
+        self.space()
+            .decoded()
+            .into_iter()
+            .map(BarChange::Map)
+            .collect()
     }
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
     let write = |script: Script, function: u8, register: u16, width, value: u64| {
-        script.u8(0).u8(function).u16(register).width(width).u8(1).u64(value)
+        script
+            .u8(0)
+            .u8(function)
+            .u16(register)
+            .width(width)
+            .u8(1)
+            .u64(value)
     };
     let read = |script: Script, function: u8, register: u16, width| {
         script.u8(0).u8(function).u16(register).width(width).u8(0)
@@ -318,14 +390,42 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let start = || Script::new().u8(0);
     let enable = (1..5).fold(start(), |script, function| write(script, function, 4, 1, 3));
     // Sizing, as a kernel does it, with decoding on.
-    let sizing = write(write(enable.clone(), 1, 0x10, 4, u64::MAX), 1, 0x14, 4, u64::MAX);
-    let sizing = write(read(read(sizing, 1, 0x10, 4), 1, 0x14, 4), 1, 0x10, 8, WINDOWS.memory64.base);
+    let sizing = write(
+        write(enable.clone(), 1, 0x10, 4, u64::MAX),
+        1,
+        0x14,
+        4,
+        u64::MAX,
+    );
+    let sizing = write(
+        read(read(sizing, 1, 0x10, 4), 1, 0x14, 4),
+        1,
+        0x10,
+        8,
+        WINDOWS.memory64.base,
+    );
     let move_bar = |script: Script, function: u8, bar: u8, base: u8, at: u16| {
         script.u8(6).u8(function).u8(bar).u8(base).u16(at).u8(3)
     };
     let swap = move_bar(move_bar(enable.clone(), 1, 0, 0, 0), 0, 0, 0, 0x4000);
     let swap = move_bar(move_bar(swap, 0, 2, 1, 0), 1, 4, 1, 0).u8(7);
-    let ports = enable.u8(4).u8(0).u8(2).u8(1).u32(0x8000_0810).u8(4).u8(4).u8(2).u8(0);
-    let restored = Script::new().u8(1).bytes(&[3, 0, 0, 0, 1, 0, 1, 2, 0, 0, 3, 0, 0, 0, 0, 0, 0x10]);
-    vec![sizing.done(), swap.done(), ports.done(), restored.u8(7).done()]
+    let ports = enable
+        .u8(4)
+        .u8(0)
+        .u8(2)
+        .u8(1)
+        .u32(0x8000_0810)
+        .u8(4)
+        .u8(4)
+        .u8(2)
+        .u8(0);
+    let restored = Script::new()
+        .u8(1)
+        .bytes(&[3, 0, 0, 0, 1, 0, 1, 2, 0, 0, 3, 0, 0, 0, 0, 0, 0x10]);
+    vec![
+        sizing.done(),
+        swap.done(),
+        ports.done(),
+        restored.u8(7).done(),
+    ]
 }

@@ -26,8 +26,14 @@ pub fn run(data: &[u8]) {
             0..6 => {
                 let (offset, width) = (u64::from(input.u8()), input.width());
                 let [first, second] = &boards;
-                let reads = [first.read(device, offset, width, 0x00), second.read(device, offset, width, 0xff)];
-                assert_eq!(reads[0], reads[1], "device {device} at {offset:#x}, {width} bytes");
+                let reads = [
+                    first.read(device, offset, width, 0x00),
+                    second.read(device, offset, width, 0xff),
+                ];
+                assert_eq!(
+                    reads[0], reads[1],
+                    "device {device} at {offset:#x}, {width} bytes"
+                );
             }
             6..14 => {
                 let (offset, width) = (u64::from(input.u8()), input.width());
@@ -135,9 +141,20 @@ impl Board {
         } else {
             assert!((1..=12).contains(&number(hour & 0x7f)), "hour {hour:#x}");
         }
-        for (index, range) in [(0, 0..60), (2, 0..60), (6, 1..8), (7, 1..32), (8, 1..13), (9, 0..100), (0x32, 0..100)] {
+        for (index, range) in [
+            (0, 0..60),
+            (2, 0..60),
+            (6, 1..8),
+            (7, 1..32),
+            (8, 1..13),
+            (9, 0..100),
+            (0x32, 0..100),
+        ] {
             let value = number(cell(index));
-            assert!(range.contains(&value), "cell {index:#x} is {value}, mode {mode:#x}");
+            assert!(
+                range.contains(&value),
+                "cell {index:#x} is {value}, mode {mode:#x}"
+            );
         }
     }
 }
@@ -146,18 +163,32 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let write = |script: Script, device, offset, value| {
         script.u8(6).u8(device).u8(offset).width(1).u64(value)
     };
-    let read = |script: Script, device, offset, width| {
-        script.u8(0).u8(device).u8(offset).width(width)
-    };
+    let read =
+        |script: Script, device, offset, width| script.u8(0).u8(device).u8(offset).width(width);
     let mut clock = Script::new();
-    for (cell, value) in [(0x0b, 6), (9, 99), (0x32, 20), (8, 2), (7, 29), (4, 23), (0x0b, 0), (4, 0x92), (0x40, 7)] {
+    for (cell, value) in [
+        (0x0b, 6),
+        (9, 99),
+        (0x32, 20),
+        (8, 2),
+        (7, 29),
+        (4, 23),
+        (0x0b, 0),
+        (4, 0x92),
+        (0x40, 7),
+    ] {
         clock = write(write(clock, 0, 0, cell), 0, 1, value);
         clock = read(clock, 0, 1, 1);
     }
     clock = clock.u8(15).u8(0).u8(14).u8(2);
     let acpi = read(Script::new().u8(14).u8(0), 1, 4, 4).u8(15).u8(0);
     let acpi = write(write(acpi, 1, 0, 0x34), 1, 2, 1);
-    let others = write(write(write(read(Script::new(), 3, 0, 1), 2, 4, 0xfe), 3, 0, 1), 3, 0, 2);
+    let others = write(
+        write(write(read(Script::new(), 3, 0, 1), 2, 4, 0xfe), 3, 0, 1),
+        3,
+        0,
+        2,
+    );
     let all: [Vec<u8>; 3] = [clock.done(), acpi.done(), others.done()];
     all.into()
 }

@@ -8,7 +8,9 @@ use devices::acpi::AcpiRegisters;
 use devices::irqchip::IoApic;
 use devices::legacy::{Cmos, Serial};
 use devices::pci::PciFunction;
-use devices::testing::{FakeLine, FakeRequests, FakeRouter, ram, run_workers, workers_on_this_thread};
+use devices::testing::{
+    FakeLine, FakeRequests, FakeRouter, ram, run_workers, workers_on_this_thread,
+};
 use devices::virtio::VirtioPci;
 use devices::{Device, DeviceId, DeviceState, IoHandler};
 
@@ -126,7 +128,11 @@ fn registers<T>(kind: u8, device: Arc<T>, bytes: u64) -> Box<dyn Restored>
 where
     T: Device + IoHandler + 'static,
 {
-    Box::new(Registers { kind, device, bytes })
+    Box::new(Registers {
+        kind,
+        device,
+        bytes,
+    })
 }
 
 /// Number of devices below.
@@ -136,13 +142,25 @@ const KINDS: u8 = 10;
 fn subject(kind: u8) -> Box<dyn Restored> {
     let line = Arc::new(FakeLine::default());
     match kind % KINDS {
-        0 => registers(0, Arc::new(Serial::new(id("serial"), line).expect("a fake")), 8),
+        0 => registers(
+            0,
+            Arc::new(Serial::new(id("serial"), line).expect("a fake")),
+            8,
+        ),
         1 => registers(1, Arc::new(Cmos::new(id("rtc"), || UNIX_EPOCH)), 2),
         2 => {
             let requests = Arc::new(FakeRequests::default());
-            registers(2, Arc::new(AcpiRegisters::new(id("acpi"), requests, line)), 8)
+            registers(
+                2,
+                Arc::new(AcpiRegisters::new(id("acpi"), requests, line)),
+                8,
+            )
         }
-        3 => registers(3, IoApic::new(id("ioapic"), &FakeRouter::default()).expect("a fake"), 0x14),
+        3 => registers(
+            3,
+            IoApic::new(id("ioapic"), &FakeRouter::default()).expect("a fake"),
+            0x14,
+        ),
         4 => virtio::<Disk>(4),
         5 => virtio::<Network>(5),
         6 => virtio::<Terminal>(6),
@@ -193,7 +211,9 @@ fn change(wire: &mut Value, place: usize, input: &mut Input<'_>) {
     {
         let mut inner: Value = inner;
         change(&mut inner, usize::from(input.u8()), input);
-        let bytes = encode(&inner).into_iter().map(|byte| Value::Integer(byte.into()));
+        let bytes = encode(&inner)
+            .into_iter()
+            .map(|byte| Value::Integer(byte.into()));
         *target = Value::Array(bytes.collect());
         return;
     }
@@ -203,7 +223,10 @@ fn change(wire: &mut Value, place: usize, input: &mut Input<'_>) {
         2 => Value::Integer((-1 - i64::from(input.u32())).into()),
         3 => Value::Bool(input.flag()),
         4 => Value::Text(String::from_utf8_lossy(input.blob()).into_owned()),
-        5 => Value::Array(vec![Value::Integer(0.into()); usize::from(input.u16()) % 600]),
+        5 => Value::Array(vec![
+            Value::Integer(0.into());
+            usize::from(input.u16()) % 600
+        ]),
         6 => Value::Null,
         _ => match target.clone() {
             Value::Array(mut items) => {
@@ -225,7 +248,10 @@ fn as_bytes(value: &Value) -> Option<Vec<u8>> {
     let Value::Array(items) = value else {
         return None;
     };
-    let byte = |item: &Value| item.as_integer().and_then(|number| u8::try_from(number).ok());
+    let byte = |item: &Value| {
+        item.as_integer()
+            .and_then(|number| u8::try_from(number).ok())
+    };
     items.iter().map(byte).collect()
 }
 
@@ -252,7 +278,10 @@ fn nth<'a>(value: &'a mut Value, place: &mut usize) -> Option<&'a mut Value> {
 
 pub fn seeds() -> Vec<Vec<u8>> {
     let raw = (0..KINDS).map(|kind| {
-        let state = subject(kind).device().save().expect("it can always be saved");
+        let state = subject(kind)
+            .device()
+            .save()
+            .expect("it can always be saved");
         Script::new().u8(kind).u8(0).bytes(&state.bytes).done()
     });
     let changed = (0..KINDS).map(|kind| {

@@ -105,7 +105,8 @@ impl Port {
             self.serial.read(offset, &mut fill[..width]);
         }
         assert_eq!(fills[0][..width], fills[1][..width]);
-        self.serial.write(offset, &input.u64().to_le_bytes()[..width]);
+        self.serial
+            .write(offset, &input.u64().to_le_bytes()[..width]);
     }
 
     /// What the host's pump does with what a person types.
@@ -167,7 +168,11 @@ impl Port {
         self.state = state(&self.serial);
         let edges = self.line.edges();
         if is_pending(&self.state) && !before {
-            assert!(edges > self.edges, "an interrupt was lost: {:?}", self.state);
+            assert!(
+                edges > self.edges,
+                "an interrupt was lost: {:?}",
+                self.state
+            );
         }
         assert!(!self.line.is_high(), "edges come down again");
         self.edges = edges;
@@ -216,8 +221,24 @@ pub fn seeds() -> Vec<Vec<u8>> {
     }
     hello = hello.u8(5).u8(16);
     let mut typed = write(Script::new(), 1, 1);
-    typed = typed.u8(4).blob(&[b'x'; 200]).u8(4).blob(&[b'y'; 200]).u8(0).u8(0);
-    typed = write(typed.u8(5).u8(3), 2, 2).u8(7).u8(0).u8(4).blob(b"abc").u8(7).u8(1);
-    let loopback = write(write(Script::new(), 4, 0x1f), 0, b'z').u8(0).u8(6).u8(0).u8(0);
+    typed = typed
+        .u8(4)
+        .blob(&[b'x'; 200])
+        .u8(4)
+        .blob(&[b'y'; 200])
+        .u8(0)
+        .u8(0);
+    typed = write(typed.u8(5).u8(3), 2, 2)
+        .u8(7)
+        .u8(0)
+        .u8(4)
+        .blob(b"abc")
+        .u8(7)
+        .u8(1);
+    let loopback = write(write(Script::new(), 4, 0x1f), 0, b'z')
+        .u8(0)
+        .u8(6)
+        .u8(0)
+        .u8(0);
     vec![hello.done(), typed.done(), loopback.done()]
 }

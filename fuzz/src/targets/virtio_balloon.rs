@@ -38,9 +38,17 @@ impl RamReclaim for Reclaim {
     fn discard(&self, start: GuestAddress, len: u64) -> io::Result<u64> {
         let end = start.0.checked_add(len).expect("a range of RAM");
         let is_ram = RAM.iter().any(|ram| ram.start <= start.0 && end <= ram.end);
-        assert!(is_ram && len > 0, "{len} bytes at {:#x} are no RAM", start.0);
+        assert!(
+            is_ram && len > 0,
+            "{len} bytes at {:#x} are no RAM",
+            start.0
+        );
         let fails = std::mem::take(&mut *self.fails.lock().expect("a panic ends everything"));
-        if fails { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(len) }
+        if fails {
+            Err(io::ErrorKind::OutOfMemory.into())
+        } else {
+            Ok(len)
+        }
     }
 }
 
@@ -91,23 +99,59 @@ impl Subject for Host {
 
 pub fn seeds() -> Vec<Vec<u8>> {
     let frames = |queue: u8, frames: &[u32]| {
-        let bytes: Vec<u8> = frames.iter().flat_map(|frame| frame.to_le_bytes()).collect();
+        let bytes: Vec<u8> = frames
+            .iter()
+            .flat_map(|frame| frame.to_le_bytes())
+            .collect();
         Script::new().u8(queue).u8(0).u8(2).u8(5).u8(0).blob(&bytes)
     };
     let statistics: Vec<u8> = [(0_u16, 7_u64), (4, 1 << 30), (99, 5)]
         .iter()
         .flat_map(|(tag, value)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat())
         .collect();
-    let reported = Script::new().u8(4).u8(1).u8(1).u8(6).u8(0).u8(0x81).u8(6).u8(0);
+    let reported = Script::new()
+        .u8(4)
+        .u8(1)
+        .u8(1)
+        .u8(6)
+        .u8(0)
+        .u8(0x81)
+        .u8(6)
+        .u8(0);
     let mut seeds = rig::seeds(&[
         frames(0, &[8, 9, 10, 11, 0x20, 0x21, 0xffff_ffff]),
         frames(1, &[9, 8]),
-        Script::new().u8(2).u8(0).u8(4).u8(1).u8(20).blob(&statistics),
+        Script::new()
+            .u8(2)
+            .u8(0)
+            .u8(4)
+            .u8(1)
+            .u8(20)
+            .blob(&statistics),
         reported,
         Script::new().u8(3).u8(0).u8(1).u8(1).u8(0),
     ]);
-    let target = Script::new().u8(10).u8(0).u8(9).u8(0).u8(3).u8(0).width(8).u8(0);
-    let actual = target.u8(0).u8(3).u8(4).width(4).u8(1).u64(9).u8(9).u8(0).u8(3).u8(4).width(4);
+    let target = Script::new()
+        .u8(10)
+        .u8(0)
+        .u8(9)
+        .u8(0)
+        .u8(3)
+        .u8(0)
+        .width(8)
+        .u8(0);
+    let actual = target
+        .u8(0)
+        .u8(3)
+        .u8(4)
+        .width(4)
+        .u8(1)
+        .u64(9)
+        .u8(9)
+        .u8(0)
+        .u8(3)
+        .u8(4)
+        .width(4);
     seeds.push(actual.u8(0).done());
     seeds
 }

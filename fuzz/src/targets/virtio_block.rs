@@ -42,7 +42,9 @@ impl Subject for Disk {
         match input.below(3) {
             0 => self.0.hold(),
             1 => self.0.release(),
-            _ => self.0.fail_next(input.choose(&[io::ErrorKind::StorageFull, io::ErrorKind::Other])),
+            _ => self
+                .0
+                .fail_next(input.choose(&[io::ErrorKind::StorageFull, io::ErrorKind::Other])),
         }
     }
 
@@ -55,7 +57,13 @@ impl Subject for Disk {
 fn request(kind: u32, sector: u64, data: &[(bool, &[u8], u8)]) -> Script {
     let header = Script::new().u32(kind).u32(0).u64(sector).done();
     let count = u8::try_from(data.len() + 1).expect("a few buffers");
-    let mut script = Script::new().u8(0).u8(count).u8(0).u8(1).u8(0).blob(&header);
+    let mut script = Script::new()
+        .u8(0)
+        .u8(count)
+        .u8(0)
+        .u8(1)
+        .u8(0)
+        .blob(&header);
     for ((writable, content, len), place) in data.iter().zip((0x10..).step_by(16)) {
         script = script.u8(place + u8::from(*writable)).u8(*len).u8(0);
         if !writable {

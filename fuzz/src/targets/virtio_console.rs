@@ -1,5 +1,6 @@
 //! The console, from a driver that is ready.
 
+use std::cell::Cell;
 use std::sync::{Arc, Mutex};
 
 use devices::DeviceId;
@@ -19,6 +20,14 @@ pub fn run(data: &[u8]) {
 pub struct Terminal {
     /// That of the device in use.
     port: Mutex<Option<Arc<ConsolePort>>>,
+    /// Bytes that the host has typed and taken.
+    typed: u64,
+    taken: Cell<u64>,
+    /// Bytes in chains that the driver got back: input written, output read.
+    received: u64,
+    sent: u64,
+    /// These numbers say nothing any more.
+    disturbed: bool,
 }
 
 impl Terminal {
@@ -27,10 +36,21 @@ impl Terminal {
         Arc::clone(port.as_ref().expect("there is a device"))
     }
 
-    fn take(&self, len: usize) -> usize {
-        let port = self.port();
+    fn type_in(&mut self, bytes: &[u8]) {
+        let accepted = self.port().receive(bytes);
+        assert!(accepted <= bytes.len());
+        self.typed += accepted as u64;
+    }
+
+    fn take(&self, port: &ConsolePort, len: usize) -> usize {
         let _ = port.event().read();
-        port.take_output(&mut vec![0; len])
+        let taken = port.take_output(&mut vec![0; len]);
+        self.taken.set(self.taken.get() + taken as u64);
+        taken
+    }
+
+    fn take_all(&self, port: &ConsolePort) {
+        while self.take(port, 0x4000) > 0 {}
     }
 }
 
@@ -50,19 +70,19 @@ impl Subject for Terminal {
     fn device(&self) -> Box<dyn VirtioDevice> {
         let id = DeviceId::new("subject").expect("a good name");
         let console = Console::new(id).expect("the host has descriptors left");
-        *self.port.lock().expect("a panic ends everything") = Some(console.port());
+        let mut port = self.port.lock().expect("a panic ends everything");
+        // What the former device has for the host does not move with it.
+        if let Some(former) = port.replace(console.port()) {
+            self.take_all(&former);
+        }
         Box::new(console)
     }
 
     fn host(&mut self, input: &mut Input<'_>) {
         match input.below(4) {
-            0 => {
-                let typed = input.blob();
-                let accepted = self.port().receive(typed);
-                assert!(accepted <= typed.len());
-            }
-            1 => drop(self.port().receive(&[b'x'; 40_000])),
-            2 => drop(self.take(usize::from(input.u8()) * 64)),
+            0 => self.type_in(input.blob()),
+            1 => self.type_in(&[b'x'; 40_000]),
+            2 => drop(self.take(&self.port(), usize::from(input.u8()) * 64)),
             _ => {
                 let (columns, rows) = (input.u8().into(), input.u8().into());
                 self.port().resize(ConsoleSize { columns, rows });
@@ -71,7 +91,27 @@ impl Subject for Terminal {
     }
 
     fn release(&mut self) {
-        while self.take(0x4000) > 0 {}
+        self.take_all(&self.port());
+    }
+
+    fn returned(&mut self, queue: u16, readable: u64, written: u64) {
+        if queue == 0 {
+            self.received += written;
+        } else {
+            self.sent += readable;
+        }
+    }
+
+    fn disturbed(&mut self) {
+        self.disturbed = true;
+    }
+
+    /// Nothing is lost, and nothing comes twice.
+    fn check(&self) {
+        if !self.disturbed {
+            assert_eq!(self.taken.get(), self.sent, "output");
+            assert_eq!(self.typed, self.received, "input");
+        }
     }
 }
 
@@ -80,12 +120,30 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let output = |len: u8, text: &[u8]| Script::new().u8(1).u8(0).u8(2).u8(len).u8(0).blob(text);
     let typed = Script::new().u8(10).u8(0).blob(b"typed").done();
     // Input before and after there is room for it, then more output than the host takes.
-    let talk = Script::new().bytes(&typed).u8(3).bytes(&room(2).done()).u8(9).bytes(&typed);
+    let talk = Script::new()
+        .bytes(&typed)
+        .u8(3)
+        .bytes(&room(2).done())
+        .u8(9)
+        .bytes(&typed);
     let flood = (0..40).fold(Script::new(), |script, _| {
         let script = script.u8(3).u8(1).u8(7);
-        (0..8).fold(script, |script, place| script.u8(2 * place).u8(6).u8(0).u8(0)).u8(9)
+        (0..8)
+            .fold(script, |script, place| {
+                script.u8(2 * place).u8(6).u8(0).u8(0)
+            })
+            .u8(9)
     });
-    let resized = Script::new().u8(10).u8(3).u8(80).u8(25).u8(0).u8(3).u8(0).width(4).u8(0);
+    let resized = Script::new()
+        .u8(10)
+        .u8(3)
+        .u8(80)
+        .u8(25)
+        .u8(0)
+        .u8(3)
+        .u8(0)
+        .width(4)
+        .u8(0);
     let emergency = Script::new().u8(0).u8(3).u8(8).width(4).u8(1).u64(0x21);
     let mut seeds = rig::seeds(&[room(1), output(2, b"hello"), output(7, b""), room(6)]);
     seeds.extend([talk, flood, resized, emergency].map(Script::done));

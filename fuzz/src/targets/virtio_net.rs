@@ -64,7 +64,10 @@ struct Backend(Arc<Host>);
 
 impl NetBackend for Backend {
     fn info(&self) -> NetInfo {
-        NetInfo { queue_pairs: PAIRS as u16, offloads: Offloads::ALL }
+        NetInfo {
+            queue_pairs: PAIRS as u16,
+            offloads: Offloads::ALL,
+        }
     }
 
     fn open_queue(&self, pair: u16) -> io::Result<Box<dyn NetQueue>> {
@@ -75,7 +78,11 @@ impl NetBackend for Backend {
         if !place.waiting.is_empty() {
             place.wake();
         }
-        Ok(Box::new(Queue { host: Arc::clone(&self.0), pair: pair.into(), event }))
+        Ok(Box::new(Queue {
+            host: Arc::clone(&self.0),
+            pair: pair.into(),
+            event,
+        }))
     }
 
     fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
@@ -132,7 +139,11 @@ impl NetQueue for Queue {
         let mut packet = vec![0; usize::try_from(len).expect("a chain is short")];
         let read = buffers::read(memory, segments, 0, &mut packet).expect("segments are RAM");
         assert_eq!(read, packet.len());
-        self.host.state().failures.pop_front().map_or(Ok(()), |kind| Err(kind.into()))
+        self.host
+            .state()
+            .failures
+            .pop_front()
+            .map_or(Ok(()), |kind| Err(kind.into()))
     }
 
     fn is_gone(&self, error: &io::Error) -> bool {
@@ -162,17 +173,24 @@ impl Subject for Network {
             receive_limits: RateLimits::default(),
             transmit_limits: RateLimits::default(),
         };
-        Box::new(Net::new(Arc::new(Backend(self.0.clone())), options, rig::reporter()))
+        Box::new(Net::new(
+            Arc::new(Backend(self.0.clone())),
+            options,
+            rig::reporter(),
+        ))
     }
 
     fn host(&mut self, input: &mut Input<'_>) {
         let mut state = self.0.state();
         if input.below(4) == 0 {
             use io::ErrorKind::{InvalidInput, NotConnected, WouldBlock};
-            state.failures.push_back(input.choose(&[WouldBlock, InvalidInput, NotConnected]));
+            state
+                .failures
+                .push_back(input.choose(&[WouldBlock, InvalidInput, NotConnected]));
             return;
         }
-        let len = input.choose(&[12, 64, 1526, 9012, 65_600, 0, 1000, 70_000]) + input.u8() as usize;
+        let len =
+            input.choose(&[12, 64, 1526, 9012, 65_600, 0, 1000, 70_000]) + input.u8() as usize;
         let pair = &mut state.pairs[usize::from(input.u8()) % PAIRS];
         if !pair.closed && pair.waiting.len() < WAITING {
             pair.waiting.push_back(len);
@@ -188,13 +206,30 @@ impl Subject for Network {
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
-    let packet = |queue: u8, len: u8| Script::new().u8(queue).u8(0).u8(2).u8(len).u8(100).blob(&[0; 12]);
+    let packet = |queue: u8, len: u8| {
+        Script::new()
+            .u8(queue)
+            .u8(0)
+            .u8(2)
+            .u8(len)
+            .u8(100)
+            .blob(&[0; 12])
+    };
     let room = |queue: u8, len: u8| Script::new().u8(queue).u8(0).u8(1).u8(len).u8(0);
     // Class, command and data, then room for the answer.
     let command = |class: u8, command: u8, data: &[u8]| {
         let bytes = [&[class, command], data].concat();
         let len = u8::try_from(bytes.len() - 1).expect("a short command");
-        Script::new().u8(4).u8(1).u8(2).u8(0).u8(len).blob(&bytes).u8(0x81).u8(0).u8(0)
+        Script::new()
+            .u8(4)
+            .u8(1)
+            .u8(2)
+            .u8(0)
+            .u8(len)
+            .blob(&bytes)
+            .u8(0x81)
+            .u8(0)
+            .u8(0)
     };
     let arrival = |len: u8, pair: u8| Script::new().u8(10).u8(1).u8(len).u8(0).u8(pair);
     let mut seeds = rig::seeds(&[
@@ -213,7 +248,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
     for features in [u64::MAX, !(1 << 15)] {
         let start = Script::new().u8(12).u64(features).u8(5);
         let offered = (0..20).fold(start, |script, index| {
-            script.u8(3).bytes(&room(0, if index < 4 { 2 } else { 6 }).done())
+            script
+                .u8(3)
+                .bytes(&room(0, if index < 4 { 2 } else { 6 }).done())
         });
         let script = (0..8).fold(offered, |script, len| script.bytes(&arrival(len, 0).done()));
         seeds.push(script.u8(9).u8(9).u8(13).u8(2).u8(9).done());

@@ -28,6 +28,15 @@ pub fn seeds() -> Vec<Vec<u8>> {
         script.clone().u8(8).u8(0).u8(9).done(),
         script.u8(13).u8(2).u8(13).u8(1).done(),
         window.done(),
-        Script::new().u8(12).u64(u64::MAX).u8(4).u8(8).u8(1).u8(9).u8(13).u8(0).done(),
+        Script::new()
+            .u8(12)
+            .u64(u64::MAX)
+            .u8(4)
+            .u8(8)
+            .u8(1)
+            .u8(9)
+            .u8(13)
+            .u8(0)
+            .done(),
     ]
 }

@@ -60,7 +60,11 @@ impl Subject for Source {
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Rng::new(self.next.clone(), &RngOptions::default(), rig::reporter()))
+        Box::new(Rng::new(
+            self.next.clone(),
+            &RngOptions::default(),
+            rig::reporter(),
+        ))
     }
 
     fn host(&mut self, input: &mut Input<'_>) {

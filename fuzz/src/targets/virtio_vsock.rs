@@ -95,16 +95,26 @@ impl Subject for Sockets {
 
     fn new() -> Self {
         let listener = EventFd::new(EFD_NONBLOCK).expect("the host has descriptors left");
-        let state = State { clients: VecDeque::new(), programs: VecDeque::new(), listener };
+        let state = State {
+            clients: VecDeque::new(),
+            programs: VecDeque::new(),
+            listener,
+        };
         Self(Arc::new(Mutex::new(state)))
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
         let listener = lock(&self.0).listener.try_clone();
         let listener = listener.expect("the host has descriptors left");
-        let host = Host { state: Arc::clone(&self.0), listener };
+        let host = Host {
+            state: Arc::clone(&self.0),
+            listener,
+        };
         let id = DeviceId::new("subject").expect("a good name");
-        let options = VsockOptions { guest_cid: CID, max_connections: ENDS };
+        let options = VsockOptions {
+            guest_cid: CID,
+            max_connections: ENDS,
+        };
         Box::new(Vsock::new(id, &options, Box::new(host)).expect("a good context id"))
     }
 
@@ -114,7 +124,10 @@ impl Subject for Sockets {
         if what == 0 {
             let client = state.stream().expect("the host has descriptors left");
             state.clients.push_back(client);
-            state.listener.write(1).expect("the counter cannot overflow");
+            state
+                .listener
+                .write(1)
+                .expect("the counter cannot overflow");
             return;
         }
         let which = usize::from(input.u8());
@@ -151,18 +164,55 @@ struct Packet {
 /// A packet from the guest's port 9.
 fn packet(packet: &Packet) -> Script {
     let len = u32::try_from(packet.data.len()).expect("a short packet");
-    let header = Script::new().u64(CID).u64(2).u32(9).u32(packet.port).u32(len).u16(1);
+    let header = Script::new()
+        .u64(CID)
+        .u64(2)
+        .u32(9)
+        .u32(packet.port)
+        .u32(len)
+        .u16(1);
     let header = header.u16(packet.op).u32(packet.flags).u32(0x1000).u32(0);
     let bytes = header.bytes(packet.data).done();
     let beyond = u8::try_from(bytes.len() - 8).expect("a short packet");
-    Script::new().u8(1).u8(0).u8(2).u8(4).u8(beyond).blob(&bytes)
+    // Packets that are sent together do not share a buffer.
+    let place =
+        u8::try_from(packet.op).expect("a few operations") + 8 * u8::from(packet.port % 2 == 1);
+    Script::new()
+        .u8(1)
+        .u8(0)
+        .u8(2 * place)
+        .u8(4)
+        .u8(beyond)
+        .blob(&bytes)
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
-    let plain = |op| packet(&Packet { port: 8, op, flags: 0, data: b"" });
-    let data = packet(&Packet { port: 8, op: 5, flags: 0, data: b"from the guest" });
-    let shutdown = packet(&Packet { port: 8, op: 4, flags: 3, data: b"" });
-    let refused = packet(&Packet { port: 7, op: 1, flags: 0, data: b"" });
+    let plain = |op| {
+        packet(&Packet {
+            port: 8,
+            op,
+            flags: 0,
+            data: b"",
+        })
+    };
+    let data = packet(&Packet {
+        port: 8,
+        op: 5,
+        flags: 0,
+        data: b"from the guest",
+    });
+    let shutdown = packet(&Packet {
+        port: 8,
+        op: 4,
+        flags: 3,
+        data: b"",
+    });
+    let refused = packet(&Packet {
+        port: 7,
+        op: 1,
+        flags: 0,
+        data: b"",
+    });
     let room = Script::new().u8(0).u8(0).u8(1).u8(6).u8(0);
     let event = Script::new().u8(2).u8(0).u8(1).u8(4).u8(0);
     let mut seeds = rig::seeds(&[
@@ -180,12 +230,42 @@ pub fn seeds() -> Vec<Vec<u8>> {
     // A client reaches port 9 of the guest, which accepts it: the host's first port is 1 << 30.
     let client = rooms.clone().u8(10).u8(0).u8(9);
     let client = client.u8(10).u8(1).u8(0).blob(b"CONNECT 9\n").u8(9).u8(9);
-    let accepted = packet(&Packet { port: 1 << 30, op: 2, flags: 0, data: b"" });
-    let client = offer(client, &accepted).u8(9).u8(10).u8(2).u8(0).u8(4).u8(9).u8(9);
+    let accepted = packet(&Packet {
+        port: 1 << 30,
+        op: 2,
+        flags: 0,
+        data: b"",
+    });
+    let client = offer(client, &accepted)
+        .u8(9)
+        .u8(10)
+        .u8(2)
+        .u8(0)
+        .u8(4)
+        .u8(9)
+        .u8(9);
     // The guest connects, both talk, the program ends.
     let guest = offer(offer(rooms, &plain(1)).u8(9), &data).u8(9);
-    let guest = guest.u8(10).u8(1).u8(0).blob(b"from the host").u8(9).u8(10).u8(3).u8(0).u8(1);
-    let guest = guest.u8(10).u8(4).u8(0).u8(1).u8(9).u8(10).u8(5).u8(0).u8(9);
+    let guest = guest
+        .u8(10)
+        .u8(1)
+        .u8(0)
+        .blob(b"from the host")
+        .u8(9)
+        .u8(10)
+        .u8(3)
+        .u8(0)
+        .u8(1);
+    let guest = guest
+        .u8(10)
+        .u8(4)
+        .u8(0)
+        .u8(1)
+        .u8(9)
+        .u8(10)
+        .u8(5)
+        .u8(0)
+        .u8(9);
     seeds.extend([client.done(), guest.done()]);
     seeds
 }

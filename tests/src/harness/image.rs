@@ -12,10 +12,11 @@ use drover_guest::pattern::{self, Mode, PAGE_SIZE, WORDS};
 
 use super::process::{self, Finished};
 
-/// Bytes of a pattern's page.
-const PAGE_BYTES: usize = 8 * WORDS;
 /// What qemu-img may take.
 const LIMIT: Duration = Duration::from_secs(60);
+/// A page as a count of bytes in memory.
+#[allow(clippy::cast_possible_truncation)]
+const PAGE_BYTES: usize = PAGE_SIZE as usize;
 
 /// A new raw image: a hole of `bytes`.
 ///
