@@ -241,6 +241,11 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
             // A closed channel is the order to end.
             let Ok(order) = orders.recv() else { return };
             running = obey(order, vcpu, running);
+            // A kick that came before this thread could feel it was for an order that is here.
+            match obey_waiting(orders, vcpu, running) {
+                Some(now) => running = now,
+                None => return,
+            }
             continue;
         }
         match vcpu.run(&context.buses) {
@@ -251,12 +256,9 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
             Ok(Exit::EndOfInterrupt(vector)) => context.ioapic.end_of_interrupt(vector),
             Ok(Exit::Interrupted) => {
                 running = !context.gate.is_closed();
-                loop {
-                    match orders.try_recv() {
-                        Ok(order) => running = obey(order, vcpu, running),
-                        Err(TryRecvError::Empty) => break,
-                        Err(TryRecvError::Disconnected) => return,
-                    }
+                match obey_waiting(orders, vcpu, running) {
+                    Some(now) => running = now,
+                    None => return,
                 }
             }
             Ok(Exit::TripleFault) => {
@@ -269,6 +271,18 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
                 let vcpu = vcpu.index();
                 context.events.report(VcpuEvent::Failed { vcpu, error });
             }
+        }
+    }
+}
+
+/// Follows the orders that have come; returns whether the vCPU runs afterwards, or `None` when its
+/// thread shall end.
+fn obey_waiting(orders: &Receiver<Order>, vcpu: &mut Vcpu, mut running: bool) -> Option<bool> {
+    loop {
+        match orders.try_recv() {
+            Ok(order) => running = obey(order, vcpu, running),
+            Err(TryRecvError::Empty) => return Some(running),
+            Err(TryRecvError::Disconnected) => return None,
         }
     }
 }
