@@ -12,12 +12,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let kernel = arguments
         .next()
         .ok_or("usage: embed KERNEL [COMMAND LINE]")?;
-    let mut config = VmConfig::default();
-    config.name = "embedded".parse()?;
+    let mut config = VmConfig {
+        name: "embedded".parse()?,
+        serial: CharTarget::Null,
+        ..VmConfig::default()
+    };
     config.memory.size = ByteSize::mib(64);
     config.boot.kernel = Some(kernel.into());
     config.boot.cmdline = arguments.next().unwrap_or_default();
-    config.serial = CharTarget::Null;
 
     // No runtime directory: nobody but this program controls the VM.
     let vm = VmHandle::launch(config, LaunchOptions::default())?;

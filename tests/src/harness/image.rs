@@ -59,6 +59,9 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
     chunks.iter().copied().map(u64::from_le_bytes)
 }
 
+/// [`PAGE_SIZE`] as a length in memory.
+const PAGE_BYTES: usize = WORDS * size_of::<u64>();
+
 /// The page of incompressible data that the guest puts at `offset`.
 #[must_use]
 pub fn page(offset: u64, seed: u64, generation: u64) -> Vec<u8> {
@@ -74,7 +77,7 @@ pub fn page(offset: u64, seed: u64, generation: u64) -> Vec<u8> {
 /// When it cannot be written.
 pub fn write_pattern(path: &Path, bytes: u64, seed: u64) -> anyhow::Result<()> {
     let file = File::options().write(true).open(path)?;
-    for offset in (0..bytes).step_by(PAGE_SIZE as usize) {
+    for offset in (0..bytes).step_by(PAGE_BYTES) {
         file.write_all_at(&page(offset, seed, 1), offset)?;
     }
     Ok(())
@@ -86,8 +89,8 @@ pub fn write_pattern(path: &Path, bytes: u64, seed: u64) -> anyhow::Result<()> {
 /// The first page that does not.
 pub fn check_pattern(path: &Path, (start, end): (u64, u64), seed: u64) -> anyhow::Result<()> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
-    for offset in (start..end).step_by(PAGE_SIZE as usize) {
-        let mut bytes = [0; PAGE_SIZE as usize];
+    for offset in (start..end).step_by(PAGE_BYTES) {
+        let mut bytes = [0; PAGE_BYTES];
         file.read_exact_at(&mut bytes, offset)?;
         let mut page = [0; WORDS];
         page.iter_mut()
