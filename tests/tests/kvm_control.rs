@@ -308,10 +308,17 @@ fn oversized_requests_are_refused_and_harm_nobody() -> Outcome {
     let body = ground.scratch().write("body", vec![b'x'; 8 << 20])?;
     let body = format!("@{}", body.display());
     let long_path = format!("/{}", "p".repeat(70_000));
-    let cases: [(&str, &str, &[&str], u16); 3] = [
+    let json = "Content-Type: application/json";
+    let cases: [(&str, &str, &[&str], u16); 4] = [
         // A body that is not asked for is not read.
         ("POST", "/v1/resume", &["--data-binary", &body], 204),
         ("POST", "/v1/nothing", &["--data-binary", &body], 404),
+        (
+            "PUT",
+            "/v1/balloon",
+            &["--header", json, "--data-binary", &body],
+            400,
+        ),
         ("GET", &long_path, &[], 414),
     ];
     for (method, path, options, status) in cases {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tests::harness::follower::Follower;
 use tests::harness::ground::Ground;
 use tests::harness::image;
-use tests::harness::netns::{self, OWN_NETWORK};
+use tests::harness::netns::OWN_NETWORK;
 use tests::harness::process;
 use tests::harness::vm::{LATER, SOON, Vm};
 
@@ -186,6 +186,91 @@ fn balloon_target_can_be_read_and_set() -> Outcome {
     Ok(())
 }
 
+#[test]
+fn memory_that_the_guest_gives_up_goes_back_to_the_host() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    const PAGE: u64 = 4096;
+    let spec = ground.vm("run=balloon balloon.ms=0").memory("128M");
+    let mut vm = spec.args(&["--balloon", "size=0"]).start_controlled()?;
+    vm.report("command=balloon", "event", SOON)?;
+    let ram = vm.memory()?;
+    let mut events = vm.control().follow_events()?;
+    let mut wait = |target: u64| -> anyhow::Result<u64> {
+        vm.control().drover("balloon", &[&target.to_string()])?;
+        ram.wait_heartbeat(SOON, |beat| beat.progress == target / PAGE)?;
+        while events.wait("balloon-actual", SOON)?["bytes"] != target {}
+        let answer = vm.control().curl("GET", "/v1/balloon")?.json()?;
+        assert_eq!(answer["actual_bytes"], target, "{answer}");
+        ram.populated_bytes()
+    };
+    // The guest writes every page before it gives it up, and the host takes it away.
+    let given = wait(64 * MIB)?;
+    assert!(given < 48 * MIB, "{given} bytes are still there");
+    let empty = wait(0)?;
+    assert!(empty < 48 * MIB, "{empty} bytes are there");
+    wait(32 * MIB)?;
+    assert_eq!(counter(&vm, "balloon", "balloon_refused_pages_total")?, 0);
+    let inflated = counter(&vm, "balloon", "balloon_inflated_pages_total")?;
+    assert_eq!(inflated, 96 * MIB / PAGE);
+    // A new guest has all its memory, and finds the wish of before.
+    vm.control().post("/v1/reset")?;
+    vm.report("command=balloon", "event", SOON)?;
+    ram.wait_heartbeat(SOON, |beat| beat.progress == 32 * MIB / PAGE)?;
+    vm.type_text("s")?;
+    let ended = vm.wait_end(SOON)?;
+    ended.check()?;
+    let result = &ended.results("balloon")[0];
+    assert_eq!(result.number("held")?, 32 * MIB / PAGE);
+    Ok(())
+}
+
+#[test]
+fn host_that_calls_a_guest_without_sockets_is_told_so_or_waits() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let socket = ground.scratch().join("vsock");
+    let keys = format!("cid=3,socket={}", socket.display());
+    let spec = ground.vm("run=heartbeat").args(&["--vsock", &keys]);
+    let mut vm = spec.start_controlled()?;
+    vm.ready()?;
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&socket)?.permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        let mut client = UnixStream::connect(&socket)?;
+        // Being refused at once is an answer, too.
+        let _ = client.write_all(b"CONNECT 1234\n");
+        clients.push(client);
+    }
+    vm.control().post("/v1/pause")?;
+    vm.control().post("/v1/resume")?;
+    vm.control().post("/v1/reset")?;
+    vm.ready()?;
+    let second = spec.clone().name("second");
+    let finished = process::run(ground.drover().args(second.arguments()), SOON)?;
+    let expected = format!(
+        "drover: VM second: vsock: {}: another process listens there\n",
+        socket.display()
+    );
+    assert_eq!(finished.stderr, expected);
+    vm.control().post("/v1/stop")?;
+    assert_eq!(vm.wait_end(SOON)?.code(), Some(0));
+    assert!(!socket.exists(), "the socket is left");
+    // Nobody is left waiting.
+    for mut client in clients {
+        client.set_read_timeout(Some(SOON))?;
+        let mut answer = Vec::new();
+        if let Err(error) = std::io::Read::read_to_end(&mut client, &mut answer) {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
+        assert_eq!(answer, b"", "nobody was there");
+    }
+    Ok(())
+}
+
 /// A VM with a device of every kind that needs no other process; it has a network of its own.
 fn full_machine(ground: &Ground, cmdline: &str) -> anyhow::Result<Vm> {
     let scratch = ground.scratch();
@@ -216,12 +301,9 @@ fn full_machine(ground: &Ground, cmdline: &str) -> anyhow::Result<Vm> {
 
 #[test]
 fn every_configured_device_is_on_the_bus_and_in_the_list() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
-    if !netns::allowed()? {
-        return Ok(());
-    }
     let mut vm = full_machine(&ground, "run=pci,heartbeat")?;
     vm.result("pci")?;
     let devices = vm.control().json("devices")?;
@@ -264,12 +346,9 @@ fn every_configured_device_is_on_the_bus_and_in_the_list() -> Outcome {
 
 #[test]
 fn all_devices_work_again_after_every_reset_and_nothing_is_left_of_one() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
-    if !netns::allowed()? {
-        return Ok(());
-    }
     const ROUNDS: usize = 12;
     let cmdline = "run=blk,blk,net,console,rng,blkbench blk.op=write blk.len=256K 2.dev=1 net.ms=1 \
                    console.ms=1 blkbench.dev=1 blkbench.offset=1M blkbench.ms=60000 \
@@ -411,12 +490,9 @@ fn vhost_user_server_that_is_not_there_or_mute_is_refused() -> Outcome {
 
 #[test]
 fn guest_that_drives_everything_at_once_comes_to_a_good_end() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
-    if !netns::allowed()? {
-        return Ok(());
-    }
     let cmdline = "run=blk,blk,blkbench,net,rng,console,irq,mem,cpus 2.dev=1 blk.len=2M \
                    blkbench.ms=50 blkbench.offset=4M blkbench.len=4M blkbench.irq=1 net.ms=10 \
                    console.ms=1 irq.requests=20 mem.len=8M cpus.ms=10";

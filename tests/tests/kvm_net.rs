@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use tests::harness::ground::{Ground, skip};
+use tests::harness::ground::Ground;
 use tests::harness::netns::{self, OWN_NETWORK};
 use tests::harness::process;
 use tests::harness::vm::{LATER, SOON, Vm, VmSpec};
@@ -16,21 +16,6 @@ const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 /// The echo service that the guest is on every port.
 const PORT: u16 = 7;
-
-/// The ground for tests that need networks of their own.
-fn ground() -> anyhow::Result<Option<Ground>> {
-    let Some(ground) = Ground::kvm()? else {
-        return Ok(None);
-    };
-    if !netns::allowed()? {
-        skip(
-            "net",
-            "this machine lets us make no network namespaces or TAPs",
-        )?;
-        return Ok(None);
-    }
-    Ok(Some(ground))
-}
 
 /// Starts a VM in a network of its own; its TAP has the host's address.
 fn start(spec: &VmSpec<'_>) -> anyhow::Result<Vm> {
@@ -74,7 +59,7 @@ fn payload(len: usize, seed: u8) -> Vec<u8> {
 
 #[test]
 fn datagrams_of_every_size_come_back_from_the_guest() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     for (keys, queues) in [
@@ -107,7 +92,7 @@ fn datagrams_of_every_size_come_back_from_the_guest() -> Outcome {
 
 #[test]
 fn interface_is_as_configured() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     let keys = "tap=tap0,mac=52:54:00:12:34:56,mtu=1400";
@@ -125,7 +110,7 @@ fn interface_is_as_configured() -> Outcome {
 
 #[test]
 fn address_of_an_interface_stays_the_same_over_starts() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     let mac = |name: &str| -> anyhow::Result<String> {
@@ -148,7 +133,7 @@ fn address_of_an_interface_stays_the_same_over_starts() -> Outcome {
 
 #[test]
 fn every_datagram_that_the_guest_sends_arrives_once() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     const COUNT: usize = 100;
@@ -177,7 +162,7 @@ fn every_datagram_that_the_guest_sends_arrives_once() -> Outcome {
 
 #[test]
 fn network_works_on_over_pauses_and_resets() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     let mut vm = start(&ground.vm("run=net net.ms=0").args(&["--net", "tap=tap0"]))?;
@@ -197,7 +182,7 @@ fn network_works_on_over_pauses_and_resets() -> Outcome {
 
 #[test]
 fn flood_of_packets_does_not_hold_up_the_operator() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     let cmdline = format!("run=nettx nettx.dst_ip={HOST} nettx.ms=60000 nettx.size=64");
@@ -217,7 +202,7 @@ fn flood_of_packets_does_not_hold_up_the_operator() -> Outcome {
 
 #[test]
 fn interface_of_another_vm_is_refused() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     let spec = ground.vm("run=net net.ms=0").args(&["--net", "tap=tap0"]);
@@ -238,7 +223,7 @@ fn interface_of_another_vm_is_refused() -> Outcome {
 
 #[test]
 fn interface_that_was_made_before_is_used_and_left() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     let spec = ground.vm("run=net net.ms=1").args(&["--net", "tap=tap0"]);
@@ -257,7 +242,7 @@ fn interface_that_was_made_before_is_used_and_left() -> Outcome {
 
 #[test]
 fn interfaces_that_cannot_be_used_are_refused_by_name() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
     for (keys, expected) in [

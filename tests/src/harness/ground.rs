@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::bail;
 
 use super::binaries;
+use super::netns;
 use super::scratch::Scratch;
 use super::vm::VmSpec;
 
@@ -37,6 +38,21 @@ impl Ground {
             guest: binaries::guest()?,
             scratch: Scratch::new()?,
         }))
+    }
+
+    /// The same for a test that also makes networks of its own.
+    ///
+    /// # Errors
+    /// As [`Ground::kvm`]; `DROVER_REQUIRE` names `net` then.
+    pub fn kvm_and_net() -> anyhow::Result<Option<Self>> {
+        let Some(ground) = Self::kvm()? else {
+            return Ok(None);
+        };
+        if !netns::allowed()? {
+            skip("net", "no network namespaces or TAPs can be made here")?;
+            return Ok(None);
+        }
+        Ok(Some(ground))
     }
 
     /// The `drover` binary.

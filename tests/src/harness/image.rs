@@ -14,6 +14,9 @@ use super::process::{self, Finished};
 
 /// What qemu-img may take.
 const LIMIT: Duration = Duration::from_secs(60);
+/// A page as a count of bytes in memory.
+#[allow(clippy::cast_possible_truncation)]
+const PAGE_BYTES: usize = PAGE_SIZE as usize;
 
 /// A new raw image: a hole of `bytes`.
 ///

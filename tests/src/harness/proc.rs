@@ -60,6 +60,14 @@ impl ProcessView {
         Ok(self.pss_bytes()?.saturating_sub(guest))
     }
 
+    /// Bytes that the process has written and no file holds: heap, stacks, not the guest's memory.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn heap_bytes(&self) -> anyhow::Result<u64> {
+        self.memory_field("smaps_rollup", "Anonymous")
+    }
+
     /// Bytes of memory present (`VmRSS`).
     ///
     /// # Errors

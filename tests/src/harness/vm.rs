@@ -254,12 +254,14 @@ impl Vm {
         ProcessView::of(self.child.id())
     }
 
-    /// The guest's memory, read through the VMM's descriptor.
+    /// The guest's memory, read through the VMM's descriptor, as soon as there is one.
     ///
     /// # Errors
-    /// When the process has no such descriptor.
+    /// When the process has no such descriptor in time.
     pub fn memory(&self) -> anyhow::Result<GuestMemory> {
-        GuestMemory::of(self.child.id())
+        let find = || GuestMemory::of(self.child.id()).ok();
+        let found = process::wait_until(Instant::now() + SOON, find);
+        found.with_context(|| format!("the VMM has no guest memory; {}", self.said()))
     }
 
     /// Waits for the guest's next line about `subject` that has `key`.

@@ -57,6 +57,12 @@ impl VmConfig {
         for (fs, index) in self.fs.iter().zip(0..) {
             fs.validate(&format!("fs[{index}]"))?;
         }
+        self.validate_tags()?;
+        if let Some(rng) = &self.rng {
+            check_rate("rng", "bytes", (rng.bytes_per_second, None), |v| {
+                v.bytes() == 0
+            })?;
+        }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
@@ -172,6 +178,19 @@ impl VmConfig {
         if count > MAX_PCI_DEVICES {
             let why = format!("the PCI bus has room for {MAX_PCI_DEVICES}");
             return Err(ConfigError::invalid("number of devices", count, why));
+        }
+        Ok(())
+    }
+
+    /// Guests tell shared directories apart by nothing but their tags.
+    fn validate_tags(&self) -> Result<(), ConfigError> {
+        let mut seen = BTreeSet::new();
+        for (fs, index) in self.fs.iter().zip(0..) {
+            if !seen.insert(&fs.tag) {
+                let why = "another shared directory has this tag";
+                let tag = format!("{:?}", fs.tag);
+                return Err(ConfigError::invalid(format!("fs[{index}].tag"), tag, why));
+            }
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The commands of `run=`.
 
+mod balloon;
 mod blkbench;
 mod block;
 mod console;
@@ -111,7 +112,8 @@ pub(crate) type Outcome = Result<(), Failure>;
 
 type Command = fn(&mut Context<'_>, &mut Line) -> Outcome;
 
-const COMMANDS: [(&str, Command); 20] = [
+const COMMANDS: [(&str, Command); 21] = [
+    ("balloon", balloon::run),
     ("blk", block::run),
     ("blkbench", blkbench::run),
     ("clock", info::clock),

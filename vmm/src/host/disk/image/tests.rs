@@ -156,17 +156,17 @@ fn kernel_gets_only_what_direct_io_allows() {
     let path = raw_image(&directory, IMAGE_BYTES);
     let (blocks, any) = (image(&path, BLOCKS), image(&path, None));
     let memory = devices::testing::ram(64 << 10);
-    let table: [(&[(u64, u32)], u64, bool); 9] = [
-        (&[(0, 4096)], 0, true),
-        (&[(512, 4096)], 4096, true),
-        (&[(0, 4096), (8704, 8192)], 8192, true),
-        (&[(256, 4096)], 0, false),
-        (&[(0, 4096)], 512, false),
-        (&[(0, 512)], 0, false),
+    let table = [
+        (&[(0, 4096)][..], 0, true),
+        (&[(512, 4096)][..], 4096, true),
+        (&[(0, 4096), (8704, 8192)][..], 8192, true),
+        (&[(256, 4096)][..], 0, false),
+        (&[(0, 4096)][..], 512, false),
+        (&[(0, 512)][..], 0, false),
         // In sum whole blocks, each piece not.
-        (&[(0, 512), (512, 3584)], 0, false),
-        (&[(0, 4096), (4100, 4096)], 0, false),
-        (&[(0, 1), (1, 511)], 512, false),
+        (&[(0, 512), (512, 3584)][..], 0, false),
+        (&[(0, 4096), (4100, 4096)][..], 0, false),
+        (&[(0, 1), (1, 511)][..], 512, false),
     ];
     for (at, offset, expected) in table {
         let mut list = PieceList::default();

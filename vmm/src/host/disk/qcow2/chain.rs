@@ -10,6 +10,7 @@ use imago::raw::Raw;
 
 use super::error::Qcow2Error;
 use super::header::{self, HEADER_BYTES, Header};
+use super::refcounts::Refcounts;
 use super::storage::ImageStorage;
 use crate::host::disk::error::DiskError;
 use crate::host::disk::file::{FileKind, HostFile, OpenMode};
@@ -103,7 +104,7 @@ impl Chain {
                     FormatAccess::new(qcow2)
                 }
                 None => {
-                    let raw = layer.storage(false).and_then(|file| {
+                    let raw = layer.storage(None).and_then(|file| {
                         Raw::open_image(file, false).map_err(|source| layer.unreadable(source))
                     });
                     FormatAccess::new(raw?)
@@ -169,13 +170,15 @@ impl Chain {
 }
 
 impl Layer {
-    fn storage(&self, writable: bool) -> Result<ImageStorage, Qcow2Error> {
-        ImageStorage::new(&self.host.file, &self.host.path, writable)
+    /// Storage in the layer's file, to be written when there are `refcounts`.
+    fn storage(&self, refcounts: Option<Refcounts>) -> Result<ImageStorage, Qcow2Error> {
+        ImageStorage::new(&self.host.file, &self.host.path, refcounts)
             .map_err(|source| self.unreadable(source))
     }
 
     fn open_qcow2(&self, writable: bool) -> Result<Qcow2<ImageStorage>, Qcow2Error> {
-        let storage = self.storage(writable)?;
+        let refcounts = self.header.as_ref().map(Refcounts::new);
+        let storage = self.storage(refcounts.filter(|_| writable))?;
         Qcow2::open_image(storage, writable).map_err(|source| self.unreadable(source))
     }
 

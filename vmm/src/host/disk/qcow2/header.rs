@@ -18,6 +18,10 @@ pub(super) const HEADER_BYTES: usize = size_of::<RawHeader>();
 const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
+/// Version 2 has refcounts of 16 bits; none have more than 64.
+const V2_REFCOUNT_ORDER: u32 = 4;
+const MAX_REFCOUNT_ORDER: u32 = 6;
+
 /// Incompatible feature bits.
 const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
@@ -59,6 +63,8 @@ pub(super) struct Header {
     pub(super) cluster_bytes: u32,
     /// Version 3 can discard and has zero clusters.
     pub(super) is_v3: bool,
+    /// A refcount has `1 << refcount_order` bits.
+    pub(super) refcount_order: u32,
 }
 
 /// Checks the first bytes of an image whose file has `file_bytes` bytes.
@@ -101,10 +107,18 @@ pub(super) fn check(path: &Path, bytes: &[u8], file_bytes: u64) -> Result<Header
     if disk_bytes == 0 || !disk_bytes.is_multiple_of(512) || disk_bytes > i64::MAX.unsigned_abs() {
         return damaged("size", disk_bytes, "not a positive multiple of 512");
     }
+    let refcount_order = match version {
+        3 => header.refcount_order.get(),
+        _ => V2_REFCOUNT_ORDER,
+    };
+    if refcount_order > MAX_REFCOUNT_ORDER {
+        return damaged("refcount_order", refcount_order.into(), "more than 6");
+    }
     let checked = Header {
         disk_bytes,
         cluster_bytes: 1 << cluster_bits,
         is_v3: version == 3,
+        refcount_order,
     };
     check_tables(path, &header, &checked, file_bytes)?;
     Ok(checked)

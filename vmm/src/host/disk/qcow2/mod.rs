@@ -16,6 +16,7 @@ mod chain;
 mod error;
 mod header;
 mod image;
+mod refcounts;
 mod storage;
 
 pub use error::Qcow2Error;

@@ -17,6 +17,7 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
+use super::refcounts::{ENTRY_BYTES, Refcounts};
 use crate::host::disk::syscalls::uninterrupted;
 
 thread_local! {
@@ -43,18 +44,22 @@ pub(super) struct ImageStorage {
     inner: imago::file::File,
     /// The same description, for calls that need no lock of the library.
     file: File,
+    /// `None`: the file is only read.
+    refcounts: Option<Refcounts>,
 }
 
 impl ImageStorage {
-    /// Storage in an open file.
+    /// Storage in an open file, which is written when there are `refcounts`.
     ///
     /// # Errors
     /// The host has no descriptor left, or the file's status cannot be read.
-    pub(super) fn new(file: &File, path: &Path, writable: bool) -> io::Result<Self> {
+    pub(super) fn new(file: &File, path: &Path, refcounts: Option<Refcounts>) -> io::Result<Self> {
+        let writable = refcounts.is_some();
         let options = StorageOpenOptions::new().filename(path).write(writable);
         Ok(Self {
             inner: imago::file::File::from_open_file(file.try_clone()?, options)?,
             file: file.try_clone()?,
+            refcounts,
         })
     }
 
@@ -108,8 +113,18 @@ impl Storage for ImageStorage {
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
         self.barrier()?;
+        let len = bufv.len();
+        let Some(refcounts) = &self.refcounts else {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        };
+        if len == ENTRY_BYTES {
+            let mut entry = [0; 8];
+            bufv.copy_into_slice(&mut entry);
+            refcounts.before_entry(&self.file, entry)?;
+        }
         // SAFETY: as in `pure_readv`.
-        unsafe { self.inner.pure_writev(bufv, offset) }
+        unsafe { self.inner.pure_writev(bufv, offset) }?;
+        refcounts.after_write(&self.file, offset, len)
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {

@@ -570,3 +570,38 @@ fn killed_process_leaves_a_sound_image_with_everything_flushed() {
         }
     }
 }
+
+#[test]
+fn image_that_was_never_flushed_is_sound_at_any_moment() {
+    if !has_qemu_tools() {
+        return;
+    }
+    for options in [
+        "refcount_bits=1,cluster_size=512",
+        "refcount_bits=2,cluster_size=512",
+        "refcount_bits=4,cluster_size=4k",
+        "refcount_bits=8,cluster_size=512",
+        "refcount_bits=16,cluster_size=512",
+        "refcount_bits=32,cluster_size=1k",
+        "refcount_bits=64,cluster_size=512",
+        "compat=0.10,cluster_size=512",
+        "cluster_size=64k",
+    ] {
+        let directory = directory();
+        let path = create(&directory, "disk.qcow2", &format!("-o {options}"));
+        let copy = directory.as_path().join("copy.qcow2");
+        let mut client = Client::open(&qcow2_config(&path));
+        let mut numbers = Numbers(5);
+        for _ in 0..20 {
+            let offset = numbers.below(4 * MIB / 4096) * 4096;
+            client.write(offset, &[0x5a; 4096]).unwrap();
+            // What a process that is killed now leaves behind.
+            fs::copy(&path, &copy).unwrap();
+            // 3: clusters are leaked, which costs space and nothing else.
+            run(&format!(
+                "qemu-img check -q {} || test $? = 3",
+                copy.display()
+            ));
+        }
+    }
+}

@@ -145,16 +145,16 @@ fn frames_on_both_sides_of_a_pause_arrive_once_and_in_order() {
         for slot in 0..2 * BATCH {
             offer_room(&mut guest, slot);
         }
-        for slot in 0..BATCH {
-            send(&mut guest, slot, &frames[slot]);
+        for (slot, frame) in frames.iter().enumerate().take(BATCH) {
+            send(&mut guest, slot, frame);
         }
         guest.lines.iter().for_each(|line| line.ring());
         let queues = guest.pause();
         for queue in &queues {
             assert_eq!(queue.used_index().unwrap(), queue.state().next_avail);
         }
-        for slot in BATCH..2 * BATCH {
-            send(&mut guest, slot, &frames[slot]);
+        for (slot, frame) in frames.iter().enumerate().skip(BATCH) {
+            send(&mut guest, slot, frame);
         }
         guest.resume(queues);
         let received = guest.lines[RX].wait_all(2 * BATCH);

@@ -81,11 +81,14 @@ impl Server {
         // Also where the test is killed.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(program);
+        let log = socket.with_extension("log");
+        command.stderr(std::fs::File::create(&log).unwrap());
         let mut server = Self(command.args(arguments).spawn().unwrap());
         let deadline = Instant::now() + DEADLINE;
         while !is_listening(socket) {
             let status = server.0.try_wait().unwrap();
-            assert_eq!(status, None, "{} ended", program.display());
+            let said = || std::fs::read_to_string(&log).unwrap();
+            assert_eq!(status, None, "{} ended: {}", program.display(), said());
             assert!(Instant::now() < deadline, "{} hangs", program.display());
             std::thread::sleep(Duration::from_millis(5));
         }

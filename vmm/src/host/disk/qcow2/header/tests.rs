@@ -39,6 +39,7 @@ fn ordinary_headers_pass() {
         disk_bytes: 64 << 20,
         cluster_bytes: 65536,
         is_v3: true,
+        refcount_order: 4,
     };
     assert_eq!(check_bytes(&good()).unwrap(), expected);
     // Version 2 ends before the features; what is there means something else.
