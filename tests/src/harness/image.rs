@@ -62,9 +62,6 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
     chunks.iter().copied().map(u64::from_le_bytes)
 }
 
-/// [`PAGE_SIZE`] as a length in memory.
-const PAGE_BYTES: usize = WORDS * size_of::<u64>();
-
 /// The page of incompressible data that the guest puts at `offset`.
 #[must_use]
 pub fn page(offset: u64, seed: u64, generation: u64) -> Vec<u8> {
