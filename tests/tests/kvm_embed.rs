@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use anyhow::Context;
 use tests::harness::binaries;
 use tests::harness::ground::Ground;
 use tests::harness::process;
@@ -42,6 +43,23 @@ fn embedded_vm_is_started_watched_paused_and_stopped() -> Outcome {
         "{output}"
     );
     assert!(!ground.runtime_dir().exists(), "it claims no name");
+    Ok(())
+}
+
+/// vCPU threads may not even have begun when the first order comes.
+#[test]
+fn vm_can_be_paused_the_moment_it_is_there() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    for round in 0..60 {
+        let mut command = Command::new(binaries::example("embed")?);
+        command.arg(ground.guest()).arg("run=heartbeat");
+        let finished = process::run(&mut command, SOON)?;
+        finished
+            .success()
+            .with_context(|| format!("round {round}"))?;
+    }
     Ok(())
 }
 
