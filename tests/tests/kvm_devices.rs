@@ -349,9 +349,9 @@ fn all_devices_work_again_after_every_reset_and_nothing_is_left_of_one() -> Outc
     let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
-    const ROUNDS: usize = 12;
+    const ROUNDS: usize = 6;
     let cmdline = "run=blk,blk,net,console,rng,blkbench blk.op=write blk.len=256K 2.dev=1 net.ms=1 \
-                   console.ms=1 blkbench.dev=1 blkbench.offset=1M blkbench.ms=60000 \
+                   console.ms=1 blkbench.dev=1 blkbench.offset=1M blkbench.len=2M blkbench.ms=60000 \
                    blkbench.ops=randwrite blkbench.depths=8";
     let mut vm = full_machine(&ground, cmdline)?;
     let ram = vm.memory()?;
