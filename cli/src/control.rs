@@ -7,10 +7,15 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, anyhow};
 use vmm::config::{ByteSize, VmName};
 use vmm::control::{Client, ClientError, RuntimeDir};
-use vmm::machine::{BalloonInfo, DeviceInfo, Sample, VmEvent, VmInfo, VmState};
+use vmm::machine::{
+    BalloonInfo, DeviceInfo, EndReason, EventKind, Sample, VmEvent, VmInfo, VmState,
+};
 
 use crate::args::{BalloonArgs, EventsArgs, NameJsonArgs, ShutdownArgs};
 use crate::table;
+
+/// How long `drover list` waits for a VM.
+const LIST_TIME: Duration = Duration::from_secs(2);
 
 /// Runs one exchange to its end.
 fn block_on<T>(exchange: impl Future<Output = Result<T>>) -> Result<T> {
@@ -44,12 +49,22 @@ fn print_json<T: serde::Serialize>(value: &T) -> Result<ExitCode> {
 pub(crate) fn list(json: bool) -> Result<ExitCode> {
     let entries = RuntimeDir::from_environment().list()?;
     let infos = block_on(async {
+        let asked = entries.into_iter().map(|entry| {
+            tokio::spawn(async move {
+                let client = Client::new(&entry.socket);
+                let answer = tokio::time::timeout(LIST_TIME, client.get("/v1/info")).await;
+                (entry.name, answer)
+            })
+        });
         let mut infos: Vec<VmInfo> = Vec::new();
-        for entry in entries {
-            // A VM may end between being listed and being asked.
-            match Client::new(&entry.socket).get("/v1/info").await {
-                Ok(info) => infos.push(info),
-                Err(error) => log::warn!(vm:% = entry.name, error:% = error; "VM does not answer"),
+        // All are asked before the first answer is awaited.
+        for answer in asked.collect::<Vec<_>>() {
+            match answer.await? {
+                (_, Ok(Ok(info))) => infos.push(info),
+                // It has ended since it was listed.
+                (_, Ok(Err(ClientError::Connect { .. }))) => {}
+                (name, Ok(Err(error))) => log::warn!(vm:% = name, error:% = error; "no answer"),
+                (name, Err(_)) => log::warn!(vm:% = name; "no answer: it may wait for a disk"),
             }
         }
         Ok(infos)
@@ -120,15 +135,9 @@ pub(crate) fn shutdown(args: &ShutdownArgs) -> Result<ExitCode> {
     let client = find(&args.name)?;
     let exchange = async {
         client.post("/v1/power-button").await?;
-        let Some(seconds) = args.wait else {
-            return Ok(());
-        };
-        // The event stream ends with the VM.
-        let end = client.lines("/v1/events", |_| true);
-        match tokio::time::timeout(Duration::from_secs(seconds), end).await {
-            Ok(Ok(()) | Err(ClientError::Http(_) | ClientError::Connect { .. })) => Ok(()),
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(anyhow!("the guest did not power off within {seconds} s")),
+        match args.wait {
+            Some(seconds) => wait_power_off(&client, seconds).await,
+            None => Ok(()),
         }
     };
     block_on(exchange).with_context(|| format!("VM {}", args.name))?;
@@ -137,6 +146,31 @@ pub(crate) fn shutdown(args: &ShutdownArgs) -> Result<ExitCode> {
         None => VmState::Running,
     };
     report_state(&args.name, state, args.json)
+}
+
+/// Waits until the VM has ended, which must be by the guest's power-off.
+async fn wait_power_off(client: &Client, seconds: u64) -> Result<()> {
+    let mut end = None;
+    let note = |line: &str| {
+        if let Ok(event) = serde_json::from_str::<VmEvent>(line)
+            && let EventKind::Ended { reason } = event.kind
+        {
+            end = Some(reason);
+        }
+        true
+    };
+    // The event stream ends with the VM, sometimes in the middle of a line.
+    let stream = client.lines("/v1/events", note);
+    let streamed = tokio::time::timeout(Duration::from_secs(seconds), stream).await;
+    match (end, streamed) {
+        (Some(EndReason::PowerOff), _) => Ok(()),
+        (Some(reason), _) => Err(anyhow!("the VM did not end by powering off: {reason}")),
+        (None, Ok(Ok(()) | Err(ClientError::Http(_)))) => {
+            Err(anyhow!("the VM has gone without a word on how it ended"))
+        }
+        (None, Ok(Err(error))) => Err(error.into()),
+        (None, Err(_)) => Err(anyhow!("the guest did not power off within {seconds} s")),
+    }
 }
 
 pub(crate) fn devices(name: &str, json: bool) -> Result<ExitCode> {

@@ -12,6 +12,7 @@ use crate::bus::IoHandler;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
 use crate::interrupt::{InterruptError, IrqLine, MsiMessage, MsiRoute, MsiRouter};
 use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::warn_limited;
 
 /// Number of input pins.
 pub const IOAPIC_PINS: u8 = 24;
@@ -154,7 +155,7 @@ impl Pin {
             self.route.mask()
         };
         if let Err(error) = result {
-            log::warn!(error:% = error; "I/O APIC pin could not be routed");
+            warn_limited!(error:% = error; "I/O APIC pin could not be routed");
         }
     }
 }

@@ -2,9 +2,11 @@
 //! (QEMU docs/specs/pvpanic.rst).
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::acpi::{GuestRequest, GuestRequests};
 use crate::bus::IoHandler;
+use crate::rate_log::RateLimit;
 
 /// Ports of the device.
 pub const PVPANIC_BYTES: u64 = 1;
@@ -14,16 +16,21 @@ const PANICKED: u8 = 1 << 0;
 /// The guest has panicked and runs its crash kernel.
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// The panic notifier. It has no state.
+/// The panic notifier. It has no state that a guest could see.
 pub struct PvPanic {
     requests: Arc<dyn GuestRequests>,
+    /// A guest that goes on after a panic could report it for ever.
+    crashes: RateLimit,
 }
 
 impl PvPanic {
     /// A notifier that reports to `requests`.
     #[must_use]
     pub fn new(requests: Arc<dyn GuestRequests>) -> Self {
-        Self { requests }
+        Self {
+            requests,
+            crashes: RateLimit::new(),
+        }
     }
 }
 
@@ -38,11 +45,16 @@ impl IoHandler for PvPanic {
 
     fn write(&self, _offset: u64, data: &[u8]) {
         let &[events] = data else { return };
-        if events & (PANICKED | CRASH_LOADED) != 0 {
-            self.requests.raise(GuestRequest::Panic {
-                crash_kernel_loaded: events & PANICKED == 0,
-            });
+        if events & (PANICKED | CRASH_LOADED) == 0 {
+            return;
         }
+        let crash_kernel_loaded = events & PANICKED == 0;
+        if crash_kernel_loaded && self.crashes.admit(Instant::now()).is_none() {
+            return;
+        }
+        self.requests.raise(GuestRequest::Panic {
+            crash_kernel_loaded,
+        });
     }
 }
 
@@ -62,6 +74,10 @@ mod tests {
             crash_kernel_loaded,
         };
         assert_eq!(requests.taken(), [panic(false), panic(true)]);
+        for _ in 0..1000 {
+            pvpanic.write(0, &[CRASH_LOADED]);
+        }
+        assert!(requests.taken().len() < 20, "a storm is cut short");
         let mut data = [0];
         pvpanic.read(0, &mut data);
         assert_eq!(data, [3]);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::state::MsixStateV1;
 use crate::interrupt::{MsiMessage, MsiRoute};
 use crate::state::RestoreError;
+use crate::warn_limited;
 
 /// Bytes of the capability after its id and next pointer.
 pub const MSIX_CAP_LEN: usize = 10;
@@ -245,7 +246,7 @@ impl Msix {
             route.mask()
         };
         if let Err(error) = result {
-            log::warn!(vector, error:% = error; "MSI-X vector could not be changed");
+            warn_limited!(vector:% = vector, error:% = error; "MSI-X vector could not be changed");
         }
     }
 }

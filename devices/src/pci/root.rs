@@ -13,6 +13,7 @@ use super::bar::{BarChange, BarKind, BarLocation, BarSpec};
 use super::config::{ConfigSpace, FunctionIdentity};
 use super::function::{Doorbell, PciFunction};
 use crate::bus::{Bus, IoHandler};
+use crate::warn_limited;
 
 /// Bytes of configuration space per function in ECAM (PCIe 4.0 section 7.2.2).
 const ECAM_FUNCTION_BYTES: u64 = 4096;
@@ -324,7 +325,7 @@ impl PciRoot {
         function.doorbells(bar, &mut |bell| {
             let address = address + bell.offset;
             if let Err(error) = self.doorbells.register(address, bell.event) {
-                log::warn!(address, error:% = error; "doorbell is not caught in the kernel");
+                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "doorbell is not caught in the kernel");
             }
         });
         true
@@ -335,7 +336,7 @@ impl PciRoot {
         function.doorbells(location.spec.index, &mut |bell| {
             let address = location.address + bell.offset;
             if let Err(error) = self.doorbells.unregister(address, bell.event) {
-                log::warn!(address, error:% = error; "doorbell stays caught in the kernel");
+                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "doorbell stays caught in the kernel");
             }
         });
     }

@@ -82,7 +82,7 @@ impl Activation {
     }
 }
 
-/// A device could not begin to work. The queues come back.
+/// A device could not begin to work.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivationError {
     /// The driver has not enabled a queue that the device cannot do without.
@@ -140,7 +140,7 @@ pub trait VirtioDevice: Send {
     /// driver may have filled it before.
     ///
     /// # Errors
-    /// [`ActivationError`]; the device stays inactive.
+    /// [`ActivationError`]; [`VirtioDevice::deactivate`] then returns the queues that were begun.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError>;
 
     /// Stops work and returns the queues. On return nothing is in flight and no thread of the

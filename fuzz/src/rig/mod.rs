@@ -233,7 +233,10 @@ impl<S: Subject> Rig<S> {
 
     /// The driver starts anew, on empty rings.
     fn forget(&mut self) {
-        self.careless = false;
+        if std::mem::take(&mut self.careless) {
+            // The device may have been sent anywhere.
+            self.memory.accept();
+        }
         for ring in &mut self.rings {
             ring.reset(&mut self.memory);
         }

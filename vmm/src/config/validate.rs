@@ -207,8 +207,21 @@ impl VmConfig {
                 ]
             })
             .filter_map(|(field, path)| path.as_ref().map(|path| (field, path)));
-        let others = self.fs.iter().map(|fs| ("fs.socket", &fs.socket));
-        for (field, path) in paths.chain(others) {
+        let fs = self.fs.iter().map(|fs| ("fs.socket", &fs.socket));
+        let net = self.net.iter().filter_map(|net| net.vhost_user.as_ref());
+        let net = net.map(|path| ("net.vhost-user", path));
+        let vsock = self
+            .vsock
+            .iter()
+            .map(|vsock| ("vsock.socket", &vsock.socket));
+        let console = self.console.iter().map(|console| &console.target);
+        let terminals = [("serial", &self.serial)].into_iter();
+        let terminals = terminals.chain(console.map(|target| ("console.target", target)));
+        let terminals = terminals.filter_map(|(field, target)| match target {
+            CharTarget::Socket(path) | CharTarget::File(path) => Some((field, path)),
+            CharTarget::Stdio | CharTarget::Null | CharTarget::Pty => None,
+        });
+        for (field, path) in paths.chain(fs).chain(net).chain(vsock).chain(terminals) {
             if !seen.insert(path) {
                 return Err(ConfigError::invalid(
                     field,

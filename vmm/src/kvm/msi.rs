@@ -86,25 +86,33 @@ impl MsiRouter for KvmMsiRouter {
 impl Shared {
     fn set(&self, gsi: u32, message: MsiMessage) -> Result<(), InterruptError> {
         let mut table = self.table.lock();
-        if table.entries.insert(gsi, message) == Some(message) {
+        let before = table.entries.insert(gsi, message);
+        if before == Some(message) {
             return Ok(());
         }
-        let entries: Vec<_> = table
-            .entries
-            .iter()
-            .map(|(gsi, msi)| entry(*gsi, *msi))
-            .collect();
-        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| {
-            table.entries.remove(&gsi);
-            InterruptError::Exhausted { limit: table.limit }
-        })?;
-        self.vm
-            .set_gsi_routing(&routing)
-            .map_err(|source| InterruptError::Host {
-                gsi,
-                what: "set routing",
-                source: source.into(),
-            })
+        let result = self.send(gsi, &table);
+        if result.is_err() {
+            // KVM keeps the table that it has, and so do we: one message that it refuses must not
+            // be in the way of all others.
+            match before {
+                Some(before) => table.entries.insert(gsi, before),
+                None => table.entries.remove(&gsi),
+            };
+        }
+        result
+    }
+
+    fn send(&self, gsi: u32, table: &Table) -> Result<(), InterruptError> {
+        let entries = table.entries.iter();
+        let entries: Vec<_> = entries.map(|(gsi, msi)| entry(*gsi, *msi)).collect();
+        let routing = KvmIrqRouting::from_entries(&entries);
+        let routing = routing.map_err(|_| InterruptError::Exhausted { limit: table.limit })?;
+        let sent = self.vm.set_gsi_routing(&routing);
+        sent.map_err(|source| InterruptError::Host {
+            gsi,
+            what: "set routing",
+            source: source.into(),
+        })
     }
 
     /// A stale routing entry stays until the table is next set; nothing triggers it.
@@ -116,7 +124,8 @@ impl Shared {
 }
 
 /// An MSI as KVM takes it with 32-bit APIC ids: destination bits 31:8 in bits 31:8 of the high
-/// address. Guests that know of extended destination ids put bits 14:8 into address bits 11:5.
+/// address, and zeroes below, or it refuses the whole table. Guests that know of extended
+/// destination ids put bits 14:8 into address bits 11:5.
 fn entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
     const EXTENDED: u32 = 0x7f << 5;
     let low = (message.address & 0xffff_ffff) as u32;
@@ -128,7 +137,7 @@ fn entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
         u: kvm_irq_routing_entry__bindgen_ty_1 {
             msi: kvm_irq_routing_msi {
                 address_lo: low & !EXTENDED,
-                address_hi: high | extended << 8,
+                address_hi: high & !0xff | extended << 8,
                 data: message.data,
                 ..kvm_irq_routing_msi::default()
             },
@@ -149,6 +158,15 @@ struct KvmMsiRoute {
 }
 
 impl KvmMsiRoute {
+    fn detach(&self, attached: &mut bool) -> Result<(), InterruptError> {
+        if *attached {
+            let result = self.shared.vm.unregister_irqfd(&self.event, self.gsi);
+            result.map_err(self.host("detach irqfd"))?;
+            *attached = false;
+        }
+        Ok(())
+    }
+
     fn host(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> InterruptError {
         let gsi = self.gsi;
         move |source| InterruptError::Host {
@@ -162,7 +180,11 @@ impl KvmMsiRoute {
 impl MsiRoute for KvmMsiRoute {
     fn unmask(&self, message: MsiMessage) -> Result<(), InterruptError> {
         let mut attached = self.attached.lock();
-        self.shared.set(self.gsi, message)?;
+        if let Err(error) = self.shared.set(self.gsi, message) {
+            // Masked, rather than going to where the guest no longer wants it.
+            self.detach(&mut attached)?;
+            return Err(error);
+        }
         if !*attached {
             let result = self.shared.vm.register_irqfd(&self.event, self.gsi);
             result.map_err(self.host("attach irqfd"))?;
@@ -172,13 +194,7 @@ impl MsiRoute for KvmMsiRoute {
     }
 
     fn mask(&self) -> Result<(), InterruptError> {
-        let mut attached = self.attached.lock();
-        if *attached {
-            let result = self.shared.vm.unregister_irqfd(&self.event, self.gsi);
-            result.map_err(self.host("detach irqfd"))?;
-            *attached = false;
-        }
-        Ok(())
+        self.detach(&mut self.attached.lock())
     }
 
     fn trigger(&self) {
@@ -220,6 +236,16 @@ impl Drop for KvmMsiRoute {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn low_byte_of_the_high_address_never_reaches_kvm() {
+        let address = 0xabcd_12ff_fee0_0000;
+        let entry = entry(30, MsiMessage { address, data: 0 });
+        // SAFETY: the entry was built with its `msi` member.
+        #[expect(unsafe_code)]
+        let msi = unsafe { entry.u.msi };
+        assert_eq!(msi.address_hi, 0xabcd_1200);
+    }
 
     #[test]
     fn extended_destination_moves_to_the_high_address() {

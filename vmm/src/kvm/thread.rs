@@ -190,18 +190,6 @@ impl VcpuSet {
         self.handles.iter().map(|handle| &*handle.counters)
     }
 
-    /// How many vCPUs there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.handles.len()
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.handles.is_empty()
-    }
-
     fn await_all<T, C: FromIterator<T>>(&self, answers: &[Receiver<T>]) -> Result<C, KvmError> {
         let deadline = Instant::now() + PATIENCE;
         let await_one = |(answer, vcpu): (&Receiver<T>, u32)| {
@@ -241,9 +229,10 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
             // A closed channel is the order to end.
             let Ok(order) = orders.recv() else { return };
             running = obey(order, vcpu, running);
-            // A kick that came before this thread could feel it was for an order that is here.
+            // A call out of the guest that came with the next order may have been too early for
+            // this thread to notice.
             match obey_waiting(orders, vcpu, running) {
-                Some(now) => running = now,
+                Some(goes_on) => running = goes_on,
                 None => return,
             }
             continue;
@@ -254,13 +243,10 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
             Ok(Exit::Handled) if context.gate.is_closed() => vcpu.leave_at_once(),
             Ok(Exit::Handled) => {}
             Ok(Exit::EndOfInterrupt(vector)) => context.ioapic.end_of_interrupt(vector),
-            Ok(Exit::Interrupted) => {
-                running = !context.gate.is_closed();
-                match obey_waiting(orders, vcpu, running) {
-                    Some(now) => running = now,
-                    None => return,
-                }
-            }
+            Ok(Exit::Interrupted) => match obey_waiting(orders, vcpu, !context.gate.is_closed()) {
+                Some(goes_on) => running = goes_on,
+                None => return,
+            },
             Ok(Exit::TripleFault) => {
                 running = false;
                 let vcpu = vcpu.index();
@@ -275,8 +261,7 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
     }
 }
 
-/// Follows the orders that have come; returns whether the vCPU runs afterwards, or `None` when its
-/// thread shall end.
+/// Follows all orders that are there; whether the vCPU runs afterwards, `None` for the order to end.
 fn obey_waiting(orders: &Receiver<Order>, vcpu: &mut Vcpu, mut running: bool) -> Option<bool> {
     loop {
         match orders.try_recv() {

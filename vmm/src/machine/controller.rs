@@ -92,6 +92,8 @@ impl Controller {
                 return self.finish(reason);
             }
             tokio::select! {
+                // What the guest has asked for comes before what an operator asks for later.
+                biased;
                 Some(notice) = self.notices.recv() => self.handle_notice(notice),
                 Some(command) = self.commands.recv() => self.handle_command(command),
                 else => self.end = Some(EndReason::Stopped),
@@ -180,6 +182,11 @@ impl Controller {
             }
             Notice::Quit => Transition::End(EndReason::Stopped),
         };
+        let transition = match transition {
+            // An operator was quicker.
+            Transition::Pause if self.state == VmState::Paused => Transition::Nothing,
+            transition => transition,
+        };
         if let Err(error) = self.perform(transition) {
             log::error!(error:% = error; "the machine could not follow, the VM ends");
             self.end = Some(EndReason::VcpuFailure);
@@ -190,9 +197,10 @@ impl Controller {
         match transition {
             Transition::Nothing => {}
             Transition::Pause => {
-                self.machine.pause()?;
-                self.state = VmState::Paused;
-                self.events.publish(EventKind::Paused);
+                let result = self.machine.pause();
+                // Also after a failure: some of it stands still, and may be told to go on.
+                self.set_paused();
+                result?;
             }
             Transition::Resume => {
                 self.machine.start()?;
@@ -212,14 +220,26 @@ impl Controller {
         Ok(())
     }
 
+    fn set_paused(&mut self) {
+        self.state = VmState::Paused;
+        self.events.publish(EventKind::Paused);
+    }
+
     fn reset(&mut self) -> Result<(), MachineError> {
-        self.machine.reset()?;
+        if let Err(error) = self.machine.reset() {
+            // Not running; whoever asked can mend the cause and reset again.
+            self.set_paused();
+            return Err(error);
+        }
         self.state = VmState::Paused;
         // What the old guest asked for last does not concern the new one.
         while let Ok(notice) = self.notices.try_recv() {
             if let Notice::Device(..) | Notice::Quit = notice {
                 self.handle_notice(notice);
             }
+        }
+        if self.end.is_some() {
+            return Ok(());
         }
         self.events.publish(EventKind::Reset);
         self.machine.start()?;

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use super::assembly::BuildError;
 use super::controller::{Controller, ControllerClient};
-use super::lifecycle::{EndReason, Request};
+use super::lifecycle::EndReason;
 use super::notices::Notices;
 use super::placement::{Placement, PlacementError};
 use super::resources::{ResourceError, Resources};
 use super::runtime::{Machine, MachineError};
+use super::signals::SignalThread;
 use crate::config::{CharTarget, ConfigError, VmConfig};
 use crate::control::{self, NameClaim, RuntimeDir, RuntimeDirError};
 use crate::host::chardev::terminal_size;
@@ -42,6 +43,9 @@ pub enum LaunchError {
     /// It was built, but does not run.
     #[error("the machine cannot be started")]
     Start(#[from] MachineError),
+    /// The host refused a thread or descriptor.
+    #[error("signals cannot be caught")]
+    Signals(#[source] io::Error),
     /// The host refused a thread.
     #[error("the controller thread cannot be started")]
     Thread(#[source] io::Error),
@@ -55,7 +59,7 @@ pub struct LaunchOptions {
     /// Where the VM's name is claimed and its control socket lies; `None`: it has neither, and
     /// only this process controls it.
     pub runtime_dir: Option<RuntimeDir>,
-    /// End the VM on SIGTERM and SIGINT.
+    /// End the VM on SIGTERM, SIGINT and SIGHUP, and the process on a second one.
     pub handle_signals: bool,
 }
 
@@ -81,7 +85,7 @@ impl VmHandle {
                 // The launcher waits for exactly this.
                 let handle = (prepared.client.clone(), Arc::clone(&prepared.notices));
                 let _ = report.send(Ok(handle));
-                serve(prepared, options.handle_signals)
+                serve(prepared)
             }
             Err(error) => {
                 let _ = report.send(Err(error));
@@ -136,6 +140,7 @@ struct Prepared {
     controller: Controller,
     client: ControllerClient,
     notices: Arc<Notices>,
+    signals: Option<SignalThread>,
     claim: Option<NameClaim>,
 }
 
@@ -149,6 +154,11 @@ fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, Launch
         .map(|dir| dir.claim(&config.name));
     let claim = claim.transpose()?;
     let (notices, inbox) = Notices::new();
+    let signals = options.handle_signals.then(|| {
+        // Before anything is opened that a sudden end would leave behind.
+        SignalThread::start(Arc::clone(&notices)).map_err(LaunchError::Signals)
+    });
+    let signals = signals.transpose()?;
     let resources = Resources::open(&config, options.builtin_kernel, notices.clone())?;
     let terminals = resources.terminals();
     let machine = Machine::build(&config, resources, &notices, placement)?;
@@ -158,12 +168,13 @@ fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, Launch
         controller,
         client,
         notices,
+        signals,
         claim,
     })
 }
 
 /// Runs the controller, and the API beside it, until the VM ends.
-fn serve(prepared: Prepared, handle_signals: bool) -> EndReason {
+fn serve(prepared: Prepared) -> EndReason {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -178,11 +189,11 @@ fn serve(prepared: Prepared, handle_signals: bool) -> EndReason {
         controller,
         client,
         mut claim,
+        signals,
         ..
     } = prepared;
     runtime.block_on(async {
-        if handle_signals {
-            tokio::spawn(stop_on_signal(client.clone()));
+        if signals.is_some() {
             tokio::spawn(follow_terminal_size(client.clone()));
         }
         let (ended, end) = tokio::sync::oneshot::channel::<()>();
@@ -201,25 +212,6 @@ fn serve(prepared: Prepared, handle_signals: bool) -> EndReason {
         }
         reason
     })
-}
-
-async fn stop_on_signal(client: ControllerClient) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut interrupt)) = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-    ) else {
-        log::error!("signals cannot be handled");
-        return;
-    };
-    let name = tokio::select! {
-        _ = term.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-    };
-    log::info!(signal = name; "the VM ends");
-    if let Err(error) = client.request(Request::Stop).await {
-        log::debug!(error:% = error; "the VM has ended by itself");
-    }
 }
 
 /// Passes the size of our terminal on when it is the guest's console.

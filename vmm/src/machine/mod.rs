@@ -8,6 +8,7 @@
 //! | `placement` | on which host CPUs threads run |
 //! | `assembly` | from configuration and resources to a machine that is ready to run |
 //! | `runtime` | the machine: start, pause, resume, reset |
+//! | `signals` | signals that end the VM |
 //! | `notices` | what vCPUs and devices tell the controller |
 //! | `events` | what the controller tells the world |
 //! | `controller` | the `ctl` thread, which owns the machine |
@@ -23,6 +24,7 @@ mod peripherals;
 mod placement;
 mod resources;
 mod runtime;
+mod signals;
 
 pub use assembly::BuildError;
 #[cfg(feature = "testing")]

@@ -70,18 +70,34 @@ impl Machine {
     pub fn start(&mut self) -> Result<(), MachineError> {
         for (entry, started) in self.devices.iter().zip(0..) {
             if let Err(error) = entry.device.start() {
-                for entry in self.devices.iter().take(started) {
-                    entry.device.pause()?;
-                }
+                self.undo_start(started);
                 return Err(error.into());
             }
         }
-        if let Some(clock) = self.stopped_clock.take() {
-            self.vm.set_clock(clock)?;
-            self.vcpus.call(|vcpu| vcpu.mark_paused())?;
+        if let Err(error) = self.start_clock() {
+            self.undo_start(self.devices.len());
+            return Err(error.into());
         }
         self.gate.open();
         self.vcpus.run();
+        Ok(())
+    }
+
+    /// Pauses the first `started` devices again.
+    fn undo_start(&self, started: usize) {
+        for entry in self.devices.iter().take(started) {
+            if let Err(error) = entry.device.pause() {
+                log::error!(device:% = entry.device.id(), error:% = error; "device could not be paused again");
+            }
+        }
+    }
+
+    fn start_clock(&mut self) -> Result<(), KvmError> {
+        if let Some(clock) = self.stopped_clock {
+            self.vm.set_clock(clock)?;
+            self.vcpus.call::<()>(|vcpu| vcpu.mark_paused())?;
+            self.stopped_clock = None;
+        }
         Ok(())
     }
 
@@ -91,7 +107,9 @@ impl Machine {
     /// [`MachineError`].
     pub fn pause(&mut self) -> Result<(), MachineError> {
         self.vcpus.pause()?;
-        self.stopped_clock = Some(self.vm.clock()?);
+        if self.stopped_clock.is_none() {
+            self.stopped_clock = Some(self.vm.clock()?);
+        }
         for entry in &self.devices {
             entry.device.pause()?;
         }

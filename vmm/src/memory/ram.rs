@@ -176,10 +176,16 @@ fn map(
     };
     let len = usize::try_from(range.len).map_err(|e| failed(Box::new(e)))?;
     let offset = FileOffset::from_arc(Arc::clone(file), range.file_offset);
+    // Huge pages are reserved: another process may take what was free, and the guest would die of
+    // SIGBUS.
+    let reserve = match options.hugepages {
+        Some(_) => 0,
+        None => libc::MAP_NORESERVE,
+    };
     let region = MmapRegionBuilder::new_with_bitmap(len, WriteLog::with_len(len))
         .with_file_offset(offset)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_mmap_flags(libc::MAP_SHARED | reserve)
         .with_hugetlbfs(options.hugepages.is_some())
         .build()
         .map_err(|e| failed(Box::new(e)))?;
@@ -291,8 +297,7 @@ fn prefault(ram: &GuestRam) -> io::Result<()> {
     })
 }
 
-/// mmap of hugetlb memory succeeds on an empty pool under `MAP_NORESERVE`; the guest would then
-/// die of SIGBUS. So look first.
+/// Looks first, for a message that says how many are missing.
 fn check_hugepage_pool(hugepages: HugePages, bytes: u64) -> Result<(), MemoryError> {
     let page_bytes = hugepages.bytes();
     let path = format!(

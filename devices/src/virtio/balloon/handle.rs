@@ -96,13 +96,13 @@ impl Shared {
     }
 
     /// What the driver has said since the last call, if that is worth telling: it is there, or
-    /// has come closer by a sixteenth of the guest's memory. Drivers report each megabyte.
+    /// has come closer by an eighth of the guest's memory. Drivers report each megabyte.
     pub(super) fn take_new_actual_bytes(&self) -> Option<u64> {
         let mut inner = self.inner.lock();
         let pages = inner.actual_pages;
         let moved = pages.abs_diff(inner.reported_pages);
         let arrived = pages == inner.target_pages && moved > 0;
-        if !arrived && moved <= self.ram_pages() / 16 {
+        if !arrived && moved <= self.ram_pages() / 8 {
             return None;
         }
         inner.reported_pages = pages;

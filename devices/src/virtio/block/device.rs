@@ -121,6 +121,8 @@ pub struct Block {
     /// What the driver has chosen; the workers follow [`Shared::writeback`], which also depends
     /// on the flush feature.
     writeback: bool,
+    /// The driver has negotiated the flush feature.
+    can_flush: bool,
     shared: Arc<Shared>,
     workers: Vec<Worker<BlockWorker>>,
 }
@@ -150,6 +152,7 @@ impl Block {
             backend,
             options,
             writeback: true,
+            can_flush: false,
             shared: Arc::new(shared),
             workers: Vec::new(),
         }
@@ -190,24 +193,19 @@ impl VirtioDevice for Block {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (WRITEBACK_OFFSET, &[value @ (0 | 1)]) = (offset, data) {
             self.writeback = value == 1;
-            self.shared
-                .writeback
-                .store(self.writeback, Ordering::Relaxed);
+            let writeback = self.writeback && self.can_flush;
+            self.shared.writeback.store(writeback, Ordering::Relaxed);
         }
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {
         // A driver that cannot flush gets write-through (section 5.2.5.2).
-        let writeback = self.writeback && activation.has_feature(VIRTIO_BLK_F_FLUSH);
+        self.can_flush = activation.has_feature(VIRTIO_BLK_F_FLUSH);
+        let writeback = self.writeback && self.can_flush;
         self.shared.writeback.store(writeback, Ordering::Relaxed);
         for queue in activation.queues {
-            match self.spawn(queue) {
-                Ok(worker) => self.workers.push(worker),
-                Err(error) => {
-                    self.deactivate();
-                    return Err(error);
-                }
-            }
+            let worker = self.spawn(queue)?;
+            self.workers.push(worker);
         }
         Ok(())
     }
@@ -222,6 +220,7 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.writeback = true;
+        self.can_flush = false;
     }
 
     fn migratability(&self) -> Migratability {

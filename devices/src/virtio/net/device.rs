@@ -213,11 +213,7 @@ impl VirtioDevice for Net {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {
-        let result = self.start(activation);
-        if result.is_err() {
-            self.deactivate();
-        }
-        result
+        self.start(activation)
     }
 
     fn deactivate(&mut self) -> Vec<Virtqueue> {

@@ -54,6 +54,8 @@ pub(super) struct Shared {
     registers: Mutex<Registers>,
     /// The loss of the host end was reported.
     lost: AtomicBool,
+    /// Limits reports of other errors.
+    errors: RateLimit,
 }
 
 impl Shared {
@@ -83,6 +85,7 @@ impl Shared {
                 driver: None,
             }),
             lost: AtomicBool::new(false),
+            errors: RateLimit::new(),
         }
     }
 
@@ -104,7 +107,6 @@ impl Shared {
 
     /// Tells the operator, within limits, of an error of the host.
     pub(super) fn report(&self, operation: &'static str, error: &io::Error, gone: bool) {
-        static EVENTS: RateLimit = RateLimit::new();
         let device = self.reporter.device();
         if gone {
             if !self.lost.swap(true, Ordering::Relaxed) {
@@ -112,7 +114,7 @@ impl Shared {
                 let reason = format!("{operation}: {error}");
                 self.reporter.report(DeviceEvent::BackendLost { reason });
             }
-        } else if EVENTS.admit(Instant::now()).is_some() {
+        } else if self.errors.admit(Instant::now()).is_some() {
             log::warn!(device:%, operation, error:%; "host network error, packets are lost");
             self.reporter.report(DeviceEvent::IoError {
                 operation,

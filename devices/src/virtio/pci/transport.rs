@@ -156,14 +156,18 @@ impl VirtioPci {
             let memory = Arc::clone(&self.memory);
             queues.push(Virtqueue::new(index, queue, memory, doorbell, interrupt));
         }
-        inner.device.activate(Activation {
+        let result = inner.device.activate(Activation {
             memory: Arc::clone(&self.memory),
             queues,
             features: inner.driver_features,
             interrupt: Arc::clone(&self.interrupt),
-        })?;
+        });
         inner.active = true;
-        Ok(())
+        if result.is_err() {
+            // Some queues may have been worked on already.
+            Self::deactivate(inner);
+        }
+        result
     }
 
     fn deactivate(inner: &mut Inner) {

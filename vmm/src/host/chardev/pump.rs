@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::chardev::CharDevice;
+use devices::warn_limited;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::endpoint::Endpoint;
@@ -173,7 +174,7 @@ impl Pump {
             Err(error) if is_temporary(&error) => {}
             Err(error) => {
                 // A full disk or a closed pipe must not stop the guest.
-                log::warn!(error:% = error, bytes = self.output.len(); "console output is lost");
+                warn_limited!(error:% = error, bytes:% = self.output.len(); "console output is lost");
                 self.output.clear();
             }
         }
@@ -190,7 +191,7 @@ impl Pump {
             }
             Err(error) if is_temporary(&error) => {}
             Err(error) => {
-                log::warn!(error:% = error; "console input ends");
+                warn_limited!(error:% = error; "console input ends");
                 self.input_ended = true;
             }
         }

@@ -198,6 +198,8 @@ impl RingQueue {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
+                    // EAGAIN and EBUSY pass. Nothing else is known to come back from a ring that
+                    // has worked before, and what is queued cannot be taken back.
                     warn_limited!(error:% = error; "io_uring_enter, trying again");
                     std::thread::sleep(STARVED);
                 }
