@@ -13,6 +13,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::QueueInterrupt;
 use crate::GuestRam;
 
+/// Longest chain that is accepted, indirect or not: what readv(2) takes at once, and four times
+/// what any device here announces. Without a limit, an indirect table lets a driver make the host
+/// hold 65,535 segments for each of its requests.
+const MAX_DESCRIPTORS: u32 = 1024;
+
 /// A piece of a descriptor chain's buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
@@ -200,9 +205,16 @@ impl Virtqueue {
         // The iterator ends early, without saying so, at a loop, a bad index, a bad indirect
         // table or more than 4 GiB; then the last descriptor seen still points to a next one.
         let mut complete = false;
-        for descriptor in descriptors {
+        for (descriptor, count) in descriptors.zip(1..) {
             complete = !descriptor.has_next();
+            if count > MAX_DESCRIPTORS {
+                return Err(malformed("has more than 1024 descriptors"));
+            }
             let (addr, len) = (descriptor.addr(), descriptor.len());
+            if len == 0 {
+                // It says nothing, and its address was never looked at.
+                continue;
+            }
             if !self.memory.check_range(addr, len as usize) {
                 return Err(malformed("has a buffer outside RAM"));
             }

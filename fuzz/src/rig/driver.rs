@@ -96,7 +96,7 @@ impl Ring {
         let indirect = options & 8 != 0;
         let broken = options & 0xf0 == 0xf0;
         let needed = if indirect { 1 } else { count };
-        if self.free < needed {
+        if self.free < needed || (0..needed).any(|index| self.is_in_flight(self.next + index)) {
             return false;
         }
         let mut buffers: Vec<_> = (0..count).map(|_| buffer(memory, input)).collect();
@@ -154,6 +154,13 @@ impl Ring {
         self.outstanding.insert(head, chain);
         self.publish(memory, head);
         careless
+    }
+
+    /// Whether a chain that was not returned has descriptor `slot`, counted beyond the ring's end.
+    fn is_in_flight(&self, slot: u16) -> bool {
+        self.outstanding
+            .iter()
+            .any(|(head, chain)| (slot + self.size - head) % self.size < chain.descriptors)
     }
 
     fn write_chain(

@@ -5,12 +5,13 @@
 
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::config::VmName;
-use crate::host::chardev::remove_stale_socket;
+use crate::host::socket_file::{effective_uid, listen, remove_stale_socket};
 
 /// Directory for root, and where nothing else is set.
 const SYSTEM_DIR: &str = "/run/drover";
@@ -28,6 +29,19 @@ pub enum RuntimeDirError {
         /// The host's answer.
         #[source]
         source: io::Error,
+    },
+    /// Others could interfere.
+    #[error(
+        "runtime directory {} can be written by others (mode {mode:04o}, owner {uid}): \
+         chmod 700 it, or choose another with DROVER_RUNTIME_DIR", path.display()
+    )]
+    Untrusted {
+        /// The directory.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+        /// Its owner.
+        uid: u32,
     },
     /// Another VM has the name.
     #[error("a VM named {name} is running already{owner}")]
@@ -49,6 +63,10 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Runtim
     let path = path.to_owned();
     move |source| RuntimeDirError::Io { what, path, source }
 }
+
+/// How often, and how quickly, a name is asked for before it counts as taken.
+const LOCK_TRIES: u32 = 20;
+const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A VM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,22 +111,19 @@ impl RuntimeDir {
         builder
             .create(&self.path)
             .map_err(io_error("runtime directory", &self.path))?;
+        self.check_owner()?;
         let lock_path = self.file(name, "lock");
         let lock = self.lock(name, &lock_path)?;
         let socket = self.file(name, "sock");
         // We hold the lock, so nobody serves this socket.
         remove_stale_socket(&socket).map_err(io_error("stale control socket", &socket))?;
-        let listener = UnixListener::bind(&socket).map_err(io_error("control socket", &socket))?;
-        let claim = NameClaim {
+        let listener = listen(&socket).map_err(io_error("control socket", &socket))?;
+        Ok(NameClaim {
             listener: Some(listener),
             socket,
             lock_path,
             _lock: lock,
-        };
-        let mode = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(&claim.socket, mode)
-            .map_err(io_error("control socket", &claim.socket))?;
-        Ok(claim)
+        })
     }
 
     /// VMs that run now, by name.
@@ -116,6 +131,9 @@ impl RuntimeDir {
     /// # Errors
     /// [`RuntimeDirError::Io`] when the directory cannot be read; a missing one is empty.
     pub fn list(&self) -> Result<Vec<VmEntry>, RuntimeDirError> {
+        if self.path.exists() {
+            self.check_owner()?;
+        }
         let entries = match std::fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -145,10 +163,27 @@ impl RuntimeDir {
     /// [`RuntimeDirError::NotRunning`] when no process has the name.
     pub fn find(&self, name: &VmName) -> Result<PathBuf, RuntimeDirError> {
         if self.is_running(name) {
+            self.check_owner()?;
             Ok(self.file(name, "sock"))
         } else {
             Err(RuntimeDirError::NotRunning { name: name.clone() })
         }
+    }
+
+    /// Nobody else may put files into the directory, or take names, or listen in a VM's place.
+    fn check_owner(&self) -> Result<(), RuntimeDirError> {
+        let metadata = std::fs::metadata(&self.path);
+        let metadata = metadata.map_err(io_error("runtime directory", &self.path))?;
+        let trusted =
+            [effective_uid(), 0].contains(&metadata.uid()) && metadata.mode() & 0o022 == 0;
+        if trusted {
+            return Ok(());
+        }
+        Err(RuntimeDirError::Untrusted {
+            path: self.path.clone(),
+            mode: metadata.mode() & 0o7777,
+            uid: metadata.uid(),
+        })
     }
 
     fn file(&self, name: &VmName, extension: &str) -> PathBuf {
@@ -162,6 +197,7 @@ impl RuntimeDir {
 
     fn lock(&self, name: &VmName, path: &Path) -> Result<File, RuntimeDirError> {
         let failed = || io_error("lock file", path);
+        let mut tries = 0;
         loop {
             let mut options = File::options();
             options
@@ -169,10 +205,17 @@ impl RuntimeDir {
                 .write(true)
                 .create(true)
                 .truncate(false)
-                .mode(0o600);
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW);
             let mut lock = options.open(path).map_err(failed())?;
             match lock.try_lock() {
                 Ok(()) => {}
+                // Somebody may just be looking whether the VM runs, see `is_running`.
+                Err(TryLockError::WouldBlock) if tries < LOCK_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(LOCK_INTERVAL);
+                    continue;
+                }
                 Err(TryLockError::WouldBlock) => {
                     return Err(RuntimeDirError::NameInUse {
                         name: name.clone(),
@@ -197,7 +240,8 @@ impl RuntimeDir {
 
 fn owner(lock: &mut File) -> String {
     let mut text = String::new();
-    let read = lock.rewind().and_then(|()| lock.read_to_string(&mut text));
+    let read = lock.rewind();
+    let read = read.and_then(|()| lock.take(32).read_to_string(&mut text));
     match text.trim().parse::<u32>() {
         Ok(pid) if read.is_ok() => format!(", as process {pid}"),
         _ => String::new(),
@@ -239,6 +283,8 @@ impl Drop for NameClaim {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn scratch(test: &str) -> RuntimeDir {
@@ -296,5 +342,28 @@ mod tests {
     #[test]
     fn missing_directory_lists_nothing() {
         assert!(scratch("missing").list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn directory_that_others_can_write_is_refused_and_so_is_a_lock_that_leads_elsewhere() {
+        let dir = scratch("open");
+        std::fs::create_dir(&dir.path).unwrap();
+        let set_mode = |mode| {
+            std::fs::set_permissions(&dir.path, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        set_mode(0o777);
+        let error = dir.claim(&name("web")).unwrap_err().to_string();
+        assert!(
+            error.contains("can be written by others (mode 0777"),
+            "{error}"
+        );
+        assert!(dir.list().is_err());
+        set_mode(0o755);
+        let victim = dir.path.join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path.join("web.lock")).unwrap();
+        dir.claim(&name("web")).unwrap_err();
+        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+        std::fs::remove_dir_all(&dir.path).unwrap();
     }
 }

@@ -5,6 +5,7 @@ pub mod disk;
 pub mod entropy;
 pub mod net;
 pub mod pin;
+pub(crate) mod socket_file;
 pub mod tap;
 pub mod vhost_user;
 pub mod vsock;

@@ -31,6 +31,21 @@ fn chain_is_split_into_readable_and_writable() {
 }
 
 #[test]
+fn chain_has_at_most_1024_descriptors_and_empty_ones_are_passed_over() {
+    let chain_of = |count| {
+        let (mut driver, mut queue, _route) = queue(8);
+        let mut buffers = vec![Buffer::writable(DATA + 0x8000, 8); count];
+        // Empty, and nowhere: it is never looked at.
+        buffers[0] = Buffer::writable(u64::MAX, 0);
+        driver.offer_indirect(DATA, &buffers);
+        queue.pop()
+    };
+    assert_eq!(chain_of(1024).unwrap().unwrap().writable().len(), 1023);
+    let error = chain_of(1025).unwrap_err().to_string();
+    assert!(error.contains("more than 1024 descriptors"), "{error}");
+}
+
+#[test]
 fn indirect_chain_reads_like_a_direct_one() {
     let (mut driver, mut queue, _route) = queue(8);
     let buffers: Vec<_> = (0..20)

@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::terminal::{RawTerminal, open_pty};
 use crate::config::CharTarget;
+use crate::host::socket_file::{ListenError, SocketFile};
 
 /// A host end could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -73,9 +74,7 @@ pub enum Endpoint {
     /// A socket and the client that is connected, if any.
     Socket {
         /// Where clients connect.
-        listener: UnixListener,
-        /// Removed when the endpoint is dropped.
-        path: PathBuf,
+        socket: SocketFile,
         /// One at a time.
         client: Option<UnixStream>,
     },
@@ -119,7 +118,8 @@ impl Endpoint {
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         match self {
-            Self::Pty { path, .. } | Self::Socket { path, .. } => Some(path),
+            Self::Pty { path, .. } => Some(path),
+            Self::Socket { socket, .. } => Some(socket.path()),
             Self::Null | Self::Stdio { .. } | Self::File(_) => None,
         }
     }
@@ -130,9 +130,10 @@ impl Endpoint {
             Self::Null | Self::File(_) => None,
             Self::Stdio { input, .. } => Some(input.as_fd()),
             Self::Pty { main, .. } => Some(main.as_fd()),
-            Self::Socket {
-                listener, client, ..
-            } => Some(client.as_ref().map_or(listener.as_fd(), AsFd::as_fd)),
+            Self::Socket { socket, client } => {
+                let listener = socket.listener().as_fd();
+                Some(client.as_ref().map_or(listener, AsFd::as_fd))
+            }
         }
     }
 
@@ -153,9 +154,7 @@ impl Endpoint {
             Self::Null | Self::File(_) => Ok(0),
             Self::Stdio { input, .. } => input.read(buf),
             Self::Pty { main, .. } => main.read(buf),
-            Self::Socket {
-                listener, client, ..
-            } => match client {
+            Self::Socket { socket, client } => match client {
                 Some(stream) => match stream.read(buf) {
                     Ok(0) => {
                         *client = None;
@@ -164,7 +163,7 @@ impl Endpoint {
                     result => result,
                 },
                 None => {
-                    let (stream, _) = listener.accept()?;
+                    let (stream, _) = socket.listener().accept()?;
                     stream.set_nonblocking(true)?;
                     *client = Some(stream);
                     Err(io::ErrorKind::WouldBlock.into())
@@ -199,15 +198,6 @@ impl Endpoint {
     }
 }
 
-impl Drop for Endpoint {
-    fn drop(&mut self) {
-        if let Self::Socket { path, .. } = self {
-            // Somebody may have removed it already.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
 /// The standard descriptors, duplicated: the standard library's handles buffer and lock.
 fn open_stdio() -> io::Result<Endpoint> {
     let raw = RawTerminal::enter(io::stdin().as_fd())?;
@@ -223,34 +213,16 @@ fn is_disconnect(error: &io::Error) -> bool {
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }
 
-/// Listens at `path`, readable and writable by the owner only. A socket that a dead process has
-/// left there is replaced.
 fn listen(path: &Path) -> Result<Endpoint, EndpointError> {
-    let failed = |source| EndpointError::Socket {
-        path: path.to_owned(),
-        source,
-    };
-    if UnixStream::connect(path).is_ok() {
-        return Err(EndpointError::InUse(path.to_owned()));
-    }
-    remove_stale_socket(path).map_err(failed)?;
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
+    let socket = SocketFile::open(path).map_err(|error| match error {
+        ListenError::InUse => EndpointError::InUse(path.to_owned()),
+        ListenError::Host(source) => EndpointError::Socket {
+            path: path.to_owned(),
+            source,
+        },
+    })?;
     Ok(Endpoint::Socket {
-        listener,
-        path: path.to_owned(),
+        socket,
         client: None,
     })
-}
-
-/// Removes `path` if it is a socket; anything else is left for `bind` to complain about.
-pub(crate) fn remove_stale_socket(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::FileTypeExt;
-    match std::fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => std::fs::remove_file(path),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
 }

@@ -10,7 +10,6 @@ mod pump;
 mod terminal;
 
 pub use devices::virtio::console::ConsoleSize;
-pub(crate) use endpoint::remove_stale_socket;
 pub use endpoint::{Endpoint, EndpointError};
 pub use escape::{Escape, EscapeAction};
 pub use pump::CharPump;

@@ -301,7 +301,14 @@ impl SyncImage for RawImage {
         scratch: &mut Scratch,
     ) -> io::Result<()> {
         match request.op {
-            BlockOp::Read | BlockOp::Write => self.transfer(memory, request, scratch),
+            BlockOp::Read | BlockOp::Write => {
+                let result = self.transfer(memory, request, scratch);
+                if request.op == BlockOp::Read && result.is_err() {
+                    // The kernel may have filled a part.
+                    mark_written(memory, &request.segments);
+                }
+                result
+            }
             BlockOp::Flush => uninterrupted(|| self.file.sync_data()),
             BlockOp::Discard => self.discard(request.offset, request.len),
             BlockOp::WriteZeroes { .. } => self.write_zeroes(request, scratch),

@@ -314,6 +314,7 @@ fn queues_that_are_missing_refuse_activation() {
         let refused =
             matches!(result, Err(ActivationError::MissingQueue(queue)) if queue == missing);
         assert!(refused, "{indices:?}: {result:?}");
+        guest.net.deactivate();
         assert!(guest.net.workers.is_empty());
     }
     // Pairs beyond the first, and the control queue, may be left out.

@@ -227,6 +227,10 @@ impl RingQueue {
             return;
         };
         let op = slot.request.op;
+        if op == BlockOp::Read {
+            // Also when it has failed: the kernel may have filled a part.
+            mark_written(&self.memory, &slot.request.segments);
+        }
         if let Ok(moved) = u64::try_from(result) {
             let moves = matches!(op, BlockOp::Read | BlockOp::Write);
             match progress(moved, op) {
@@ -236,9 +240,6 @@ impl RingQueue {
             }
             if slot.done < slot.request.len {
                 return self.push(index);
-            }
-            if op == BlockOp::Read {
-                mark_written(&self.memory, &slot.request.segments);
             }
             if let Some(request) = self.slots.remove(index) {
                 self.finish(request.token, Ok(()));
