@@ -204,6 +204,7 @@ fn vcpus_and_the_other_threads_run_where_they_are_pinned() -> Outcome {
     let expected = [
         ("ctl", two),
         ("serial", two),
+        ("signals", two),
         ("vcpu-0", two),
         ("vcpu-1", one),
     ];

@@ -285,16 +285,16 @@ fn disk_keeps_its_content_over_resets_and_pauses_in_the_middle_of_io() -> Outcom
         let text = path.display().to_string();
         let format = if keys.is_empty() { "raw" } else { "qcow2" };
         qemu_img(&["create", "-q", "-f", format, &text, "64M"])?;
-        let cmdline = "run=blk,blkbench blk.len=1M blkbench.offset=8M blkbench.ms=60000 \
+        let cmdline = "run=blk,blkbench blk.len=1M blkbench.offset=8M blkbench.len=2M blkbench.ms=60000 \
                        blkbench.ops=randwrite blkbench.depths=8";
         let spec = ground.vm(cmdline).cpus("2").args(&disk(&path, keys));
         let mut vm = spec.start_controlled()?;
         let ram = vm.memory()?;
-        for _ in 0..5 {
+        for _ in 0..3 {
             vm.ready()?;
             assert_eq!(vm.result("blk")?.number("bad")?, 0);
             ram.wait_heartbeat(SOON, |beat| beat.command == 2 && beat.progress > 50)?;
-            for _ in 0..3 {
+            for _ in 0..2 {
                 vm.control().post("/v1/pause")?;
                 ram.check_still(Duration::from_millis(10))?;
                 let written = std::fs::metadata(&path)?.modified()?;

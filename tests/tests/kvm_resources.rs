@@ -129,12 +129,12 @@ fn own_memory_and_threads_are_few() -> Outcome {
     assert!(own < 16 << 20, "{own} bytes");
     let names = vm.process().thread_names()?;
     println!("threads: {names:?}");
-    for name in ["ctl", "vcpu-0", "vcpu-1", "serial"] {
+    for name in ["ctl", "signals", "vcpu-0", "vcpu-1", "serial"] {
         assert_eq!(names.get(name), Some(&1), "{name} in {names:?}");
     }
     // The first thread waits; KVM itself may add threads of its own.
     let ours = names.keys().filter(|name| !name.starts_with("kvm-"));
-    assert_eq!(ours.count(), 5, "{names:?}");
+    assert_eq!(ours.count(), 6, "{names:?}");
     Ok(())
 }
 

@@ -128,8 +128,11 @@ impl ProcessView {
                 continue;
             };
             let target = target.to_string_lossy().into_owned();
-            // Numbers in "socket:[123]" are the host's own.
-            let kind = target.split(":[").next().unwrap_or_default().to_owned();
+            // Numbers in "socket:[123]" are the host's own; "anon_inode:[eventfd]" has none.
+            let kind = match target.split_once(":[") {
+                Some((kind @ ("socket" | "pipe" | "mnt" | "net"), _)) => kind.to_owned(),
+                _ => target,
+            };
             *targets.entry(kind).or_default() += 1;
         }
         Ok(targets)
