@@ -189,12 +189,6 @@ impl PciRoot {
         Ok(())
     }
 
-    /// The windows given to [`PciRoot::new`], for the ACPI tables.
-    #[must_use]
-    pub fn windows(&self) -> BarWindows {
-        self.windows
-    }
-
     /// Puts every function's configuration space back to power-on.
     pub fn reset(&self) {
         let mut mapped = self.mapped.lock();

@@ -10,7 +10,7 @@
 
 mod api;
 mod client;
-mod errors;
+pub(crate) mod errors;
 mod metrics;
 mod runtime_dir;
 

@@ -1,42 +1,30 @@
 //! From configuration and resources to a machine.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
-use devices::acpi::{AcpiRegisters, REGISTER_BYTES};
-use devices::interrupt::{InterruptError, IrqLine, MsiRouter};
-use devices::irqchip::{IOAPIC_BYTES, IoApic};
-use devices::legacy::{
-    CMOS_BYTES, Cmos, I8042, I8042_BYTES, PVPANIC_BYTES, PvPanic, SERIAL_BYTES, Serial,
-};
-use devices::pci::{PciRoot, PciRootError};
-use devices::virtio::balloon::{BalloonError, BalloonHandle};
-use devices::virtio::{VirtioPci, VirtioPciError};
-use devices::{Bus, BusError, Device, DeviceId, GuestRam, IoHandler};
+use devices::chardev::CharDevice;
+use devices::interrupt::InterruptError;
+use devices::pci::PciRootError;
+use devices::virtio::VirtioPciError;
+use devices::virtio::balloon::BalloonError;
+use devices::{BusError, DeviceId, GuestRam};
 use kvm_ioctls::Cap;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::board::Board;
 use super::notices::Notices;
-use super::peripherals::{self, Peripheral};
+use super::peripherals::ConsoleEnds;
 use super::placement::Placement;
 use super::resources::Resources;
-use super::runtime::{DeviceEntry, Machine};
+use super::runtime::Machine;
 use crate::arch::x86_64::acpi::{self, AcpiOptions};
 use crate::arch::x86_64::cpuid::{CpuidOptions, CpuidTemplate, physical_address_bits};
-use crate::arch::x86_64::platform::{
-    ACPI_PORT, CMOS_PORT, GED_GSI, I8042_PORT, PCI_CONFIG_BYTES, PCI_CONFIG_PORT, PVPANIC_PORT,
-    SERIAL_GSI, SERIAL_PORT,
-};
 use crate::arch::x86_64::{Topology, TopologyError, registers};
 use crate::boot::{self, BootError, BootImage, EntryPoint, RamContents};
 use crate::config::VmConfig;
-use crate::host::chardev::CharPump;
-use crate::kvm::{
-    Buses, KvmDoorbells, KvmError, KvmMsiRouter, System, Vcpu, VcpuContext, VcpuSet, Vm,
-};
-use crate::memory::{
-    ECAM_BASE, ECAM_BYTES, IOAPIC_BASE, Layout, LayoutError, MemoryError, RamDiscard, allocate,
-};
+use crate::host::chardev::{CharPump, Endpoint};
+use crate::kvm::{KvmError, System, Vcpu, VcpuSet, Vm};
+use crate::memory::{Layout, LayoutError, MemoryError, allocate};
 
 /// Start of the firmware tables; the area ends at 1 MiB.
 const ACPI_TABLES_ADDRESS: u64 = 0xe_0000;
@@ -113,69 +101,8 @@ pub enum BuildError {
     },
 }
 
-fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BuildError {
+pub(super) fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BuildError {
     move |source| BuildError::Host { what, source }
-}
-
-fn id(name: &str) -> DeviceId {
-    DeviceId::new(name).expect("a constant name")
-}
-
-/// What devices are plugged into.
-struct Board {
-    buses: Buses,
-    router: Arc<dyn MsiRouter>,
-    pci: Arc<PciRoot>,
-    ioapic: Arc<IoApic>,
-    devices: Vec<DeviceEntry>,
-}
-
-impl Board {
-    fn add(&mut self, kind: &'static str, device: Arc<dyn Device>) {
-        self.devices.push(DeviceEntry {
-            device,
-            kind,
-            address: None,
-            counters: None,
-        });
-    }
-
-    /// Puts a virtio device into the next free slot of the root bus.
-    fn plug(&mut self, peripheral: Peripheral, memory: &Arc<GuestRam>) -> Result<(), BuildError> {
-        let Peripheral {
-            id,
-            kind,
-            device,
-            counters,
-        } = peripheral;
-        let at = |id: &DeviceId| {
-            let id = id.clone();
-            move |source| BuildError::Pci { id, source }
-        };
-        let bdf = self.pci.next_free().map_err(at(&id))?;
-        let function = VirtioPci::new(id.clone(), device, Arc::clone(memory), &*self.router);
-        let function = function.map_err(|source| BuildError::Virtio {
-            id: id.clone(),
-            source,
-        })?;
-        let function = Arc::new(function);
-        self.pci.add(bdf, function.clone()).map_err(at(&id))?;
-        self.devices.push(DeviceEntry {
-            device: function,
-            kind,
-            address: Some(bdf.to_string()),
-            counters: Some(counters),
-        });
-        Ok(())
-    }
-
-    fn add_ports(&self, base: u16, len: u64, handler: Arc<dyn IoHandler>) -> Result<(), BusError> {
-        self.buses.io.insert(u64::from(base), len, handler)
-    }
-
-    fn line(&self, gsi: u8) -> Arc<dyn IrqLine> {
-        self.ioapic.pin(gsi)
-    }
 }
 
 impl Machine {
@@ -206,17 +133,13 @@ impl Machine {
             return Err(BuildError::NoX2Apic { vcpus });
         }
 
-        let mut board = new_board(&vm, &layout)?;
-        let acpi = add_platform(&mut board, notices)?;
-        let serial = Arc::new(
-            Serial::new(id("serial"), board.line(SERIAL_GSI)).map_err(host("serial port"))?,
-        );
-        board.add_ports(SERIAL_PORT, SERIAL_BYTES, serial.clone())?;
-        board.add("serial-16550", serial.clone());
+        let mut board = Board::new(&vm, &layout)?;
+        let acpi = board.add_platform(notices)?;
+        let serial = board.add_serial()?;
         for peripheral in resources.peripherals.devices {
             board.plug(peripheral, &memory)?;
         }
-        let balloon = add_balloon(&mut board, config, &memory, notices)?;
+        let balloon = board.add_balloon(config, &memory, notices)?;
 
         let vcpus = create_vcpus(&system, &vm, topology, &supported, config)?;
         let entry = load_guest(
@@ -229,24 +152,13 @@ impl Machine {
         for vcpu in vcpus.iter().take(1) {
             set_entry(vcpu, &memory, entry)?;
         }
-        let context = VcpuContext {
-            buses: board.buses.clone(),
-            ioapic: Arc::clone(&board.ioapic),
-            events: notices.clone(),
-            gate: Arc::clone(notices.gate()),
-        };
+        let context = board.vcpu_context(notices);
         let vcpus = VcpuSet::spawn(vcpus, &context, move |vcpu| placement.bind_vcpu(vcpu))?;
-        let quit = || {
-            let notices = notices.clone();
-            move || notices.quit()
-        };
-        let pump = CharPump::start("serial", serial, resources.serial, quit());
-        let mut pumps = vec![pump.map_err(host("serial port's thread"))?];
+        let mut pumps = vec![pump("serial", serial, resources.serial, notices)?];
         let mut console = None;
-        if let Some(ends) = resources.peripherals.console {
-            let pump = CharPump::start("console", ends.port.clone(), ends.endpoint, quit());
-            pumps.push(pump.map_err(host("console's thread"))?);
-            console = Some(ends.port);
+        if let Some(ConsoleEnds { port, endpoint }) = resources.peripherals.console {
+            pumps.push(pump("console-io", port.clone(), endpoint, notices)?);
+            console = Some(port);
         }
         Ok(Self {
             vcpus,
@@ -267,6 +179,18 @@ impl Machine {
     }
 }
 
+/// Connects a device to its host end; `name` is the thread's.
+fn pump(
+    name: &str,
+    device: Arc<dyn CharDevice>,
+    end: Endpoint,
+    notices: &Arc<Notices>,
+) -> Result<CharPump, BuildError> {
+    let notices = notices.clone();
+    let pump = CharPump::start(name, device, end, move || notices.quit());
+    pump.map_err(host("thread of a terminal"))
+}
+
 fn check_vcpu_count(system: &System, topology: Topology) -> Result<(), KvmError> {
     let limit = system.max_vcpus();
     let wanted = topology.vcpus();
@@ -274,81 +198,6 @@ fn check_vcpu_count(system: &System, topology: Topology) -> Result<(), KvmError>
         return Err(KvmError::TooManyVcpus { wanted, limit });
     }
     Ok(())
-}
-
-fn new_board(vm: &Vm, layout: &Layout) -> Result<Board, BuildError> {
-    let router: Arc<dyn MsiRouter> = Arc::new(KvmMsiRouter::new(vm));
-    let buses = Buses {
-        io: Arc::new(Bus::new("port I/O")),
-        memory: Arc::new(Bus::new("MMIO")),
-    };
-    let ioapic = IoApic::new(id("ioapic"), &*router)?;
-    buses
-        .memory
-        .insert(IOAPIC_BASE, IOAPIC_BYTES, ioapic.clone())?;
-    let doorbells = Arc::new(KvmDoorbells::new(vm));
-    let (memory_bus, io_bus) = (Arc::clone(&buses.memory), Arc::clone(&buses.io));
-    let pci = PciRoot::new(layout.bar_windows(), memory_bus, io_bus, doorbells);
-    buses.memory.insert(ECAM_BASE, ECAM_BYTES, pci.ecam())?;
-    buses.io.insert(
-        u64::from(PCI_CONFIG_PORT),
-        u64::from(PCI_CONFIG_BYTES),
-        pci.config_ports(),
-    )?;
-    let mut board = Board {
-        buses,
-        router,
-        pci,
-        ioapic: Arc::clone(&ioapic),
-        devices: Vec::new(),
-    };
-    board.add("ioapic", ioapic);
-    Ok(board)
-}
-
-/// Everything that every machine has.
-fn add_platform(
-    board: &mut Board,
-    notices: &Arc<Notices>,
-) -> Result<Arc<AcpiRegisters>, BuildError> {
-    let acpi = Arc::new(AcpiRegisters::new(
-        id("acpi"),
-        notices.clone(),
-        board.line(GED_GSI),
-    ));
-    board.add_ports(ACPI_PORT, REGISTER_BYTES, acpi.clone())?;
-    board.add("acpi-registers", acpi.clone());
-    let rtc = Arc::new(Cmos::new(id("rtc"), SystemTime::now));
-    board.add_ports(CMOS_PORT, CMOS_BYTES, rtc.clone())?;
-    board.add("cmos", rtc);
-    board.add_ports(
-        I8042_PORT,
-        I8042_BYTES,
-        Arc::new(I8042::new(notices.clone())),
-    )?;
-    board.add_ports(
-        PVPANIC_PORT,
-        PVPANIC_BYTES,
-        Arc::new(PvPanic::new(notices.clone())),
-    )?;
-    Ok(acpi)
-}
-
-fn add_balloon(
-    board: &mut Board,
-    config: &VmConfig,
-    memory: &Arc<GuestRam>,
-    notices: &Arc<Notices>,
-) -> Result<Option<BalloonHandle>, BuildError> {
-    let Some(balloon) = &config.balloon else {
-        return Ok(None);
-    };
-    let discard = RamDiscard::new(Arc::clone(memory), config.memory.hugepages);
-    let ram_bytes = config.memory.size.bytes();
-    let (peripheral, handle) =
-        peripherals::balloon(balloon, ram_bytes, Arc::new(discard), notices.clone())?;
-    board.plug(peripheral, memory)?;
-    Ok(Some(handle))
 }
 
 fn create_vcpus(

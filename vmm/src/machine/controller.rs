@@ -18,6 +18,7 @@ use super::lifecycle::{
 use super::notices::Notice;
 use super::runtime::{Machine, MachineError};
 use crate::config::VmConfig;
+use crate::control::errors::chain;
 use crate::kvm::VcpuEvent;
 
 mod client;
@@ -172,7 +173,7 @@ impl Controller {
             }
             Notice::Vcpu(VcpuEvent::Failed { vcpu, error }) => {
                 log::error!(vcpu, error:% = error; "vCPU cannot go on");
-                let error = error.to_string();
+                let error = chain(&error);
                 self.events.publish(EventKind::VcpuFailed { vcpu, error });
                 Transition::End(EndReason::VcpuFailure)
             }

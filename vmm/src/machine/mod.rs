@@ -6,6 +6,7 @@
 //! | `resources` | what the configuration names on the host, opened |
 //! | `peripherals` | the devices that the configuration adds |
 //! | `placement` | on which host CPUs threads run |
+//! | `board` | what devices are plugged into |
 //! | `assembly` | from configuration and resources to a machine that is ready to run |
 //! | `runtime` | the machine: start, pause, resume, reset |
 //! | `signals` | signals that end the VM |
@@ -15,6 +16,7 @@
 //! | `handle` | a VM as a program that embeds it sees it |
 
 mod assembly;
+mod board;
 mod controller;
 mod events;
 mod handle;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use devices::acpi::AcpiRegisters;
 use devices::counters::Counters;
 use devices::pci::PciRoot;
+use devices::virtio::VirtioInterrupt;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::console::ConsolePort;
 use devices::{Device, DeviceError, GuestRam, Migratability};
@@ -39,6 +40,8 @@ pub(super) struct DeviceEntry {
     /// PCI address, if it has one.
     pub(super) address: Option<String>,
     pub(super) counters: Option<Arc<dyn Counters>>,
+    /// Of a virtio device.
+    pub(super) interrupt: Option<Arc<VirtioInterrupt>>,
 }
 
 /// vCPUs, memory, buses and devices of one VM.
@@ -206,6 +209,10 @@ impl Machine {
             let source = entry.device.id().to_string();
             if let Some(counters) = &entry.counters {
                 counters.visit(&mut |name, help, value| add(&source, name, help, value));
+            }
+            if let Some(interrupt) = &entry.interrupt {
+                let (name, help) = ("virtio_interrupts_total", "interrupts raised");
+                add(&source, name, help, interrupt.raised());
             }
         }
         samples
