@@ -66,7 +66,7 @@ openapi: build ## Write docs/openapi.json anew from the types
 	target/release/drover openapi > docs/openapi.json
 
 ci: ## What CI runs: all tests, and no skip of what this machine can do
-	DROVER_REQUIRE=kvm,lab $(MAKE) test
+	DROVER_REQUIRE=$$(packaging/ci-require.sh) $(MAKE) test
 
 install: build ## Install binary, completions and man pages below PREFIX (/usr/local)
 	packaging/install.sh target/release/drover $(DESTDIR)$(PREFIX)

@@ -14,8 +14,6 @@ use crate::warn_limited;
 const BURST: u32 = 256;
 /// Packets after which the driver sees that its buffers are free.
 const SIGNAL_EVERY: u32 = 32;
-/// Pieces of one packet; the host takes no more at a time.
-const MAX_SEGMENTS: usize = 1024;
 
 /// What became of a packet.
 enum Sent {
@@ -136,7 +134,7 @@ impl Transmitter {
     ) -> Sent {
         let segments = chain.readable();
         let len = buffers::total_len(segments);
-        let sane = len > HEADER_BYTES && len <= MAX_PACKET_BYTES && segments.len() <= MAX_SEGMENTS;
+        let sane = len > HEADER_BYTES && len <= MAX_PACKET_BYTES;
         if !sane {
             shared.counters.transmit.dropped.add(1);
             let device = shared.reporter.device();
