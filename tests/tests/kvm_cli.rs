@@ -375,7 +375,7 @@ fn runtime_directories_that_cannot_be_used_are_refused() -> Outcome {
         (
             long.clone(),
             format!(
-                "control socket {}/vm.sock: path must be shorter than SUN_LEN",
+                "control socket {0}/vm.sock: \"{0}/vm.sock\" cannot be the address of a socket",
                 long.display()
             ),
         ),
