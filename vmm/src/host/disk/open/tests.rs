@@ -288,8 +288,9 @@ fn discarded_and_zeroed_ranges_read_as_zeroes_and_free_storage() {
             .run(BlockOp::Discard, 128 << 10, 128 << 10, &[])
             .unwrap();
         client.flush().unwrap();
+        // A few blocks of qcow2's own tables may have come meanwhile.
         assert!(
-            blocks() <= full - (192 << 10),
+            blocks() <= full - (176 << 10),
             "{name}: {} of {full}",
             blocks()
         );
