@@ -15,7 +15,8 @@ impl Report {
     /// Takes a line apart; `None` when it is not the guest's.
     #[must_use]
     pub fn from_line(line: &str) -> Option<Self> {
-        let at = line.find(drover_guest::line::PREFIX)?;
+        // The last one: a reset cuts a line short, and the next guest's goes on behind it.
+        let at = line.rfind(drover_guest::line::PREFIX)?;
         let rest = line.get(at + drover_guest::line::PREFIX.len()..)?;
         let mut values = BTreeMap::new();
         let (rest, message) = match rest.split_once(" message=") {
@@ -83,6 +84,17 @@ pub fn reports(text: &str) -> Vec<Report> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn line_that_a_reset_has_cut_short_does_not_hide_the_next() {
+        let line = "drover-guest: command=dirty event=stardrover-guest: ready version=1";
+        let report = Report::from_line(line).unwrap();
+        assert_eq!(
+            (report.subject(), report.get("version")),
+            ("ready", Some("1"))
+        );
+        assert_eq!(report.get("event"), None);
+    }
 
     #[test]
     fn lines_come_apart_into_subject_and_values() {
