@@ -6,6 +6,7 @@ use crate::clock::{self, Deadline};
 use crate::heap::PageBuffer;
 use crate::virtio::disk::{self, negotiate};
 use crate::virtio::hal::GuestHal;
+use crate::virtio::should_notify;
 use crate::virtio::transport::{self, GuestTransport};
 use crate::{cpu, heartbeat};
 use drover_guest::line::Line;
@@ -134,7 +135,7 @@ fn request(
     let outputs = &mut disk_outputs[..count];
     // SAFETY: the buffers live until the request is popped below.
     let token = unsafe { queue.add(inputs, outputs) }?;
-    if queue.should_notify() {
+    if should_notify(queue) {
         transport.notify(0);
     }
     let patience = Deadline::after_ms(5000);

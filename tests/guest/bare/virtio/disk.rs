@@ -1,6 +1,7 @@
 //! A virtio block device (virtio 1.2, 5.2) with a queue deep enough to be measured.
 
 use super::hal::GuestHal;
+use super::should_notify;
 use super::transport::GuestTransport;
 use crate::clock::Deadline;
 use crate::commands::Failure;
@@ -142,7 +143,7 @@ impl Disk {
 
     /// Tells the device about new requests, if it wants to know.
     pub(crate) fn kick(&mut self) {
-        if self.queue.should_notify() {
+        if should_notify(&self.queue) {
             self.transport.notify(self.queue_index);
         }
     }

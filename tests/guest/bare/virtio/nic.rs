@@ -2,6 +2,7 @@
 
 use super::disk::negotiate;
 use super::hal::GuestHal;
+use super::should_notify;
 use super::transport::GuestTransport;
 use crate::clock::Deadline;
 use crate::commands::Failure;
@@ -119,7 +120,7 @@ impl Ring {
     }
 
     fn announce(&mut self, transport: &mut GuestTransport, index: u16) {
-        if self.unannounced && self.queue.should_notify() {
+        if self.unannounced && should_notify(&self.queue) {
             transport.notify(index);
         }
         self.unannounced = false;
