@@ -344,6 +344,8 @@ impl BlockWorker {
 }
 
 impl Handler for BlockWorker {
+    const POLLS: bool = true;
+
     fn start(&mut self, events: &mut EventOps) {
         // Edge-triggered: each ring wakes the thread once, without a read to reset the counter.
         let doorbell = EventSet::IN | EventSet::EDGE_TRIGGERED;
