@@ -79,27 +79,26 @@ fn guest_counts_all_of_small_memory_and_verifies_every_byte() -> Outcome {
     Ok(())
 }
 
-/// A piece of memory to be filled with a seed of its own.
-struct Piece {
-    gpa: u64,
-    seed: u64,
-}
-
 const PIECE_BYTES: u64 = 8 << 20;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Fills all pieces, then verifies all of them, so that two addresses of one page are found; then
-/// looks from outside whether each lies where it belongs in the backing file.
-fn fill_and_verify(ground: &Ground, memory: &str, pieces: &[Piece]) -> Outcome {
+/// Each piece has a seed of its own.
+fn seed(piece: u64) -> u64 {
+    piece / MIB
+}
+
+/// Fills the pieces at these addresses, then verifies all of them, so that two addresses of one
+/// page are found; then looks from outside whether each lies where it belongs in the backing file.
+fn fill_and_verify(ground: &Ground, memory: &str, pieces: &[u64]) -> Outcome {
     let mut run = Vec::new();
     let mut arguments = Vec::new();
     for (operation, first) in [("fill", 1), ("verify", 1 + pieces.len())] {
-        for (piece, number) in pieces.iter().zip(first..) {
-            let Piece { gpa, seed } = piece;
+        for (gpa, number) in pieces.iter().zip(first..) {
             run.push("mem");
             arguments.push(format!(
-                "{number}.base={gpa:#x} {number}.op={operation} {number}.seed={seed}"
+                "{number}.base={gpa:#x} {number}.op={operation} {number}.seed={}",
+                seed(*gpa)
             ));
         }
     }
@@ -117,11 +116,11 @@ fn fill_and_verify(ground: &Ground, memory: &str, pieces: &[Piece]) -> Outcome {
     }
     let ram = vm.memory()?;
     for piece in pieces {
-        let last = piece.gpa + PIECE_BYTES - 4096;
-        for gpa in [piece.gpa, last] {
+        let last = piece + PIECE_BYTES - 4096;
+        for gpa in [*piece, last] {
             let mut page = [0; 4096];
             ram.read(gpa, &mut page)?;
-            let key = pattern::key(gpa / 4096, piece.seed, 1);
+            let key = pattern::key(gpa / 4096, seed(*piece), 1);
             let first = u64::from_le_bytes(page[..8].try_into()?);
             assert_eq!(first, key, "page at {gpa:#x}");
         }
@@ -135,15 +134,7 @@ fn memory_up_to_the_hole_is_whole_and_in_place() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let piece = |gpa| Piece {
-        gpa,
-        seed: gpa / MIB,
-    };
-    let pieces = [
-        piece(GIB),
-        piece(2 * GIB - PIECE_BYTES / 2),
-        piece(3 * GIB - PIECE_BYTES),
-    ];
+    let pieces = [GIB, 2 * GIB - PIECE_BYTES / 2, 3 * GIB - PIECE_BYTES];
     fill_and_verify(&ground, "3G", &pieces)
 }
 
@@ -152,17 +143,13 @@ fn memory_past_the_hole_is_whole_and_in_place() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let piece = |gpa| Piece {
-        gpa,
-        seed: gpa / MIB,
-    };
     // The last one reaches to the very end of RAM.
     let pieces = [
-        piece(GIB),
-        piece(3 * GIB - PIECE_BYTES),
-        piece(4 * GIB),
-        piece(5 * GIB - PIECE_BYTES / 2),
-        piece(7 * GIB - PIECE_BYTES),
+        GIB,
+        3 * GIB - PIECE_BYTES,
+        4 * GIB,
+        5 * GIB - PIECE_BYTES / 2,
+        7 * GIB - PIECE_BYTES,
     ];
     fill_and_verify(&ground, "6G", &pieces)
 }

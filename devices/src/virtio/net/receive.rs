@@ -131,9 +131,7 @@ impl Receiver {
         }
         let mut tally = Tally::default();
         let result = self.burst(io, shared, &mut tally);
-        let counters = &shared.counters.receive;
-        counters.packets.add(tally.packets);
-        counters.bytes.add(tally.bytes);
+        tally.count(&shared.counters.receive);
         // What was delivered is the driver's now, also when it erred afterwards.
         self.used.signal()?;
         result

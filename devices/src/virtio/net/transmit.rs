@@ -3,6 +3,7 @@
 use std::io;
 
 use super::backend::{HEADER_BYTES, MAX_PACKET_BYTES, NetQueue};
+use super::counters::DirectionCounters;
 use super::shared::Shared;
 use super::throttle::Throttle;
 use super::used::UsedRing;
@@ -75,9 +76,7 @@ impl Transmitter {
         }
         let mut tally = Tally::default();
         let result = self.burst(io, shared, &mut tally);
-        let counters = &shared.counters.transmit;
-        counters.packets.add(tally.packets);
-        counters.bytes.add(tally.bytes);
+        tally.count(&shared.counters.transmit);
         // What was sent is the host's now, also when the driver erred afterwards.
         self.used.signal()?;
         result
@@ -181,4 +180,11 @@ impl Transmitter {
 pub(super) struct Tally {
     pub(super) packets: u64,
     pub(super) bytes: u64,
+}
+
+impl Tally {
+    pub(super) fn count(&self, counters: &DirectionCounters) {
+        counters.packets.add(self.packets);
+        counters.bytes.add(self.bytes);
+    }
 }
