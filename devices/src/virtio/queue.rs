@@ -215,7 +215,10 @@ impl Virtqueue {
                 // It says nothing, and its address was never looked at.
                 continue;
             }
-            if !self.memory.check_range(addr, len as usize) {
+            // Nearly always in one region, which is found sooner.
+            let inside = self.memory.get_slice(addr, len as usize).is_ok()
+                || self.memory.check_range(addr, len as usize);
+            if !inside {
                 return Err(malformed("has a buffer outside RAM"));
             }
             if descriptor.is_write_only() {
