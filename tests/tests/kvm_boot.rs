@@ -194,8 +194,9 @@ fn command_line_that_the_kernel_cannot_take_is_refused() -> Outcome {
     for len in [COMMAND_LINE_MAX + 1, 3000] {
         let message = ground.vm(&long_text(len)).refused()?;
         let expected = format!(
-            "VM vm: the machine cannot be built: the guest cannot be loaded: command line has \
-             {len} bytes, this kernel takes 2047"
+            "VM vm: the machine cannot be built: kernel {} cannot be loaded: command line has \
+             {len} bytes, this kernel takes 2047",
+            ground.guest().display()
         );
         assert_eq!(message, expected);
     }
@@ -260,12 +261,15 @@ fn initrd_that_does_not_fit_is_refused() -> Outcome {
     std::fs::File::create(&initrd)?.set_len(40 * MIB)?;
     let elf = Elf::linux64(&[0xf4]).bytes();
     let kernel = ground.scratch().write("vmlinux", elf)?;
-    let spec = ground.vm_with_kernel(kernel).memory("32M");
+    let spec = ground.vm_with_kernel(&kernel).memory("32M");
     let message = spec
         .args(&["--initrd", &initrd.display().to_string()])
         .refused()?;
-    let expected = "VM vm: the machine cannot be built: the guest cannot be loaded: initrd of \
-                    41943040 bytes does not fit between the kernel's end 0x100001 and 0x2000000";
+    let expected = format!(
+        "VM vm: the machine cannot be built: kernel {} cannot be loaded: initrd of 41943040 \
+         bytes does not fit between the kernel's end 0x100001 and 0x2000000",
+        kernel.display()
+    );
     assert_eq!(message, expected);
     Ok(())
 }

@@ -15,8 +15,11 @@ use tests::harness::vm::{SOON, refusal};
 
 type Outcome = anyhow::Result<()>;
 
-/// What precedes a message about the kernel's contents.
-const LOADING: &str = "VM vm: the machine cannot be built: the guest cannot be loaded: ";
+/// What precedes a message about this kernel's contents.
+fn loading(kernel: &Path) -> String {
+    let kernel = kernel.display();
+    format!("VM vm: the machine cannot be built: kernel {kernel} cannot be loaded: ")
+}
 
 /// Code that nobody will run: 64 times `hlt`.
 const CODE: [u8; 64] = [0xf4; 64];
@@ -327,9 +330,13 @@ fn bzimages() -> Vec<(Vec<u8>, &'static str)> {
 fn check_all(ground: &Ground, cases: &[(Vec<u8>, &'static str)]) -> Outcome {
     for ((bytes, expected), number) in cases.iter().zip(0..) {
         let kernel = ground.scratch().write("kernel", bytes)?;
-        let message = ground.vm_with_kernel(kernel).cmdline("x").refused();
+        let message = ground.vm_with_kernel(&kernel).cmdline("x").refused();
         let message = message.with_context(|| format!("case {number}: {expected}"))?;
-        assert_eq!(message, format!("{LOADING}{expected}"), "case {number}");
+        assert_eq!(
+            message,
+            format!("{}{expected}", loading(&kernel)),
+            "case {number}"
+        );
     }
     Ok(())
 }
@@ -436,20 +443,14 @@ fn bad_paths(folder: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
             format!("VM vm: kernel {shown} cannot be opened: {why}"),
         )
     };
-    let reading = |path: PathBuf| {
-        (
-            path,
-            format!("{LOADING}image could not be read: not a regular file"),
-        )
-    };
     Ok(vec![
         opening("missing", "No such file or directory (os error 2)"),
         opening("dangling", "No such file or directory (os error 2)"),
         opening("missing/kernel", "No such file or directory (os error 2)"),
         opening("loop", "Too many levels of symbolic links (os error 40)"),
-        reading(path("directory")),
-        reading(path("fifo")),
-        reading("/dev/zero".into()),
+        opening("directory", "not a regular file"),
+        opening("fifo", "not a regular file"),
+        opening("/dev/zero", "not a regular file"),
     ])
 }
 

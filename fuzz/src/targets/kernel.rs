@@ -44,7 +44,11 @@ pub fn run(data: &[u8]) {
         let result = load(&boot, &ram, &layout, RSDP, contents);
         (result, ram)
     };
-    let (from_file, fresh) = boot(KernelSource::File(file(image)), RamContents::Fresh);
+    let source = KernelSource::File {
+        file: file(image),
+        path: "image".into(),
+    };
+    let (from_file, fresh) = boot(source, RamContents::Fresh);
     // SAFETY: the image outlives the call, and nothing of the kernel source outlives it.
     let builtin =
         KernelSource::Builtin(unsafe { std::mem::transmute::<&[u8], &'static [u8]>(image) });

@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// A kernel, initrd or command line was refused. The caller adds the file's name.
+/// A kernel, initrd or command line was refused. The caller adds the kernel's name.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The file could not be read.

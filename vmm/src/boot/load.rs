@@ -1,6 +1,8 @@
 //! Loading: kernel, initrd, command line, and the data that describes them to the kernel.
 
+use std::fmt;
 use std::fs::File;
+use std::path::PathBuf;
 
 use devices::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
@@ -31,9 +33,23 @@ const ZERO_CHUNK: usize = 64 << 10;
 #[derive(Debug)]
 pub enum KernelSource {
     /// A file.
-    File(File),
+    File {
+        /// Opened for reading.
+        file: File,
+        /// What messages call it.
+        path: PathBuf,
+    },
     /// The program itself carries it.
     Builtin(&'static [u8]),
+}
+
+impl fmt::Display for KernelSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { path, .. } => write!(f, "kernel {}", path.display()),
+            Self::Builtin(_) => f.write_str("the built-in kernel"),
+        }
+    }
 }
 
 /// Everything needed to boot, opened.
@@ -172,7 +188,7 @@ pub fn load(
         contents,
     };
     let kernel = match &image.kernel {
-        KernelSource::File(file) => load_kernel(&Image::from_file(file)?, ram, &placement)?,
+        KernelSource::File { file, .. } => load_kernel(&Image::from_file(file)?, ram, &placement)?,
         KernelSource::Builtin(bytes) => load_kernel(&Image::from_bytes(bytes), ram, &placement)?,
     };
     write_command_line(ram, &image.command_line, kernel.command_line_max)?;

@@ -46,8 +46,14 @@ pub enum BuildError {
     #[error(transparent)]
     Topology(#[from] TopologyError),
     /// Kernel, initrd or command line.
-    #[error("the guest cannot be loaded")]
-    Boot(#[from] BootError),
+    #[error("{kernel} cannot be loaded")]
+    Boot {
+        /// Which kernel.
+        kernel: String,
+        /// Why not.
+        #[source]
+        source: BootError,
+    },
     /// An interrupt route.
     #[error(transparent)]
     Interrupt(#[from] InterruptError),
@@ -245,13 +251,12 @@ pub(super) fn load_guest(
         return Err(BuildError::TablesTooLarge { bytes });
     }
     memory.write_slice(&tables, GuestAddress(ACPI_TABLES_ADDRESS))?;
-    Ok(boot::load(
-        image,
-        memory,
-        layout,
-        ACPI_TABLES_ADDRESS,
-        contents,
-    )?)
+    boot::load(image, memory, layout, ACPI_TABLES_ADDRESS, contents).map_err(|source| {
+        BuildError::Boot {
+            kernel: image.kernel.to_string(),
+            source,
+        }
+    })
 }
 
 /// Puts the bootstrap processor at the kernel's entry; the others wait for it.

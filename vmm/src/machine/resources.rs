@@ -70,7 +70,10 @@ impl Resources {
         events: Arc<dyn EventSink>,
     ) -> Result<Self, ResourceError> {
         let kernel = match (&config.boot.kernel, builtin) {
-            (Some(path), _) => KernelSource::File(open_boot_file("kernel", path)?),
+            (Some(path), _) => KernelSource::File {
+                file: open_boot_file("kernel", path)?,
+                path: path.clone(),
+            },
             (None, Some(bytes)) => KernelSource::Builtin(bytes),
             (None, None) => return Err(ResourceError::NoKernel),
         };
@@ -108,14 +111,21 @@ impl Resources {
 }
 
 fn open_boot_file(what: &'static str, path: &Path) -> Result<File, ResourceError> {
-    let mut options = File::options();
-    // Opening a FIFO would wait for a writer; what it is is looked at when it is read.
-    options.read(true).custom_flags(libc::O_NONBLOCK);
-    options
-        .open(path)
-        .map_err(|source| ResourceError::BootFile {
-            what,
-            path: path.to_owned(),
-            source,
-        })
+    let open = || {
+        let mut options = File::options();
+        // Opening a FIFO would wait for a writer.
+        let file = options
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(std::io::Error::other("not a regular file"));
+        }
+        Ok(file)
+    };
+    open().map_err(|source| ResourceError::BootFile {
+        what,
+        path: path.to_owned(),
+        source,
+    })
 }

@@ -170,7 +170,10 @@ fn what_is_no_kernel_is_refused_as_such() {
 
 #[test]
 fn kernel_that_is_no_file_is_refused() {
-    let kernel = crate::boot::KernelSource::File(File::open("/").unwrap());
+    let kernel = crate::boot::KernelSource::File {
+        file: File::open("/").unwrap(),
+        path: "/".into(),
+    };
     let directory = BootImage {
         kernel,
         ..image(Vec::new())
