@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use tests::harness::ground::required;
 use tests::harness::process;
 use tests::lab::artefacts::Artefacts;
 use tests::lab::cache::Cache;
 use tests::lab::l1::{self, BootFolder, Purpose};
 use tests::lab::options::{Action, Options, USAGE};
-use tests::lab::prerequisites::{missing_packages, required};
+use tests::lab::prerequisites::missing_packages;
 use tests::lab::programs::Programs;
 use tests::lab::protocol::Verdict;
 use tests::lab::report;

@@ -42,16 +42,6 @@ fn read_list(text: &str) -> impl Iterator<Item = &str> {
         .filter(|entry| !entry.is_empty())
 }
 
-/// Whether `DROVER_REQUIRE` names `what`, so that skipping it is a failure.
-#[must_use]
-pub fn required(what: &str) -> bool {
-    std::env::var("DROVER_REQUIRE").is_ok_and(|list| names(&list, what))
-}
-
-fn names(list: &str, what: &str) -> bool {
-    list.split(',').any(|entry| entry.trim() == what)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,12 +50,5 @@ mod tests {
     fn list_drops_comments_and_blank_lines() {
         let text = "# head\nqemu-utils\n\n  cpio  # packs\n";
         assert_eq!(read_list(text).collect::<Vec<_>>(), ["qemu-utils", "cpio"]);
-    }
-
-    #[test]
-    fn require_list_names_whole_words() {
-        assert!(names("kvm, lab", "lab"));
-        assert!(!names("kvm,labs", "lab"));
-        assert!(!names("", "lab"));
     }
 }

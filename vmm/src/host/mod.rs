@@ -7,5 +7,7 @@ pub mod net;
 pub mod pin;
 pub(crate) mod socket_file;
 pub mod tap;
+#[cfg(test)]
+mod testing;
 pub mod vhost_user;
 pub mod vsock;

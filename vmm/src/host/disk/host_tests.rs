@@ -11,10 +11,11 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::testing::{
     Client, Model, Numbers, config, directory, has, has_qemu_tools, id, is_root, qcow2_config,
-    raw_engines, raw_image, run, skip,
+    raw_engines, raw_image, run,
 };
 use super::{DiskError, LockError, open};
 use crate::config::{DiskAio, DiskConfig};
+use crate::host::testing::skip;
 
 const MIB: u64 = 1 << 20;
 

@@ -1,4 +1,4 @@
-//! What the tests of disks share: scratch images, a client that plays the device, skips.
+//! What the tests of disks share: scratch images, a client that plays the device.
 
 #![allow(clippy::cast_possible_truncation)]
 
@@ -17,16 +17,9 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::open::{Disk, open};
 use crate::config::{DiskAio, DiskConfig, DiskFormat};
+use crate::host::testing::skip;
 
 pub(super) const RAM_BYTES: usize = 32 << 20;
-
-/// Says that a test did nothing; a failure where `DROVER_REQUIRE` lists what is missing.
-pub(super) fn skip(missing: &str, reason: &str) {
-    println!("SKIPPED: {reason}");
-    let required = std::env::var("DROVER_REQUIRE").unwrap_or_default();
-    let is_required = required.split(',').any(|word| word == missing);
-    assert!(!is_required, "{missing} is required: {reason}");
-}
 
 /// Whether tests may mount file systems and make block devices.
 pub(super) fn is_root() -> bool {

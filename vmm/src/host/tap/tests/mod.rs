@@ -12,6 +12,7 @@ use std::io;
 use std::process::Command;
 
 use super::{Tap, TapError, TapOptions};
+use crate::host::testing::skip;
 
 /// Runs `test` on a thread with its own network namespace, which goes with it. IPv6 is off there:
 /// the kernel would send packets nobody asked for.
@@ -20,10 +21,10 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
         // SAFETY: no pointers; only this thread, started for that, changes its namespace.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
             let error = io::Error::last_os_error();
-            return skip(&format!("no network namespace: {error}"));
+            return skip("net", &format!("no network namespace: {error}"));
         }
         if !std::path::Path::new("/dev/net/tun").exists() {
-            return skip("there is no /dev/net/tun");
+            return skip("net", "there is no /dev/net/tun");
         }
         for conf in ["all", "default"] {
             let switch = format!("/proc/sys/net/ipv6/conf/{conf}/disable_ipv6");
@@ -35,14 +36,6 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
-}
-
-/// Says that a test did nothing; a failure where `DROVER_REQUIRE` lists `net`.
-fn skip(reason: &str) {
-    println!("SKIPPED: {reason}");
-    let required = std::env::var("DROVER_REQUIRE").unwrap_or_default();
-    let is_required = required.split(',').any(|word| word == "net");
-    assert!(!is_required, "net is required: {reason}");
 }
 
 /// Runs `ip`, which must succeed; its output.

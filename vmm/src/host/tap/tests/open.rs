@@ -177,7 +177,7 @@ fn missing_driver_is_named() {
         // SAFETY: no pointers; only this thread, started for the test, gets another view.
         let unshared = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) };
         if unshared < 0 {
-            return skip("no mount namespace");
+            return skip("net", "no mount namespace");
         }
         let mount = |arguments: &str| {
             let done = Command::new("mount").args(arguments.split(' ')).status();

@@ -97,7 +97,10 @@ fn host_cuts_the_guests_large_packets() {
     in_namespace(|| {
         let tap = tap(1, false);
         if !tap.info().offloads.contains(Offloads::USO4) {
-            return skip("the kernel has no UDP segmentation for TAPs (Linux 6.2)");
+            return skip(
+                "net",
+                "the kernel has no UDP segmentation for TAPs (Linux 6.2)",
+            );
         }
         let mut guest = Guest::new(tap, true);
         let (socket, port) = host_socket();
@@ -134,7 +137,10 @@ fn guest_gets_large_packets_whole_when_it_wants_them() {
     in_namespace(|| {
         let tap = tap(1, false);
         if !tap.info().offloads.contains(Offloads::USO4) {
-            return skip("the kernel has no UDP segmentation for TAPs (Linux 6.2)");
+            return skip(
+                "net",
+                "the kernel has no UDP segmentation for TAPs (Linux 6.2)",
+            );
         }
         let mut guest = Guest::new(tap, true);
         let (socket, _) = host_socket();

@@ -12,8 +12,9 @@ use devices::virtio::{DeviceType, VirtioDevice};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::super::{Limits, VhostUserError, connect, open_block};
-use super::rig::{Guest, Server, directory, loss, program, reporter, skip};
+use super::rig::{Guest, Server, directory, loss, program, reporter};
 use crate::config::DiskConfig;
+use crate::host::testing::skip;
 
 /// Request types (virtio 1.2 section 5.2.6).
 const IN: u32 = 0;
@@ -81,7 +82,7 @@ impl Daemon {
 
 fn start(image: &std::path::Path, socket: &std::path::Path, writable: bool) -> Option<Server> {
     let Some(daemon) = program("qemu-storage-daemon") else {
-        skip("qemu-storage-daemon is not installed");
+        skip("lab", "qemu-storage-daemon is not installed");
         return None;
     };
     let read_only = if writable { "off" } else { "on" };

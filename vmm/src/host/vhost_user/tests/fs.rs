@@ -9,8 +9,9 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::vhost_user::VhostUser;
 
 use super::super::open_fs;
-use super::rig::{Guest, Server, directory, loss, program, reporter, skip};
+use super::rig::{Guest, Server, directory, loss, program, reporter};
 use crate::config::FsConfig;
+use crate::host::testing::skip;
 
 /// FUSE's requests by their numbers (`linux/fuse.h`).
 const LOOKUP: u32 = 1;
@@ -61,7 +62,10 @@ impl Program {
         // It cannot do without changing its root.
         found.retain(|program| is_root || !program.in_c);
         if found.is_empty() {
-            skip("there is no virtiofsd, tests/lab/build-virtiofsd.sh builds one");
+            skip(
+                "lab",
+                "there is no virtiofsd, tests/lab/build-virtiofsd.sh builds one",
+            );
         }
         found
     }

@@ -1,4 +1,4 @@
-//! What the tests share: a driver in a memfd's RAM, events, servers as child processes, skips.
+//! What the tests share: a driver in a memfd's RAM, events, servers as child processes.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -32,18 +32,6 @@ pub(super) fn directory() -> TempDir {
 pub(super) fn shared_ram() -> Arc<GuestRam> {
     let layout = Layout::new(64 << 20, 4096, 40).unwrap();
     Arc::new(allocate(&layout, &RamOptions::default()).unwrap())
-}
-
-/// Says that a test did nothing; a failure where `DROVER_REQUIRE` lists `lab`.
-pub(super) fn skip(reason: &str) {
-    println!("SKIPPED: {reason}");
-    assert!(!is_required(), "the lab's programs are required: {reason}");
-}
-
-/// Whether a missing program is a failure.
-pub(super) fn is_required() -> bool {
-    let required = std::env::var("DROVER_REQUIRE").unwrap_or_default();
-    required.split(',').any(|word| word == "lab")
 }
 
 struct Sink(Mutex<Sender<DeviceEvent>>);
