@@ -17,7 +17,7 @@ Runs scenarios in the nested lab (see docs/testing-lab.md).
   --only GLOB       run scenarios whose name matches (* and ?); may be repeated
   --group NAME      run only the scenarios of this group: lab or drover
   --timeout S       time limit of each scenario in seconds, instead of its own
-  --jobs N          L1 machines at a time (default 1)
+  --jobs N          L1 machines at a time (default: one a CPU, up to 4)
   --keep            keep each boot's share and scratch disk in target/lab
   --build-only      build and cache kernels and images, and stop
   --shell           boot L1 to a shell on this terminal
@@ -61,6 +61,11 @@ pub enum Action {
     Script(PathBuf),
 }
 
+/// An L1 has one CPU, and 1 to 4 GiB of its memory are touched.
+fn default_jobs() -> usize {
+    std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4))
+}
+
 impl Options {
     /// Reads the command line, without the program's name.
     ///
@@ -72,7 +77,7 @@ impl Options {
             only: Vec::new(),
             group: None,
             limit_s: None,
-            jobs: 1,
+            jobs: default_jobs(),
             keep: false,
             shape: Shape::Small,
         };

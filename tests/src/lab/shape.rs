@@ -3,12 +3,15 @@
 use serde::{Deserialize, Serialize};
 
 /// One kind of L1. Scenarios of one shape share a boot.
+///
+/// Each has one CPU: with two at work at the same moment, QEMU's emulated SVM resets or
+/// hangs a guest now and then (docs/testing-lab.md).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shape {
-    /// 2 CPUs, 4 GiB: enough for nearly everything.
+    /// 4 GiB: enough for nearly everything.
     Small,
-    /// 4 CPUs, 12 GiB in two NUMA nodes: guests past the 4 GiB hole, host NUMA binding.
+    /// 12 GiB in two NUMA nodes: guests past the 4 GiB hole, host NUMA binding.
     Large,
 }
 
@@ -31,14 +34,14 @@ impl Shape {
         Self::ALL.into_iter().find(|shape| shape.name() == name)
     }
 
-    /// QEMU's arguments for CPUs and memory.
+    /// QEMU's arguments for the CPU and memory.
     #[must_use]
     pub fn qemu_args(self) -> Vec<&'static str> {
         match self {
-            Self::Small => vec!["-smp", "2", "-m", "4G"],
+            Self::Small => vec!["-smp", "1", "-m", "4G"],
             Self::Large => vec![
                 "-smp",
-                "4",
+                "1",
                 "-m",
                 "12G",
                 "-object",
@@ -46,9 +49,9 @@ impl Shape {
                 "-object",
                 "memory-backend-ram,id=node1,size=6G",
                 "-numa",
-                "node,nodeid=0,cpus=0-1,memdev=node0",
+                "node,nodeid=0,cpus=0,memdev=node0",
                 "-numa",
-                "node,nodeid=1,cpus=2-3,memdev=node1",
+                "node,nodeid=1,memdev=node1",
             ],
         }
     }
