@@ -109,6 +109,27 @@ fn ctrl_a_x_ends_the_vm_and_gives_the_terminal_back() -> Outcome {
 }
 
 #[test]
+fn person_can_quit_a_guest_that_does_not_listen() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let mut session = Session::run(&ground, &ground.vm("run=serial serial.ms=0"))?;
+    session.screen.wait_for("event=started", SOON)?;
+    session.wait_raw()?;
+    let paused = ground.drover().args(["pause", "vm"]).status()?;
+    ensure!(paused.success(), "drover pause: {paused}");
+    // More than all buffers on the way hold.
+    let mut keyboard = session.keyboard.try_clone()?;
+    let typist = std::thread::spawn(move || {
+        keyboard.write_all(&[b'?'; 64 << 10])?;
+        keyboard.write_all(&[CTRL_A, b'x'])
+    });
+    assert_eq!(session.wait_end()?, Some(0));
+    typist.join().expect("it does not panic")?;
+    Ok(())
+}
+
+#[test]
 fn terminal_is_given_back_at_every_end() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());

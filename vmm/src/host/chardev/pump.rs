@@ -81,7 +81,7 @@ struct Pump {
     on_quit: Box<dyn Fn() + Send>,
     /// Taken from the device, not yet written.
     output: Vec<u8>,
-    /// Read from the host, not yet taken by the device.
+    /// Read from the host, not yet taken by the device; up to `CHUNK` bytes.
     input: Vec<u8>,
     input_ended: bool,
 }
@@ -135,7 +135,8 @@ impl Pump {
             self.write_output();
             return Ok(true);
         }
-        let reads = self.input.is_empty() && !self.input_ended;
+        // A person who types at a guest that does not listen must still be able to quit.
+        let reads = (self.input.is_empty() || self.escape.is_some()) && !self.input_ended;
         let input = self.endpoint.input().filter(|_| reads);
         let output = self.endpoint.output().filter(|_| !self.output.is_empty());
         let sources = [
@@ -207,6 +208,8 @@ impl Pump {
             EscapeAction::Quit => on_quit(),
             EscapeAction::Help => output.extend_from_slice(Escape::HELP.as_bytes()),
         });
+        // What is typed ahead beyond that is lost, as at a terminal.
+        self.input.truncate(CHUNK);
     }
 
     /// What the device has no room for is offered again when it says that it has.
