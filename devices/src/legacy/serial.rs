@@ -96,6 +96,8 @@ struct Inner {
     tx: ByteQueue,
     /// Input was refused; tell the host when there is room.
     rx_refused: bool,
+    /// Started and not paused.
+    running: bool,
 }
 
 /// A 16550A with an interrupt line.
@@ -158,6 +160,7 @@ impl Inner {
             rx: ByteQueue::new(RX_CAPACITY),
             tx: ByteQueue::new(TX_CAPACITY),
             rx_refused: false,
+            running: false,
         }
     }
 
@@ -297,15 +300,20 @@ impl CharDevice for Serial {
         let mut inner = self.lock();
         let was_full = inner.tx.is_full();
         let count = inner.tx.take(buf);
-        if was_full && count > 0 {
+        if was_full && count > 0 && inner.running {
             inner.tx_interrupt = true;
             self.update_line(&inner);
         }
         count
     }
 
+    /// Takes nothing while the device is paused: what has been saved stays true.
     fn receive(&self, data: &[u8]) -> usize {
         let mut inner = self.lock();
+        if !inner.running {
+            inner.rx_refused = true;
+            return 0;
+        }
         if inner.mcr & MCR_LOOP != 0 {
             // The receiver is disconnected from the line.
             return data.len();
@@ -322,20 +330,31 @@ impl Device for Serial {
         &self.id
     }
 
+    /// The host may have taken output meanwhile, or it was another host's: a guest that waits for
+    /// room hears that there is some.
     fn start(&self) -> Result<(), DeviceError> {
+        let mut inner = self.lock();
+        inner.running = true;
+        self.ask_for_refused(&mut inner);
+        inner.tx_interrupt |= inner.ier & IER_TX_EMPTY != 0 && !inner.tx.is_full();
+        self.update_line(&inner);
         Ok(())
     }
 
     fn pause(&self) -> Result<(), DeviceError> {
+        self.lock().running = false;
         Ok(())
     }
 
     /// Output that still waits is kept: it was sent before the reset.
     fn reset(&self) -> Result<(), DeviceError> {
         let mut inner = self.lock();
-        self.ask_for_refused(&mut inner);
         let tx = std::mem::replace(&mut inner.tx, ByteQueue::new(TX_CAPACITY));
-        *inner = Inner { tx, ..Inner::new() };
+        *inner = Inner {
+            tx,
+            rx_refused: inner.rx_refused,
+            ..Inner::new()
+        };
         Ok(())
     }
 
@@ -373,6 +392,7 @@ impl Device for Serial {
             scr: wire.scr,
             divisor: wire.divisor,
             tx_interrupt: wire.tx_interrupt,
+            rx_refused: inner.rx_refused,
             ..Inner::new()
         };
         inner.rx.push(&wire.rx);

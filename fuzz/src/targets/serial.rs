@@ -64,10 +64,15 @@ fn serial(line: &Arc<FakeLine>) -> Serial {
     Serial::new(id, line.clone()).expect("the host has descriptors left")
 }
 
+fn start(serial: &Serial) {
+    serial.start().expect("nothing can fail");
+}
+
 impl Port {
     fn new() -> Self {
         let line = Arc::new(FakeLine::default());
         let serial = serial(&line);
+        start(&serial);
         Self {
             state: state(&serial),
             serial,
@@ -148,15 +153,29 @@ impl Port {
     }
 
     fn reset(&mut self) {
+        self.pause();
         self.serial.reset().expect("nothing can fail");
+        start(&self.serial);
+    }
+
+    /// Nothing changes in a pause, whatever the host does.
+    fn pause(&mut self) {
+        self.serial.pause().expect("nothing can fail");
+        let before = state(&self.serial);
+        assert_eq!(self.serial.receive(b"x"), 0);
+        let taken = self.serial.take_output(&mut [0; 1]);
+        self.sent.drain(..taken);
+        assert_eq!(state(&self.serial), before);
     }
 
     /// The same port in another process.
     fn migrate(&mut self) {
+        self.pause();
         let state = self.serial.save().expect("it can always be saved");
         let fresh = serial(&self.line);
         fresh.restore(&state).expect("its own state");
         assert_eq!(fresh.save().expect("as before"), state);
+        start(&fresh);
         self.serial = fresh;
         // The new host's pump has neither input nor the old one's output.
         self.waiting.clear();

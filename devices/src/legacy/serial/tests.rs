@@ -1,10 +1,16 @@
 use super::*;
 use crate::testing::FakeLine;
 
-fn serial() -> (Serial, Arc<FakeLine>) {
+fn unstarted() -> (Serial, Arc<FakeLine>) {
     let line = Arc::new(FakeLine::default());
     let id = DeviceId::new("serial").unwrap();
     (Serial::new(id, line.clone()).unwrap(), line)
+}
+
+fn serial() -> (Serial, Arc<FakeLine>) {
+    let (serial, line) = unstarted();
+    serial.start().unwrap();
+    (serial, line)
 }
 
 fn read(serial: &Serial, offset: u64) -> u8 {
@@ -92,9 +98,14 @@ fn refused_input_is_asked_for_when_the_guest_throws_input_away() {
     serial.write(IIR_FCR, &[FCR_ENABLE | FCR_CLEAR_RX]);
     assert_eq!(serial.event().read().unwrap(), 1, "cleared");
     assert_eq!(serial.receive(&long), RX_CAPACITY);
-    serial.reset().unwrap();
+    let reset = || {
+        serial.pause().unwrap();
+        serial.reset().unwrap();
+        serial.start().unwrap();
+    };
+    reset();
     assert_eq!(serial.event().read().unwrap(), 1, "reset");
-    serial.reset().unwrap();
+    reset();
     assert!(serial.event().read().is_err(), "nothing was refused");
 }
 
@@ -149,10 +160,54 @@ fn registers_and_unread_input_survive_save_and_restore() {
     source.write(IER, &[IER_RX_AVAILABLE]);
     source.receive(b"typed");
     let state = source.save().unwrap();
-    let (target, _line) = serial();
+    let (target, _line) = unstarted();
     target.restore(&state).unwrap();
     assert_eq!(target.save().unwrap(), state);
     assert_eq!(read(&target, DATA), b't');
+}
+
+#[test]
+fn input_during_a_pause_waits_on_the_host_until_the_start() {
+    let (source, line) = serial();
+    source.write(IER, &[IER_RX_AVAILABLE]);
+    source.pause().unwrap();
+    let before = source.save().unwrap();
+    assert_eq!(source.receive(b"early"), 0);
+    assert_eq!(source.save().unwrap(), before);
+    assert!(source.event().read().is_err(), "asked for too early");
+    source.start().unwrap();
+    assert_eq!(source.event().read().unwrap(), 1);
+    assert_eq!(line.edges(), 0);
+    assert_eq!(source.receive(b"early"), 5);
+    // Also when a state is restored meanwhile.
+    let (target, _line) = unstarted();
+    assert_eq!(target.receive(b"early"), 0);
+    target.restore(&before).unwrap();
+    target.start().unwrap();
+    assert_eq!(target.event().read().unwrap(), 1);
+}
+
+#[test]
+fn guest_that_waited_for_room_hears_of_it_at_the_start() {
+    let (source, line) = serial();
+    source.write(IER, &[IER_TX_EMPTY]);
+    for _ in 0..TX_CAPACITY {
+        source.write(DATA, b"x");
+    }
+    source.pause().unwrap();
+    let state = source.save().unwrap();
+    let edges = line.edges();
+    assert_eq!(source.take_output(&mut [0; 1]), 1);
+    assert_eq!(source.save().unwrap(), state, "nothing changes in a pause");
+    assert_eq!(line.edges(), edges);
+    let (target, target_line) = unstarted();
+    target.restore(&state).unwrap();
+    for (serial, line) in [(source, line), (target, target_line)] {
+        let edges = line.edges();
+        serial.start().unwrap();
+        assert_eq!(line.edges(), edges + 1);
+        assert_eq!(read(&serial, IIR_FCR) & 0xf, IIR_TX_EMPTY);
+    }
 }
 
 #[test]

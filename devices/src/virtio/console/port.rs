@@ -37,6 +37,8 @@ struct Inner {
     size: ConsoleSize,
     /// What the driver knows.
     announced: Option<ConsoleSize>,
+    /// A driver ran and may go on: neither reset nor active.
+    stopped: bool,
     /// The driver's configuration interrupt while the device is active.
     interrupt: Option<Arc<VirtioInterrupt>>,
 }
@@ -79,6 +81,7 @@ impl ConsolePort {
                 output_blocked: false,
                 size: ConsoleSize::default(),
                 announced: None,
+                stopped: false,
                 interrupt: None,
             }),
         })
@@ -108,8 +111,12 @@ impl ConsolePort {
     /// A driver runs, or does so no longer.
     pub(super) fn connect(&self, interrupt: Option<Arc<VirtioInterrupt>>) {
         let mut inner = self.lock();
+        inner.stopped = interrupt.is_none();
         inner.interrupt = interrupt;
         inner.announce();
+        if !inner.stopped {
+            self.ask_for_refused(&mut inner);
+        }
     }
 
     /// Appends output; returns how much fitted. If not all did, [`ConsolePort::wake`] is
@@ -144,10 +151,17 @@ impl ConsolePort {
     pub(super) fn take_input(&self, buf: &mut [u8]) -> usize {
         let mut inner = self.lock();
         let count = inner.input.take(buf);
-        if count > 0 && std::mem::take(&mut inner.input_refused) {
-            signal(&self.event);
+        if count > 0 {
+            self.ask_for_refused(&mut inner);
         }
         count
+    }
+
+    /// The host may offer what was refused.
+    fn ask_for_refused(&self, inner: &mut Inner) {
+        if std::mem::take(&mut inner.input_refused) {
+            signal(&self.event);
+        }
     }
 
     /// Input of the previous driver is not the next one's; output was sent before the reset.
@@ -156,9 +170,8 @@ impl ConsolePort {
         inner.input.clear();
         inner.announced = None;
         inner.output_blocked = false;
-        if std::mem::take(&mut inner.input_refused) {
-            signal(&self.event);
-        }
+        inner.stopped = false;
+        self.ask_for_refused(&mut inner);
     }
 
     /// The size that the driver knows and the input that waits for it.
@@ -194,8 +207,13 @@ impl CharDevice for ConsolePort {
         count
     }
 
+    /// Takes nothing while the driver is stopped: what has been saved stays true.
     fn receive(&self, data: &[u8]) -> usize {
         let mut inner = self.lock();
+        if inner.stopped {
+            inner.input_refused = true;
+            return 0;
+        }
         let was_empty = inner.input.is_empty();
         let accepted = inner.input.push(data);
         inner.input_refused = accepted < data.len();

@@ -206,6 +206,8 @@ fn restored_console_goes_on_where_the_saved_one_stopped() {
     let queues = f.console.deactivate();
     let before = f.take_until(CAPACITY);
     let state = f.console.save().unwrap();
+    assert_eq!(f.port.receive(b"during the pause"), 0);
+    assert_eq!(f.console.save().unwrap(), state);
 
     f.console = console();
     f.port = f.console.port();
@@ -217,6 +219,13 @@ fn restored_console_goes_on_where_the_saved_one_stopped() {
     assert!([before, after].concat() == pattern(0, 2 * CAPACITY));
     wait("input", || f.receive.used() == [(0, 5)]);
     assert_eq!(f.config_changes(), 0, "the size is the same");
+    let queues = f.console.deactivate();
+    // What it said about the output.
+    let _ = f.port.event().read();
+    assert_eq!(f.port.receive(b"during the pause"), 0);
+    assert!(f.port.event().read().is_err(), "asked for too early");
+    f.activate_with(queues).unwrap();
+    assert!(f.port.event().read().is_ok(), "the host may send again");
 }
 
 #[test]
