@@ -9,10 +9,11 @@ use parking_lot::{Mutex, RwLock};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::address::Bdf;
-use super::bar::{BarChange, BarKind, BarLocation, BarSpec};
-use super::config::{ConfigSpace, FunctionIdentity};
-use super::function::{Doorbell, PciFunction};
+use super::bar::{BarChange, BarKind, BarLocation};
+use super::function::PciFunction;
+use super::host_bridge::HostBridge;
 use crate::bus::{Bus, IoHandler};
+use crate::device::Device;
 use crate::warn_limited;
 
 /// Bytes of configuration space per function in ECAM (PCIe 4.0 section 7.2.2).
@@ -118,7 +119,7 @@ pub struct PciRoot {
     /// BARs on the buses, by function and index. Held over a configuration write and its effects,
     /// so that two vCPUs cannot apply their changes in another order than the function saw them.
     mapped: Mutex<Mapped>,
-    config_address: Mutex<u32>,
+    bridge: Arc<HostBridge>,
     windows: BarWindows,
     memory_bus: Arc<Bus>,
     io_bus: Arc<Bus>,
@@ -134,9 +135,11 @@ impl PciRoot {
         io_bus: Arc<Bus>,
         doorbells: Arc<dyn DoorbellRegistry>,
     ) -> Arc<Self> {
-        let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::new());
+        let bridge = Arc::new(HostBridge::new());
+        let function: Arc<dyn PciFunction> = bridge.clone();
         Arc::new(Self {
-            functions: RwLock::new(BTreeMap::from([(Bdf::from_requester_id(0), bridge)])),
+            functions: RwLock::new(BTreeMap::from([(Bdf::from_requester_id(0), function)])),
+            bridge,
             allocator: Mutex::new(Allocator {
                 windows,
                 next: [
@@ -146,12 +149,17 @@ impl PciRoot {
                 ],
             }),
             mapped: Mutex::new(Mapped::new()),
-            config_address: Mutex::new(0),
             windows,
             memory_bus,
             io_bus,
             doorbells,
         })
+    }
+
+    /// The host bridge, whose state is the root's own.
+    #[must_use]
+    pub fn bridge(&self) -> Arc<dyn Device> {
+        self.bridge.clone()
     }
 
     /// The lowest free device number, function 0.
@@ -192,7 +200,6 @@ impl PciRoot {
     /// Puts every function's configuration space back to power-on.
     pub fn reset(&self) {
         let mut mapped = self.mapped.lock();
-        *self.config_address.lock() = 0;
         for (bdf, function) in self.all() {
             let changes = function.reset_config();
             self.apply(&mut mapped, bdf, &function, &changes);
@@ -390,7 +397,7 @@ struct ConfigPorts(Weak<PciRoot>);
 impl PciRoot {
     /// The function and register that `CONFIG_DATA` byte `lane` stands for.
     fn config_target(&self, lane: u64) -> Option<(Bdf, u16)> {
-        let address = *self.config_address.lock();
+        let address = self.bridge.config_address();
         let lane = u16::try_from(lane).ok()?;
         let register = (address & 0xfc) as u16 + lane;
         let bdf = Bdf::from_requester_id((address >> 8 & 0xffff) as u16);
@@ -404,7 +411,7 @@ impl IoHandler for ConfigPorts {
             return data.fill(0xff);
         };
         if offset == 0 && data.len() == 4 {
-            let address = *root.config_address.lock();
+            let address = root.bridge.config_address();
             data.copy_from_slice(&address.to_le_bytes());
             return;
         }
@@ -421,7 +428,7 @@ impl IoHandler for ConfigPorts {
         };
         if offset == 0 {
             if let Ok(bytes) = <[u8; 4]>::try_from(data) {
-                *root.config_address.lock() = u32::from_le_bytes(bytes);
+                root.bridge.set_config_address(u32::from_le_bytes(bytes));
             }
             return;
         }
@@ -445,52 +452,6 @@ impl IoHandler for BarHandler {
 
     fn write(&self, offset: u64, data: &[u8]) {
         self.function.write_bar(self.bar, offset, data);
-    }
-}
-
-/// The function at 00:00.0 that stands for the bridge itself; it has no registers of its own.
-struct HostBridge(Mutex<ConfigSpace>);
-
-impl HostBridge {
-    fn new() -> Self {
-        // Red Hat's generic PCIe host, which guests know without a driver.
-        let identity = FunctionIdentity {
-            vendor: 0x1b36,
-            device: 0x0008,
-            class: 0x06_00_00,
-            revision: 0,
-            subsystem_vendor: 0,
-            subsystem: 0,
-        };
-        Self(Mutex::new(ConfigSpace::new(identity, &[])))
-    }
-
-    fn space(&self) -> parking_lot::MutexGuard<'_, ConfigSpace> {
-        self.0.lock()
-    }
-}
-
-impl PciFunction for HostBridge {
-    fn read_config(&self, offset: u16, data: &mut [u8]) {
-        self.space().read(offset, data);
-    }
-    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarChange> {
-        self.space().write(offset, data)
-    }
-    fn read_bar(&self, _bar: u8, _offset: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_bar(&self, _bar: u8, _offset: u64, _data: &[u8]) {}
-    fn bars(&self) -> Vec<BarSpec> {
-        Vec::new()
-    }
-    fn place_bar(&self, _bar: u8, _address: u64) {}
-    fn doorbells(&self, _bar: u8, _visit: &mut dyn FnMut(Doorbell<'_>)) {}
-    fn reset_config(&self) -> Vec<BarChange> {
-        self.space().reset()
-    }
-    fn decoded(&self) -> Vec<BarChange> {
-        Vec::new()
     }
 }
 

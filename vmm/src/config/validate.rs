@@ -235,8 +235,8 @@ impl VmConfig {
 }
 
 /// Names of devices that there is one of.
-const RESERVED_IDS: [&str; 8] = [
-    "serial", "console", "rng", "balloon", "vsock", "rtc", "acpi", "ioapic",
+const RESERVED_IDS: [&str; 9] = [
+    "serial", "console", "rng", "balloon", "vsock", "rtc", "acpi", "ioapic", "pci",
 ];
 
 fn ids<'a>(kind: &str, given: impl Iterator<Item = Option<&'a str>>) -> Vec<String> {

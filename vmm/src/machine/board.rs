@@ -71,6 +71,7 @@ impl Board {
             devices: Vec::new(),
         };
         board.add("ioapic", ioapic);
+        board.add("pci-host-bridge", board.pci.bridge());
         Ok(board)
     }
 

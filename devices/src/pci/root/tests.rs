@@ -1,6 +1,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
+use crate::pci::{BarSpec, ConfigSpace, Doorbell, FunctionIdentity, HostBridgeStateV1};
+use crate::state::DeviceState;
 use crate::testing::FakeDoorbells;
 
 const BAR: BarSpec = BarSpec {
@@ -119,6 +121,39 @@ fn ecam_finds_the_bridge_and_functions_and_ones_elsewhere() {
     assert_eq!(read32(&ecam, ecam_address(bdf, 0)), 0x5678_1234);
     assert_eq!(read32(&ecam, ecam_address(bdf, 0) + 0x8000), 0xffff_ffff);
     assert_eq!(read32(&ecam, 0x0fff_fffc), 0xffff_ffff);
+}
+
+#[test]
+fn bridge_keeps_the_ports_address_and_its_registers_over_save_and_restore() {
+    const BRIDGE_COMMAND: u32 = 1 << 31 | 0x04;
+    let source = fixture();
+    let ports = source.root.config_ports();
+    ports.write(0, &BRIDGE_COMMAND.to_le_bytes());
+    ports.write(4, &[0x04, 0x00]);
+    let state = source.root.bridge().save().unwrap();
+
+    let target = fixture();
+    target.root.bridge().restore(&state).unwrap();
+    assert_eq!(target.root.bridge().save().unwrap(), state);
+    let ports = target.root.config_ports();
+    assert_eq!(read32(&ports, 0), BRIDGE_COMMAND);
+    assert_eq!(read32(&ports, 4) & 0xffff, 0x0004);
+
+    target.root.bridge().reset().unwrap();
+    assert_eq!(read32(&ports, 0), 0);
+    assert_eq!(read32(&target.root.ecam(), 4) & 0xffff, 0);
+}
+
+#[test]
+fn bridge_refuses_states_of_another_shape() {
+    let bridge = fixture().root.bridge();
+    let state = bridge.save().unwrap();
+    let mut wire: HostBridgeStateV1 = state.decode(&state.kind, 1..=1).unwrap();
+    wire.config_address = 7;
+    wire.config.writable_bytes.pop();
+    let short = DeviceState::encode(&state.kind, 1, &wire).unwrap();
+    assert!(bridge.restore(&short).is_err());
+    assert_eq!(bridge.save().unwrap(), state, "nothing is taken over");
 }
 
 #[test]
