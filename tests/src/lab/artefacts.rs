@@ -66,7 +66,7 @@ fn qemu_recipe(lab_dir: &Path) -> Recipe<'static> {
         name: "qemu",
         script: lab_dir.join("build-qemu.sh"),
         inputs: Vec::new(),
-        estimate: "14 MB of downloads, once",
+        estimate: "45 MB of downloads, once",
     }
 }
 
