@@ -1,8 +1,8 @@
 //! From the host to the guest.
 //!
 //! Buffers are *staged*: taken from the queue, and filled when packets come. How large the next
-//! packet is cannot be known before it is there. While packets are small, one is received into
-//! the first staged buffers and, in case it is a large one after all, an overflow area; while
+//! packet is cannot be known before it is there. While packets are small, each is received into
+//! an area of our own and copied, which costs less than a system call with several buffers; while
 //! they are large, enough buffers are staged for the largest, and nothing is copied.
 
 use std::collections::VecDeque;
@@ -229,19 +229,16 @@ impl Receiver {
     /// Receives one packet into the staged buffers and the overflow area. False when there is
     /// none.
     fn take(&mut self, io: &mut dyn NetQueue, shared: &Shared) -> bool {
-        let want = if self.large > 0 {
-            MAX_PACKET_BYTES
-        } else {
-            SMALL_BYTES
-        };
         let mut in_place = 0;
         let mut count = 0;
-        for segment in self.segments.iter().take(MAX_SEGMENTS) {
-            if in_place >= want {
-                break;
+        if self.large > 0 {
+            for segment in self.segments.iter().take(MAX_SEGMENTS) {
+                if in_place >= MAX_PACKET_BYTES {
+                    break;
+                }
+                in_place += u64::from(segment.len);
+                count += 1;
             }
-            in_place += u64::from(segment.len);
-            count += 1;
         }
         let memory = self.queue.memory();
         let segments = self.segments.get(..count).unwrap_or_default();
@@ -320,11 +317,21 @@ impl Receiver {
     /// Completes the packet in the staged buffers: what overflowed, and the header fields that
     /// are the device's to write.
     fn write(
-        &self,
+        &mut self,
         len: u64,
         in_place: u64,
         shared: &Shared,
     ) -> Result<(), vm_memory::GuestMemoryError> {
+        let mut covered = 0;
+        let chains = self.staged.iter().take_while(|chain| {
+            let begins = covered < len;
+            covered += chain.bytes;
+            begins
+        });
+        let count = u16::try_from(chains.count()).unwrap_or(u16::MAX);
+        if in_place == 0 {
+            self.complete_overflow(count, shared);
+        }
         let memory = self.queue.memory();
         let beyond = usize::try_from(len.saturating_sub(in_place)).unwrap_or(usize::MAX);
         if let Some(beyond) = self
@@ -334,18 +341,25 @@ impl Receiver {
         {
             buffers::write(memory, &self.segments, in_place, beyond)?;
         }
-        let mut covered = 0;
-        let chains = self.staged.iter().take_while(|chain| {
-            let begins = covered < len;
-            covered += chain.bytes;
-            begins
-        });
-        let count = u16::try_from(chains.count()).unwrap_or(u16::MAX);
+        if in_place == 0 {
+            return Ok(());
+        }
         self.write_header(HEADER_NUM_BUFFERS, &count.to_le_bytes())?;
         if !shared.guest_completes_checksums() {
             self.write_header(HEADER_FLAGS, &[0])?;
         }
         Ok(())
+    }
+
+    /// The same for a packet whose header is in the overflow area.
+    fn complete_overflow(&mut self, count: u16, shared: &Shared) {
+        let header: Option<&mut [u8; 12]> = self.overflow.first_chunk_mut();
+        if let Some([flags, .., low, high]) = header {
+            [*low, *high] = count.to_le_bytes();
+            if !shared.guest_completes_checksums() {
+                *flags = 0;
+            }
+        }
     }
 
     fn write_header(&self, at: u64, bytes: &[u8]) -> Result<(), vm_memory::GuestMemoryError> {
