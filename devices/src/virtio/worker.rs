@@ -25,9 +25,7 @@ pub trait Handler: Send + 'static {
     fn ready(&mut self, token: u32, events: &mut EventOps);
 
     /// Whether [`Handler::poll`] finds anything; else nobody looks.
-    fn polls(&self) -> bool {
-        false
-    }
+    const POLLS: bool = false;
 
     /// Looks for work and does it, at no cost when there is none: no system call, no doorbell
     /// turned on. True: there was some. Called again and again before the thread sleeps, as long
@@ -189,8 +187,7 @@ impl<H: Handler> EventLoop<H> {
         if subscriber.stopping {
             return false;
         }
-        let polls = subscriber.handler.polls();
-        if polls && may_sleep {
+        if H::POLLS && may_sleep {
             self.polling.spin(|| subscriber.handler.poll());
         } else {
             subscriber.handler.poll();
@@ -201,7 +198,7 @@ impl<H: Handler> EventLoop<H> {
         } else {
             SLEEP
         };
-        let asleep_since = (polls && timeout == SLEEP).then(Instant::now);
+        let asleep_since = (H::POLLS && timeout == SLEEP).then(Instant::now);
         if let Err(error) = self.manager.run_with_timeout(timeout) {
             // Interrupted by a signal, or a descriptor that epoll no longer likes: look again.
             log::debug!(error:? = error; "device event loop");

@@ -108,12 +108,6 @@ pub trait BlockIo: Send {
     /// Begins everything submitted.
     fn flush_submissions(&mut self);
 
-    /// Whether looking for completions costs nothing and is worth while: the queue's thread then
-    /// does so for a moment before it sleeps.
-    fn completes_quickly(&self) -> bool {
-        false
-    }
-
     /// Descriptors to watch, the same ones for the channel's life. One of them is readable while
     /// requests wait that have finished since the last [`BlockIo::completions`]. Those that
     /// finished within `submit` or `flush_submissions` may make none readable: look once after

@@ -326,10 +326,6 @@ impl BlockIo for RingQueue {
         self.pooled.flush_submissions();
     }
 
-    fn completes_quickly(&self) -> bool {
-        true
-    }
-
     fn events(&self) -> Vec<RawFd> {
         let mut events = self.pooled.events();
         events.push(self.ring.as_raw_fd());
