@@ -9,9 +9,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Longest request that is executed directly: longer ones would keep the queue's thread from
-/// others for no gain.
-pub(super) const MAX_BYTES: u64 = 256 << 10;
+/// Longest request that is executed directly, about 0.1 ms of copying: longer ones would keep the
+/// queue's thread from others.
+pub(super) const MAX_BYTES: u64 = 1 << 20;
 /// A direct request that takes longer than this was not served from memory.
 const SLOW: Duration = Duration::from_millis(2);
 /// How long the ring is used after a slow request.
