@@ -52,6 +52,7 @@ bench: build ## Compare with QEMU and print the ratios
 
 lint: ## Formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --all --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 deny: ## Who may depend on whom; licences, sources, versions
