@@ -1,4 +1,4 @@
-//! A virtio disk over a raw image, through `io_uring` on both sides.
+//! A virtio disk over a raw image: Drover as it is by default, QEMU with `io_uring`.
 
 use std::io::Write;
 use std::path::Path;

@@ -63,6 +63,7 @@ impl<'a> Peers<'a> {
     }
 }
 
+/// As users start it. Disks go through `io_uring`, but for requests that the page cache serves.
 fn drover(ground: &Ground, machine: &MachineSpec) -> Command {
     let mut command = ground.drover();
     command
@@ -76,7 +77,7 @@ fn drover(ground: &Ground, machine: &MachineSpec) -> Command {
     if let Some(path) = &machine.disk {
         let direct = if machine.direct { ",direct" } else { "" };
         command.arg("--disk");
-        command.arg(format!("path={},aio=io-uring{direct}", path.display()));
+        command.arg(format!("path={}{direct}", path.display()));
     }
     if let Some(tap) = machine.tap {
         command
