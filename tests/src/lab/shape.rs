@@ -3,9 +3,6 @@
 use serde::{Deserialize, Serialize};
 
 /// One kind of L1. Scenarios of one shape share a boot.
-///
-/// Each has one CPU: with two at work at the same moment, QEMU's emulated SVM resets or
-/// hangs a guest now and then (docs/testing-lab.md).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shape {
@@ -34,14 +31,12 @@ impl Shape {
         Self::ALL.into_iter().find(|shape| shape.name() == name)
     }
 
-    /// QEMU's arguments for the CPU and memory.
+    /// QEMU's arguments for memory and NUMA nodes.
     #[must_use]
     pub fn qemu_args(self) -> Vec<&'static str> {
         match self {
-            Self::Small => vec!["-smp", "1", "-m", "4G"],
+            Self::Small => vec!["-m", "4G"],
             Self::Large => vec![
-                "-smp",
-                "1",
                 "-m",
                 "12G",
                 "-object",
