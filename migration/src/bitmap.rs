@@ -37,6 +37,60 @@ impl DirtyBitmap {
         &mut self.words
     }
 
+    /// Pages that the bitmap speaks of.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Marks the pages of `run`; those outside the bitmap do not count.
+    pub fn insert(&mut self, run: PageRun) {
+        self.each_word(run, |word, mask| *word |= mask);
+    }
+
+    /// Unmarks the pages of `run`.
+    pub fn remove(&mut self, run: PageRun) {
+        self.each_word(run, |word, mask| *word &= !mask);
+    }
+
+    /// Whether a page is marked.
+    #[must_use]
+    pub fn contains(&self, page: PageIndex) -> bool {
+        let Some(bit) = page.0.checked_sub(self.base.0) else {
+            return false;
+        };
+        let index = usize::try_from(bit / WORD_BITS).unwrap_or(usize::MAX);
+        let word = self.words.get(index).copied().unwrap_or(0);
+        bit < self.pages && word >> (bit % WORD_BITS) & 1 == 1
+    }
+
+    /// Calls `change` with each word that has bits of `run`, and a mask of these.
+    fn each_word(&mut self, run: PageRun, mut change: impl FnMut(&mut u64, u64)) {
+        let mut at = run.start.0.max(self.base.0) - self.base.0;
+        let end = run.end().0.saturating_sub(self.base.0).min(self.pages);
+        while at < end {
+            let bit = at % WORD_BITS;
+            let bits = (WORD_BITS - bit).min(end - at);
+            let mask = (u64::MAX >> (WORD_BITS - bits)) << bit;
+            let index = usize::try_from(at / WORD_BITS).unwrap_or(usize::MAX);
+            if let Some(word) = self.words.get_mut(index) {
+                change(word, mask);
+            }
+            at += bits;
+        }
+    }
+
+    /// Dirty runs within `run`, as by [`DirtyBitmap::runs`].
+    #[must_use]
+    pub fn runs_within(&self, run: PageRun) -> Runs<'_> {
+        let offset = |page: PageIndex| page.0.saturating_sub(self.base.0).min(self.pages);
+        Runs {
+            bitmap: self,
+            next: offset(run.start),
+            end: offset(run.end()),
+        }
+    }
+
     /// Adds the pages of another bitmap of the same region: the union of several logs.
     pub fn merge(&mut self, other: &Self) {
         for (word, more) in self.words.iter_mut().zip(&other.words) {
@@ -61,6 +115,7 @@ impl DirtyBitmap {
         Runs {
             bitmap: self,
             next: 0,
+            end: self.pages,
         }
     }
 
@@ -86,6 +141,7 @@ impl DirtyBitmap {
 pub struct Runs<'a> {
     bitmap: &'a DirtyBitmap,
     next: u64,
+    end: u64,
 }
 
 impl Iterator for Runs<'_> {
@@ -93,10 +149,10 @@ impl Iterator for Runs<'_> {
 
     fn next(&mut self) -> Option<PageRun> {
         let start = self.bitmap.find(self.next, true);
-        if start >= self.bitmap.pages {
+        if start >= self.end {
             return None;
         }
-        let end = self.bitmap.find(start, false);
+        let end = self.bitmap.find(start, false).min(self.end);
         self.next = end;
         PageRun::new(PageIndex(self.bitmap.base.0 + start), end - start)
     }
@@ -120,6 +176,24 @@ mod tests {
         assert_eq!(bitmap.count(), 5);
         bitmap.fill();
         assert_eq!(runs(&bitmap), [(1000, 130)]);
+    }
+
+    #[test]
+    fn pages_are_inserted_removed_and_found_across_words() {
+        let run = |start, count| PageRun::new(PageIndex(start), count).unwrap();
+        let mut bitmap = DirtyBitmap::new(PageIndex(1000), 130);
+        bitmap.insert(run(990, 12));
+        bitmap.insert(run(1060, 8));
+        bitmap.insert(run(1128, 50));
+        assert_eq!(runs(&bitmap), [(1000, 2), (1060, 8), (1128, 2)]);
+        bitmap.remove(run(1062, 3));
+        assert_eq!(runs(&bitmap), [(1000, 2), (1060, 2), (1065, 3), (1128, 2)]);
+        assert!(bitmap.contains(PageIndex(1001)) && bitmap.contains(PageIndex(1129)));
+        for clean in [999, 1002, 1062, 1130] {
+            assert!(!bitmap.contains(PageIndex(clean)), "{clean}");
+        }
+        let within: Vec<_> = bitmap.runs_within(run(1061, 6)).collect();
+        assert_eq!(within, [run(1061, 1), run(1065, 2)]);
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! `testing` (a feature).
 
 use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
@@ -69,31 +71,63 @@ pub trait PageStore: Send + Sync {
 
 /// A log of writes to guest memory. Several exist side by side - KVM's for vCPUs, the VMM's own,
 /// one per assigned device - and their union counts.
-pub trait DirtyTracker: Send {
-    /// Starts logging. Afterwards every write is reported by some harvest.
+///
+/// A page goes through three steps: a write marks it, [`harvest`](Self::harvest) reports it, and
+/// [`rearm`](Self::rearm) makes its next write be marked again. The engine re-arms a page right
+/// before it reads it, so that a write is either in what was read or in a later harvest.
+pub trait DirtyTracker: Send + Sync {
+    /// Starts logging. Afterwards every write is reported by some harvest. A tracker may report
+    /// every page in its first one.
     ///
     /// # Errors
     /// [`PortError`] when the log cannot be started; the migration then cannot begin.
-    fn start(&mut self) -> Result<(), PortError>;
+    fn start(&self) -> Result<(), PortError>;
 
-    /// Reads and clears the log of one region, adding to `bitmap`. An error means that nothing is
-    /// known: the engine then treats every page as dirty, never none.
+    /// Adds the pages of one region that were written to `bitmap`. Until they are re-armed,
+    /// further writes to them may go unmarked. An error means that nothing is known: the engine
+    /// then treats every page as dirty, never none.
     ///
     /// # Errors
     /// [`PortError`].
-    fn harvest(&mut self, bitmap: &mut DirtyBitmap) -> Result<(), PortError>;
+    fn harvest(&self, bitmap: &mut DirtyBitmap) -> Result<(), PortError>;
+
+    /// Makes writes to the harvested pages of `run` be marked again. `run` lies in one region and
+    /// begins a multiple of 64 pages from the region's start; it ends so, too, or with the region.
+    /// Called by several threads, each with runs of its own.
+    ///
+    /// # Errors
+    /// [`PortError`].
+    fn rearm(&self, run: PageRun) -> Result<(), PortError>;
 
     /// Stops logging; the guest runs at full speed again.
     ///
     /// # Errors
     /// [`PortError`].
-    fn stop(&mut self) -> Result<(), PortError>;
+    fn stop(&self) -> Result<(), PortError>;
 }
 
-/// The machine, as far as a migration moves it.
+/// What a source knows after it has tried to take back what it had released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reclaim {
+    /// It holds everything again, and nobody has used it since: the destination has not run.
+    Reclaimed,
+    /// The destination holds it: it runs.
+    HeldByPeer,
+    /// Nothing can tell: the machine has no disk that only one side may hold, or its disk was
+    /// changed since.
+    Unknown,
+}
+
+/// The machine that is to move.
 pub trait Machine: Send {
     /// Why the machine cannot be moved: one line per device; empty when it can.
     fn blockers(&self) -> Vec<String>;
+
+    /// What the destination needs to build the same machine; opaque to the engine.
+    ///
+    /// # Errors
+    /// [`PortError::Machine`].
+    fn skeleton(&self) -> Result<Vec<u8>, PortError>;
 
     /// Stops vCPUs and devices. Guest memory and device state stay as they are until `resume`.
     ///
@@ -113,25 +147,82 @@ pub trait Machine: Send {
     /// [`PortError::Machine`].
     fn save(&self) -> Result<Vec<Section>, PortError>;
 
-    /// Takes over saved state, all of it or none. Called before the first start.
+    /// Slows the vCPUs down to `percent` of their time, 1 to 100; 100 is full speed.
+    ///
+    /// # Errors
+    /// [`PortError::Machine`].
+    fn throttle(&mut self, percent: u8) -> Result<(), PortError>;
+
+    /// Makes writes durable and gives up what only one copy may hold: the disks' locks. Called
+    /// while paused, right before the commit.
+    ///
+    /// # Errors
+    /// [`PortError::Machine`]; then nothing was given up.
+    fn release(&mut self) -> Result<(), PortError>;
+
+    /// Tries to take it back, all of it or nothing.
+    fn reclaim(&mut self) -> Reclaim;
+}
+
+/// The host that a machine moves to.
+pub trait Host: Send {
+    /// Builds the machine that `skeleton` describes, opens its devices and holds it ready, without
+    /// what only one copy may hold.
+    ///
+    /// # Errors
+    /// All reasons why this host cannot take it, at least one.
+    fn prepare(&mut self, skeleton: &[u8]) -> Result<Box<dyn Incoming>, Vec<String>>;
+}
+
+/// A machine on its way in. Dropping it undoes everything.
+pub trait Incoming: Send {
+    /// Its memory.
+    fn pages(&self) -> Arc<dyn PageStore>;
+
+    /// Takes over saved state, all of it. Called once, before the machine runs.
     ///
     /// # Errors
     /// [`PortError::Machine`] names the section at fault.
-    fn restore(&mut self, sections: &[Section]) -> Result<(), PortError>;
+    fn restore(&mut self, sections: Vec<Section>) -> Result<(), PortError>;
+
+    /// Takes what only one copy may hold. From here on the source cannot resume.
+    ///
+    /// # Errors
+    /// [`PortError::Machine`]; then nothing is held.
+    fn claim(&mut self) -> Result<(), PortError>;
+
+    /// Lets the machine run.
+    ///
+    /// # Errors
+    /// [`PortError::Machine`].
+    fn start(&mut self) -> Result<(), PortError>;
 }
 
-/// A connection to the peer, or a file. Both directions have deadlines: a peer that falls silent
-/// is an error, never an endless wait.
+/// A connection to the peer. Both directions have deadlines: a peer that falls silent is an
+/// error, never an endless wait.
 pub trait Channel: Read + Write + Send {
     /// Every read and write from now on fails with [`io::ErrorKind::TimedOut`] when it makes no
-    /// progress for `timeout`.
+    /// progress for `timeout`. Nothing is lost: it may be tried again.
     ///
     /// # Errors
     /// The host's refusal.
     fn set_timeout(&mut self, timeout: Duration) -> io::Result<()>;
 
-    /// Ends the connection so that the peer notices at once.
-    fn shutdown(&mut self);
+    /// Ends the connection from any thread, also one that waits in it; the peer notices at once.
+    fn breaker(&self) -> Arc<dyn Breaker>;
+
+    /// Whether the connection has no room at present, so that the next write would wait.
+    fn is_congested(&self) -> bool;
+
+    /// The socket, when bytes written to it reach the peer as they are: guest memory can then go
+    /// from and to it without a copy.
+    fn plain_socket(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// Ends a connection.
+pub trait Breaker: Send + Sync {
+    /// Does so. Later calls do nothing.
+    fn break_off(&self);
 }
 
 /// The time.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
@@ -85,48 +86,62 @@ impl PageStore for FakeMemory {
 /// A log that a test writes.
 #[derive(Debug, Default)]
 pub struct FakeTracker {
-    dirty: BTreeSet<u64>,
-    /// Whether logging is on.
-    pub logging: bool,
-    /// Whether the next harvest fails.
-    pub broken: bool,
+    dirty: Mutex<BTreeSet<u64>>,
+    logging: AtomicBool,
+    broken: AtomicBool,
 }
 
 impl FakeTracker {
     /// The guest writes to a page. Unseen while logging is off.
-    pub fn touch(&mut self, page: PageIndex) {
-        if self.logging {
-            self.dirty.insert(page.0);
+    pub fn touch(&self, page: PageIndex) {
+        if self.is_logging() {
+            self.dirty().insert(page.0);
         }
+    }
+
+    /// Whether logging is on.
+    #[must_use]
+    pub fn is_logging(&self) -> bool {
+        self.logging.load(Ordering::SeqCst)
+    }
+
+    /// Makes every harvest fail from now on, or none.
+    pub fn set_broken(&self, broken: bool) {
+        self.broken.store(broken, Ordering::SeqCst);
+    }
+
+    fn dirty(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
+        self.dirty.lock().expect("no test thread panicked")
     }
 }
 
 impl DirtyTracker for FakeTracker {
-    fn start(&mut self) -> Result<(), PortError> {
-        self.logging = true;
+    fn start(&self) -> Result<(), PortError> {
+        self.logging.store(true, Ordering::SeqCst);
         Ok(())
     }
 
-    fn harvest(&mut self, bitmap: &mut DirtyBitmap) -> Result<(), PortError> {
-        if self.broken {
+    fn harvest(&self, bitmap: &mut DirtyBitmap) -> Result<(), PortError> {
+        if self.broken.load(Ordering::SeqCst) {
             return Err(PortError::Host {
                 what: "dirty log",
                 source: std::io::Error::other("broken by the test"),
             });
         }
-        let base = bitmap.base().0;
-        for page in std::mem::take(&mut self.dirty) {
-            let bit = page - base;
-            let word = usize::try_from(bit / 64).ok();
-            if let Some(word) = word.and_then(|word| bitmap.words_mut().get_mut(word)) {
-                *word |= 1 << (bit % 64);
+        for page in std::mem::take(&mut *self.dirty()) {
+            if let Some(run) = PageRun::new(PageIndex(page), 1) {
+                bitmap.insert(run);
             }
         }
         Ok(())
     }
 
-    fn stop(&mut self) -> Result<(), PortError> {
-        self.logging = false;
+    fn rearm(&self, _: PageRun) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), PortError> {
+        self.logging.store(false, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -170,7 +185,7 @@ mod tests {
     /// The contract that every tracker keeps: writes while logging appear exactly once.
     #[test]
     fn writes_while_logging_appear_in_exactly_one_harvest() {
-        let mut tracker = FakeTracker::default();
+        let tracker = FakeTracker::default();
         tracker.touch(PageIndex(1));
         tracker.start().unwrap();
         tracker.touch(PageIndex(5));

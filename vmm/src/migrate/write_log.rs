@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use devices::GuestRam;
-use migration::DirtyBitmap;
 use migration::ports::{DirtyTracker, PortError};
+use migration::{DirtyBitmap, PageRun};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// Logs what devices write to guest RAM on the guest's behalf. KVM's own log does not see that.
@@ -21,14 +21,14 @@ impl WriteLogTracker {
 }
 
 impl DirtyTracker for WriteLogTracker {
-    fn start(&mut self) -> Result<(), PortError> {
+    fn start(&self) -> Result<(), PortError> {
         for region in self.memory.iter() {
             region.get_mmap().bitmap().enable();
         }
         Ok(())
     }
 
-    fn harvest(&mut self, bitmap: &mut DirtyBitmap) -> Result<(), PortError> {
+    fn harvest(&self, bitmap: &mut DirtyBitmap) -> Result<(), PortError> {
         let base = bitmap.base();
         let region = base
             .gpa()
@@ -41,7 +41,12 @@ impl DirtyTracker for WriteLogTracker {
         Ok(())
     }
 
-    fn stop(&mut self) -> Result<(), PortError> {
+    /// A harvest has cleared the marks already.
+    fn rearm(&self, _: PageRun) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), PortError> {
         for region in self.memory.iter() {
             region.get_mmap().bitmap().disable();
         }
@@ -60,8 +65,8 @@ mod tests {
     fn device_writes_between_start_and_stop_are_harvested_once() {
         let ranges = [(GuestAddress(0x10_0000), 0x10_0000)];
         let memory = Arc::new(GuestRam::from_ranges(&ranges).unwrap());
-        let mut tracker = WriteLogTracker::new(Arc::clone(&memory));
-        let harvest = |tracker: &mut WriteLogTracker| {
+        let tracker = WriteLogTracker::new(Arc::clone(&memory));
+        let harvest = |tracker: &WriteLogTracker| {
             let mut bitmap = DirtyBitmap::new(PageIndex(0x100), 0x100);
             tracker.harvest(&mut bitmap).unwrap();
             bitmap
@@ -72,10 +77,10 @@ mod tests {
         memory.write_obj(1_u8, GuestAddress(0x10_0000)).unwrap();
         tracker.start().unwrap();
         memory.write_obj(1_u64, GuestAddress(0x10_2ffc)).unwrap();
-        assert_eq!(harvest(&mut tracker), [(0x102, 2)]);
-        assert_eq!(harvest(&mut tracker), []);
+        assert_eq!(harvest(&tracker), [(0x102, 2)]);
+        assert_eq!(harvest(&tracker), []);
         tracker.stop().unwrap();
         memory.write_obj(1_u8, GuestAddress(0x10_0000)).unwrap();
-        assert_eq!(harvest(&mut tracker), []);
+        assert_eq!(harvest(&tracker), []);
     }
 }
