@@ -3,8 +3,8 @@
 //!
 //! Not here: virtio, KVM, VFIO, sockets, TLS. What moves and how it is read comes through *ports*
 //! that the `vmm` crate implements, so that the engine runs in tests over fakes and a pipe. The
-//! engine itself - handshake, rounds, encodings, switchover - is not written yet; the ports are,
-//! because devices and memory are built against them from the first day.
+//! engine itself - handshake, rounds, encodings - is not written yet; the ports are, because devices
+//! and memory are built against them from the first day, and so is the hand-off at its end.
 //!
 //! The nouns:
 //! - a [`PageIndex`] numbers 4 KiB pages of guest memory, a [`PageRun`] is several in a row;
@@ -17,11 +17,13 @@
 //! | [`page`] | page numbers and runs |
 //! | [`bitmap`] | sets of dirty pages |
 //! | [`section`] | device state in transit |
+//! | [`handoff`] | which copy lives, as two state machines |
 //! | [`ports`] | what the engine needs of a machine, its memory, a connection and the time |
 #![forbid(unsafe_code)]
 #![warn(clippy::indexing_slicing)]
 
 pub mod bitmap;
+pub mod handoff;
 pub mod page;
 pub mod ports;
 pub mod section;
