@@ -64,6 +64,29 @@ impl DirtyBitmap {
         bit < self.pages && word >> (bit % WORD_BITS) & 1 == 1
     }
 
+    /// The marks of 64 pages, of which `page` is bit 0; it lies a multiple of 64 from the base.
+    /// Bits past the last page are 0.
+    #[must_use]
+    pub fn word_at(&self, page: PageIndex) -> u64 {
+        let bit = page.0.saturating_sub(self.base.0);
+        let index = usize::try_from(bit / WORD_BITS).unwrap_or(usize::MAX);
+        let word = self.words.get(index).copied().unwrap_or(0);
+        match self.pages.saturating_sub(bit) {
+            0 => 0,
+            left if left < WORD_BITS => word & (u64::MAX >> (WORD_BITS - left)),
+            _ => word,
+        }
+    }
+
+    /// Replaces the marks that [`DirtyBitmap::word_at`] returns.
+    pub fn set_word_at(&mut self, page: PageIndex, marks: u64) {
+        let bit = page.0.saturating_sub(self.base.0);
+        let index = usize::try_from(bit / WORD_BITS).unwrap_or(usize::MAX);
+        if let Some(word) = self.words.get_mut(index) {
+            *word = marks;
+        }
+    }
+
     /// Calls `change` with each word that has bits of `run`, and a mask of these.
     fn each_word(&mut self, run: PageRun, mut change: impl FnMut(&mut u64, u64)) {
         let mut at = run.start.0.max(self.base.0) - self.base.0;

@@ -2,9 +2,7 @@
 //! channel.
 //!
 //! Not here: virtio, KVM, VFIO, sockets, TLS. What moves and how it is read comes through *ports*
-//! that the `vmm` crate implements, so that the engine runs in tests over fakes and a pipe. The
-//! engine itself - handshake, rounds, encodings - is not written yet; the ports are, because devices
-//! and memory are built against them from the first day, and so is the hand-off at its end.
+//! that the `vmm` crate implements, so that the engine runs in tests over fakes and a pipe.
 //!
 //! The nouns:
 //! - a [`PageIndex`] numbers 4 KiB pages of guest memory, a [`PageRun`] is several in a row;
@@ -14,19 +12,28 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`page`] | page numbers and runs |
-//! | [`bitmap`] | sets of dirty pages |
-//! | [`section`] | device state in transit |
+//! | [`source`], [`destination`] | a migration from beginning to end, on either side |
+//! | [`convergence`] | whether another round is worth it |
 //! | [`handoff`] | which copy lives, as two state machines |
+//! | [`codec`] | pages made fewer bytes, and back |
+//! | [`wire`] | frames and messages |
+//! | [`progress`] | what others see of a migration, and may change |
+//! | [`page`], [`bitmap`], [`section`] | page numbers and runs, dirty pages, device states |
 //! | [`ports`] | what the engine needs of a machine, its memory, a connection and the time |
 #![forbid(unsafe_code)]
 #![warn(clippy::indexing_slicing)]
 
 pub mod bitmap;
+pub mod codec;
+pub mod convergence;
+pub mod destination;
 pub mod handoff;
 pub mod page;
 pub mod ports;
+pub mod progress;
 pub mod section;
+pub mod source;
+pub mod wire;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
+use crate::handoff::Mark;
 use crate::page::PageRun;
 use crate::section::Section;
 
@@ -154,11 +155,11 @@ pub trait Machine: Send {
     fn throttle(&mut self, percent: u8) -> Result<(), PortError>;
 
     /// Makes writes durable and gives up what only one copy may hold: the disks' locks. Called
-    /// while paused, right before the commit.
+    /// while paused, right before the commit. Returns what the disk that arbitrates looks like.
     ///
     /// # Errors
     /// [`PortError::Machine`]; then nothing was given up.
-    fn release(&mut self) -> Result<(), PortError>;
+    fn release(&mut self) -> Result<Mark, PortError>;
 
     /// Tries to take it back, all of it or nothing.
     fn reclaim(&mut self) -> Reclaim;
@@ -185,11 +186,12 @@ pub trait Incoming: Send {
     /// [`PortError::Machine`] names the section at fault.
     fn restore(&mut self, sections: Vec<Section>) -> Result<(), PortError>;
 
-    /// Takes what only one copy may hold. From here on the source cannot resume.
+    /// Takes what only one copy may hold, if the disk that arbitrates still bears `mark`, and
+    /// replaces the mark. From here on the source cannot resume.
     ///
     /// # Errors
-    /// [`PortError::Machine`]; then nothing is held.
-    fn claim(&mut self) -> Result<(), PortError>;
+    /// [`PortError::Machine`]; then nothing is held, and the mark is as it was.
+    fn claim(&mut self, mark: Mark) -> Result<(), PortError>;
 
     /// Lets the machine run.
     ///
@@ -217,6 +219,27 @@ pub trait Channel: Read + Write + Send {
     /// The socket, when bytes written to it reach the peer as they are: guest memory can then go
     /// from and to it without a copy.
     fn plain_socket(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// Opens further connections to the destination.
+pub trait Dial {
+    /// Opens one, to `url` when the destination has named one, else to where the first one went.
+    ///
+    /// # Errors
+    /// The host's or the network's refusal.
+    fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>>;
+}
+
+/// Takes further connections from the source.
+pub trait Accept {
+    /// Where they go, when not to where the first one came.
+    fn url(&self) -> Option<String>;
+
+    /// The next one.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] when none comes within `timeout`; the host's refusal.
+    fn accept(&mut self, timeout: Duration) -> io::Result<Box<dyn Channel>>;
 }
 
 /// Ends a connection.

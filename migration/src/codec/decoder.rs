@@ -1,0 +1,196 @@
+//! From a frame to pages.
+
+use std::io::Read;
+
+use super::{PAGE, delta};
+use crate::bitmap::DirtyBitmap;
+use crate::page::{PageIndex, PageRun};
+use crate::ports::{PageStore, PortError};
+use crate::wire::batch::{BATCH_PAGES, Batch, LZ4_BLOCK_PAGES, PageKind};
+use crate::wire::frame::{FrameError, FrameReader};
+
+/// Pages could not be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// The frame is damaged or not valid.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The pages are not guest memory.
+    #[error(transparent)]
+    Memory(#[from] PortError),
+}
+
+fn invalid(text: impl Into<String>) -> DecodeError {
+    FrameError::Invalid(format!("Pages: {}", text.into())).into()
+}
+
+/// Decodes batches of one connection into guest memory.
+pub struct Decoder {
+    /// Pages that were written, by region: the others are still holes.
+    written: Vec<DirtyBitmap>,
+    buffer: Vec<u8>,
+}
+
+impl Decoder {
+    /// A decoder into memory of these regions, which nobody has touched yet.
+    #[must_use]
+    pub fn new(regions: &[PageRun]) -> Self {
+        let bitmap = |region: &PageRun| DirtyBitmap::new(region.start, region.count);
+        Self {
+            written: regions.iter().map(bitmap).collect(),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Takes over the batch of `payload`; its raw pages follow in `reader`. Returns how many pages
+    /// came.
+    ///
+    /// # Errors
+    /// [`DecodeError`]; memory is then of no use.
+    pub fn decode(
+        &mut self,
+        payload: &[u8],
+        (reader, from): (&mut FrameReader, &mut (impl Read + ?Sized)),
+        store: &dyn PageStore,
+    ) -> Result<u64, DecodeError> {
+        let (batch, rest) = Batch::decode(payload)?;
+        let rest = self.take_blocks(&batch, rest, store)?;
+        self.take_deltas(&batch, rest, store)?;
+        self.take_zeroes(&batch, store)?;
+        self.take_raw(&batch, (reader, from), store)?;
+        Ok(batch.runs.iter().map(|run| u64::from(run.count)).sum())
+    }
+
+    fn take_blocks<'a>(
+        &mut self,
+        batch: &Batch,
+        mut rest: &'a [u8],
+        store: &dyn PageStore,
+    ) -> Result<&'a [u8], DecodeError> {
+        let mut left = batch.pages_of(PageKind::Lz4);
+        self.buffer.resize(left * PAGE, 0);
+        let mut target = self.buffer.as_mut_slice();
+        for length in &batch.blocks {
+            let pages = left.min(LZ4_BLOCK_PAGES);
+            let (block, after) = rest
+                .split_at_checked(*length as usize)
+                .ok_or_else(|| invalid("an LZ4 block is cut short"))?;
+            let (out, others) = target
+                .split_at_mut_checked(pages * PAGE)
+                .unwrap_or_default();
+            let unpacked = lz4_flex::block::decompress_into(block, out)
+                .map_err(|error| invalid(format!("an LZ4 block: {error}")))?;
+            if unpacked != pages * PAGE {
+                return Err(invalid(format!("an LZ4 block of {unpacked} bytes")));
+            }
+            (rest, target, left) = (after, others, left - pages);
+        }
+        let mut bytes = self.buffer.as_slice();
+        for run in batch.page_runs(PageKind::Lz4) {
+            let (pages, others) = bytes.split_at_checked(length(run)).unwrap_or_default();
+            store.write(run, pages)?;
+            mark(&mut self.written, run);
+            bytes = others;
+        }
+        Ok(rest)
+    }
+
+    fn take_deltas(
+        &mut self,
+        batch: &Batch,
+        mut rest: &[u8],
+        store: &dyn PageStore,
+    ) -> Result<(), DecodeError> {
+        let cut = || invalid("a delta is cut short");
+        let mut page = [0; PAGE];
+        for run in batch.page_runs(PageKind::Delta) {
+            for number in run.start.0..run.end().0 {
+                let (length, after) = rest.split_first_chunk().ok_or_else(cut)?;
+                let length = usize::from(u16::from_le_bytes(*length));
+                let (bytes, after) = after.split_at_checked(length).ok_or_else(cut)?;
+                rest = after;
+                let at = PageRun {
+                    start: PageIndex(number),
+                    count: 1,
+                };
+                store.read(at, &mut page)?;
+                delta::apply(&mut page, bytes).map_err(|error| invalid(error.to_string()))?;
+                store.write(at, &page)?;
+                mark(&mut self.written, at);
+            }
+        }
+        match rest.len() {
+            0 => Ok(()),
+            more => Err(invalid(format!("{more} bytes behind its end"))),
+        }
+    }
+
+    /// Memory that nobody has written reads as zeroes already, and stays a hole.
+    fn take_zeroes(&mut self, batch: &Batch, store: &dyn PageStore) -> Result<(), DecodeError> {
+        for run in batch.page_runs(PageKind::Zero) {
+            let region = self.written.iter().find(|region| contains(region, run));
+            let Some(region) = region else {
+                return Err(PortError::OutsideMemory {
+                    start: run.start.0,
+                    end: run.end().0,
+                }
+                .into());
+            };
+            for used in region.runs_within(run) {
+                self.buffer.clear();
+                self.buffer.resize(length(used), 0);
+                store.write(used, &self.buffer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_raw(
+        &mut self,
+        batch: &Batch,
+        (reader, from): (&mut FrameReader, &mut (impl Read + ?Sized)),
+        store: &dyn PageStore,
+    ) -> Result<(), DecodeError> {
+        let pages = batch.pages_of(PageKind::Raw);
+        if pages == 0 {
+            return Ok(());
+        }
+        self.buffer.resize(pages * PAGE, 0);
+        reader.read_raw(from, &mut self.buffer)?;
+        let found = crc32fast::hash(&self.buffer);
+        if found != batch.raw_crc {
+            return Err(FrameError::Damaged {
+                what: "pages",
+                found,
+                expected: batch.raw_crc,
+            }
+            .into());
+        }
+        let mut bytes = self.buffer.as_slice();
+        for run in batch.page_runs(PageKind::Raw) {
+            let (pages, others) = bytes.split_at_checked(length(run)).unwrap_or_default();
+            store.write(run, pages)?;
+            mark(&mut self.written, run);
+            bytes = others;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a run within a batch.
+fn length(run: PageRun) -> usize {
+    debug_assert!(run.count <= BATCH_PAGES);
+    usize::try_from(run.bytes()).unwrap_or(usize::MAX)
+}
+
+fn contains(region: &DirtyBitmap, run: PageRun) -> bool {
+    let end = region.base().0 + region.pages();
+    region.base() <= run.start && run.end().0 <= end
+}
+
+fn mark(written: &mut [DirtyBitmap], run: PageRun) {
+    let region = written.iter_mut().find(|region| contains(region, run));
+    if let Some(region) = region {
+        region.insert(run);
+    }
+}

@@ -1,0 +1,29 @@
+//! Pages as bytes: what makes them fewer, and what undoes it.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`delta`] | changes of a page against its version sent before |
+//! | [`cache`] | the versions sent before, in bounded memory |
+//! | [`encoder`] | classifies the pages of a batch and encodes them |
+//! | [`decoder`] | the other way, from a peer that may lie |
+
+pub mod cache;
+pub mod decoder;
+pub mod delta;
+pub mod encoder;
+
+pub use cache::DeltaCache;
+pub use decoder::{DecodeError, Decoder};
+pub use encoder::{Encoder, Encoding};
+
+/// [`crate::PAGE_BYTES`] as a length.
+pub(crate) const PAGE: usize = 4096;
+
+/// Whether a page is all zeroes.
+#[must_use]
+pub fn is_zero(page: &[u8]) -> bool {
+    let (chunks, rest) = page.as_chunks::<64>();
+    let is_clear = |bytes: &[u8]| bytes.iter().fold(0, |all, byte| all | byte) == 0;
+    // The first words settle nearly every page that is not.
+    chunks.iter().all(|chunk| is_clear(chunk)) && is_clear(rest)
+}

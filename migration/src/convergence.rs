@@ -1,0 +1,197 @@
+//! Whether another round is worth it: a pure function of what the last ones showed.
+
+use std::time::Duration;
+
+use crate::progress::RoundReport;
+
+/// Rounds with fewer pages say little about the speed of the link.
+const MEANINGFUL_PAGES: u64 = 256;
+
+/// A round has to leave less than this share of what the one before left, or it did not help.
+const PROGRESS_PERCENT: u128 = 90;
+
+/// Rounds without progress before the guest is slowed down.
+const PATIENCE_ROUNDS: usize = 2;
+
+/// Rounds spent on making a blackout shorter that is short enough already.
+const POLISH_ROUNDS: usize = 6;
+
+/// Below this, another round costs more than it saves.
+const POLISHED: Duration = Duration::from_micros(500);
+
+/// Speeds that the guest is slowed down to, step by step, in percent.
+pub const THROTTLE_STEPS: [u8; 6] = [100, 75, 50, 30, 15, 5];
+
+/// What the blackout may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// How long the VM may stand still.
+    pub max_downtime: Duration,
+    /// What stopping, saving, restoring and handing over take, whatever is dirty.
+    pub fixed: Duration,
+}
+
+/// What to do after a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Send what has changed, the VM running.
+    Continue,
+    /// Stop the VM and send the rest.
+    Switchover,
+    /// Slow the vCPUs down to so many percent, then go on.
+    Throttle(u8),
+    /// The guest writes faster than the link carries, and cannot be slowed down further.
+    Diverges,
+}
+
+/// Time that sending one page takes, from the last round that was long enough to tell.
+fn page_time(rounds: &[RoundReport]) -> Duration {
+    let telling = rounds
+        .iter()
+        .rev()
+        .find(|round| round.pages.total() >= MEANINGFUL_PAGES);
+    let Some(round) = telling.or(rounds.first()) else {
+        return Duration::ZERO;
+    };
+    let nanos = u128::from(round.duration_us) * 1000 / u128::from(round.pages.total().max(1));
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
+
+/// How long the VM would stand still if it were stopped now.
+#[must_use]
+pub fn predicted_blackout(rounds: &[RoundReport], fixed: Duration) -> Duration {
+    let dirty = rounds.last().map_or(0, |round| round.dirty_pages);
+    let dirty = u32::try_from(dirty).unwrap_or(u32::MAX);
+    page_time(rounds)
+        .saturating_mul(dirty)
+        .saturating_add(fixed)
+}
+
+/// Decides after a round; `rounds` are all so far, the last one finished and harvested.
+#[must_use]
+pub fn decide(rounds: &[RoundReport], limits: &Limits) -> Decision {
+    let predicted = predicted_blackout(rounds, limits.fixed);
+    let Some((last, earlier)) = rounds.split_last() else {
+        return Decision::Continue;
+    };
+    if predicted <= limits.max_downtime {
+        let variable = predicted.saturating_sub(limits.fixed);
+        let fits = |round: &RoundReport| {
+            let time = page_time(rounds)
+                .saturating_mul(u32::try_from(round.dirty_pages).unwrap_or(u32::MAX));
+            time.saturating_add(limits.fixed) <= limits.max_downtime
+        };
+        let polished = earlier.iter().rev().take_while(|round| fits(round)).count();
+        let worth_it = variable > POLISHED
+            && polished < POLISH_ROUNDS
+            && earlier.last().is_none_or(|round| has_progress(round, last));
+        return match worth_it {
+            true => Decision::Continue,
+            false => Decision::Switchover,
+        };
+    }
+    let idle = rounds
+        .windows(2)
+        .rev()
+        .take_while(|pair| match pair {
+            [before, after] => {
+                before.cpu_percent == last.cpu_percent
+                    && after.cpu_percent == last.cpu_percent
+                    && !has_progress(before, after)
+            }
+            _ => false,
+        })
+        .count();
+    if idle < PATIENCE_ROUNDS {
+        return Decision::Continue;
+    }
+    let slower = THROTTLE_STEPS
+        .into_iter()
+        .find(|percent| *percent < last.cpu_percent);
+    slower.map_or(Decision::Diverges, Decision::Throttle)
+}
+
+fn has_progress(before: &RoundReport, after: &RoundReport) -> bool {
+    u128::from(after.dirty_pages) * 100 < u128::from(before.dirty_pages) * PROGRESS_PERCENT
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::PageMix;
+
+    /// A round of `sent` pages at 100,000 pages a second.
+    fn round(sent: u64, dirty: u64, cpu_percent: u8) -> RoundReport {
+        RoundReport {
+            pages: PageMix {
+                raw: sent,
+                ..PageMix::default()
+            },
+            duration_us: sent * 10,
+            dirty_pages: dirty,
+            cpu_percent,
+            ..RoundReport::default()
+        }
+    }
+
+    const LIMITS: Limits = Limits {
+        max_downtime: Duration::from_millis(20),
+        fixed: Duration::from_millis(2),
+    };
+
+    fn decided(rounds: &[(u64, u64)]) -> Decision {
+        let rounds: Vec<_> = rounds
+            .iter()
+            .map(|(sent, dirty)| round(*sent, *dirty, 100))
+            .collect();
+        decide(&rounds, &LIMITS)
+    }
+
+    #[test]
+    fn what_converges_goes_on_until_it_fits_and_no_longer_shrinks() {
+        let table: [(&[(u64, u64)], Decision); 7] = [
+            (&[], Decision::Continue),
+            (&[(100_000, 0)], Decision::Switchover),
+            // 18 ms are left for pages: 1800 of them.
+            (&[(100_000, 1801)], Decision::Continue),
+            (&[(100_000, 1000)], Decision::Continue),
+            (&[(100_000, 1000), (1000, 990)], Decision::Switchover),
+            (&[(100_000, 1000), (1000, 300)], Decision::Continue),
+            (
+                &[(100_000, 1000), (1000, 300), (300, 40)],
+                Decision::Switchover,
+            ),
+        ];
+        for (rounds, expected) in table {
+            assert_eq!(decided(rounds), expected, "{rounds:?}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_converge_is_slowed_down_step_by_step() {
+        let stuck = [(100_000, 5000), (5000, 5000), (5000, 4900)];
+        assert_eq!(decided(&stuck), Decision::Throttle(75));
+        assert_eq!(decided(&stuck[..2]), Decision::Continue);
+        assert_eq!(
+            decided(&[stuck[0], stuck[1], (5000, 4000)]),
+            Decision::Continue
+        );
+        // After each step the guest gets the same patience again.
+        let mut rounds = vec![round(100_000, 5000, 100)];
+        rounds.extend([round(5000, 5000, 75), round(5000, 5000, 75)]);
+        assert_eq!(decide(&rounds, &LIMITS), Decision::Continue);
+        rounds.push(round(5000, 5000, 75));
+        assert_eq!(decide(&rounds, &LIMITS), Decision::Throttle(50));
+        let slowest = vec![round(5000, 5000, 5); 3];
+        assert_eq!(decide(&slowest, &LIMITS), Decision::Diverges);
+    }
+
+    #[test]
+    fn a_short_round_does_not_set_the_speed() {
+        let mut slow = round(10, 100, 100);
+        slow.duration_us = 1_000_000;
+        let rounds = [round(100_000, 10, 100), slow];
+        let predicted = predicted_blackout(&rounds, Duration::ZERO);
+        assert_eq!(predicted, Duration::from_millis(1));
+    }
+}

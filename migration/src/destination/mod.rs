@@ -1,0 +1,20 @@
+//! The side that takes a machine over.
+//!
+//! [`receive`] answers the handshake, has the machine built, takes pages on a thread per data
+//! connection, then device states, and drives its half of the hand-off. Everything that comes is
+//! checked; nothing is allocated beyond what was agreed on.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`options`] | limits, and what can go wrong |
+//! | `receive` | a migration from beginning to end |
+//! | `stream` | a data connection's thread |
+//! | `takeover` | device states and the hand-off |
+
+pub mod options;
+mod receive;
+mod stream;
+mod takeover;
+
+pub use options::{DestinationError, DestinationOptions, Received};
+pub use receive::receive;

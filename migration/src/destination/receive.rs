@@ -1,0 +1,338 @@
+//! A migration from beginning to end, as the destination sees it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use super::options::{DestinationError, DestinationOptions, Received};
+use super::stream::Stream;
+use super::takeover::Takeover;
+use crate::codec::DecodeError;
+use crate::page::{PageIndex, PageRun};
+use crate::ports::{Accept, Channel, Host, Incoming};
+use crate::section::Section;
+use crate::wire::message::{Hello, MAGIC, Offer, Reasons, Welcome};
+use crate::wire::{FrameError, FrameReader, Message, OLDEST_VERSION, VERSION};
+
+/// How often a wait looks whether it is still wanted.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How long a connection may take to show its token.
+const ATTACH_TIME: Duration = Duration::from_secs(2);
+
+/// Sections and their bytes at most; a machine with hundreds of devices stays far below.
+const MAX_SECTIONS: usize = 4096;
+const MAX_SECTION_BYTES: usize = 256 << 20;
+
+/// The control connection.
+pub(super) struct Control<'a> {
+    channel: Box<dyn Channel>,
+    reader: FrameReader,
+    pub(super) patience: Duration,
+    cancelled: &'a AtomicBool,
+}
+
+impl Control<'_> {
+    pub(super) fn send(&mut self, message: &Message) -> Result<(), FrameError> {
+        self.channel.set_timeout(self.patience)?;
+        Ok(message.send(&mut *self.channel)?)
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// A message that has come within a moment, if any.
+    pub(super) fn poll(&mut self) -> Result<Option<Message>, FrameError> {
+        self.channel.set_timeout(TICK)?;
+        match Message::receive(&mut self.reader, &mut *self.channel) {
+            Ok(message) => Ok(Some(message)),
+            Err(error) if error.is_timeout() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next message; meanwhile `check` is called now and then.
+    pub(super) fn receive(
+        &mut self,
+        mut check: impl FnMut() -> Result<(), DestinationError>,
+    ) -> Result<Message, DestinationError> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            match self.poll()? {
+                Some(Message::Abort(reasons)) => {
+                    return Err(DestinationError::Peer(reasons.reasons.join("; ")));
+                }
+                Some(message) => return Ok(message),
+                None => {}
+            }
+            check()?;
+            if self.is_cancelled() {
+                return Err(DestinationError::Cancelled);
+            }
+            if Instant::now() > deadline {
+                let silent = std::io::Error::from(std::io::ErrorKind::TimedOut);
+                return Err(silent.into());
+            }
+        }
+    }
+}
+
+/// Takes a machine over that comes on `channel`, the control connection; data connections come
+/// through `accept`.
+///
+/// # Errors
+/// [`DestinationError`]: no machine has come, and nothing of it is left here.
+pub fn receive(
+    channel: Box<dyn Channel>,
+    accept: &mut dyn Accept,
+    host: &mut dyn Host,
+    options: &DestinationOptions,
+    cancelled: &AtomicBool,
+) -> Result<Received, DestinationError> {
+    let breaker = channel.breaker();
+    let mut control = Control {
+        channel,
+        reader: FrameReader::default(),
+        patience: options.patience,
+        cancelled,
+    };
+    let result = take(&mut control, accept, host, options);
+    if let Err(error) = &result {
+        let reasons = Reasons::one(error.cause(), error.chain());
+        let told = match error {
+            // It knows, or does not listen.
+            DestinationError::Peer(_) | DestinationError::Handoff(_) => return result,
+            DestinationError::Claim(_) => return result,
+            DestinationError::Refused(all) => Message::Refuse(Reasons {
+                reasons: all.clone(),
+                ..reasons
+            }),
+            _ => Message::Abort(reasons),
+        };
+        let _ = control.send(&told);
+        breaker.break_off();
+    }
+    result
+}
+
+fn take(
+    control: &mut Control<'_>,
+    accept: &mut dyn Accept,
+    host: &mut dyn Host,
+    options: &DestinationOptions,
+) -> Result<Received, DestinationError> {
+    greet(control, accept, options)?;
+    let offer = match control.receive(|| Ok(()))? {
+        Message::Offer(offer) => offer,
+        other => return Err(unexpected(&other)),
+    };
+    let machine = prepare(&offer, host, options)?;
+    let regions = machine.pages().regions();
+    control.send(&Message::Accept)?;
+    let streams = attach(accept, &offer, options)?;
+    transfer(control, streams, &regions, machine)
+}
+
+fn greet(
+    control: &mut Control<'_>,
+    accept: &dyn Accept,
+    options: &DestinationOptions,
+) -> Result<(), DestinationError> {
+    let Hello {
+        magic,
+        oldest,
+        newest,
+    } = match control.receive(|| Ok(()))? {
+        Message::Hello(hello) => hello,
+        other => return Err(unexpected(&other)),
+    };
+    if magic != MAGIC {
+        let text = format!("it introduces itself as {magic:?}");
+        return Err(DestinationError::Protocol(text));
+    }
+    let version = newest.min(VERSION);
+    if version < oldest || version < OLDEST_VERSION {
+        let ours = format!("this build {OLDEST_VERSION} to {VERSION}");
+        let text = format!("the source speaks versions {oldest} to {newest}, {ours}");
+        return Err(DestinationError::Refused(vec![text]));
+    }
+    control.send(&Message::Welcome(Welcome {
+        version,
+        token: options.token.clone(),
+        data_url: accept.url(),
+    }))?;
+    Ok(())
+}
+
+/// Has the machine built, and compares its memory with the source's.
+fn prepare(
+    offer: &Offer,
+    host: &mut dyn Host,
+    options: &DestinationOptions,
+) -> Result<Box<dyn Incoming>, DestinationError> {
+    if offer.streams == 0 || offer.streams > options.max_streams {
+        let (found, limit) = (offer.streams, options.max_streams);
+        let text = format!("{found} data connections are asked for, 1 to {limit} are possible");
+        return Err(DestinationError::Refused(vec![text]));
+    }
+    let machine = host
+        .prepare(&offer.skeleton)
+        .map_err(DestinationError::Refused)?;
+    let offered = offer.regions.iter();
+    let offered: Option<Vec<_>> = offered
+        .map(|(start, count)| PageRun::new(PageIndex(*start), *count))
+        .collect();
+    if offered.as_ref() != Some(&machine.pages().regions()) {
+        let text = "memory is laid out differently here".to_owned();
+        return Err(DestinationError::Refused(vec![text]));
+    }
+    Ok(machine)
+}
+
+/// Waits for the data connections. Strangers are turned away.
+fn attach(
+    accept: &mut dyn Accept,
+    offer: &Offer,
+    options: &DestinationOptions,
+) -> Result<Vec<Stream>, DestinationError> {
+    let deadline = Instant::now() + options.patience;
+    let mut streams: Vec<Option<Stream>> = (0..offer.streams).map(|_| None).collect();
+    let mut found = 0;
+    while found < offer.streams {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut channel = accept
+            .accept(left)
+            .map_err(|source| DestinationError::Attach {
+                found,
+                expected: offer.streams,
+                source,
+            })?;
+        channel.set_timeout(ATTACH_TIME)?;
+        let mut reader = FrameReader::default();
+        let shown = Message::receive(&mut reader, &mut *channel);
+        let Ok(Message::Attach(attach)) = shown else {
+            log::warn!("a connection did not attach itself as one of this migration");
+            continue;
+        };
+        let place = streams.get_mut(usize::from(attach.index));
+        match place {
+            Some(place @ None) if same(&attach.token, &options.token) => {
+                channel.set_timeout(options.patience)?;
+                *place = Some(Stream { channel, reader });
+                found += 1;
+            }
+            _ => log::warn!("a connection did not show this migration's token"),
+        }
+    }
+    Ok(streams.into_iter().flatten().collect())
+}
+
+/// Compares without telling by the time it takes how much was right.
+fn same(shown: &[u8], token: &[u8]) -> bool {
+    let difference = shown.iter().zip(token).fold(0, |all, (a, b)| all | (a ^ b));
+    shown.len() == token.len() && difference == 0
+}
+
+type StreamResult = (u16, Result<(), DecodeError>);
+
+/// Takes pages and sections, then the hand-off.
+fn transfer(
+    control: &mut Control<'_>,
+    streams: Vec<Stream>,
+    regions: &[PageRun],
+    machine: Box<dyn Incoming>,
+) -> Result<Received, DestinationError> {
+    let pages = machine.pages();
+    let breakers: Vec<_> = streams.iter().map(|s| s.channel.breaker()).collect();
+    let expected = streams.len();
+    std::thread::scope(|scope| {
+        let (results, inbox) = channel();
+        for (stream, index) in streams.into_iter().zip(0..) {
+            let (results, pages) = (results.clone(), &*pages);
+            let spawned = std::thread::Builder::new()
+                .name(format!("mig-{index}"))
+                .spawn_scoped(scope, move || {
+                    let result = stream.drain(regions, pages);
+                    // The one who asked may have given up.
+                    let _ = results.send((index, result));
+                });
+            if let Err(error) = spawned {
+                breakers.iter().for_each(|breaker| breaker.break_off());
+                return Err(error.into());
+            }
+        }
+        let mut ended = Ended {
+            inbox,
+            missing: expected,
+        };
+        let result = gather(control, &mut ended)
+            .and_then(|sections| Takeover::new(control, machine, sections).run());
+        if result.is_err() {
+            breakers.iter().for_each(|breaker| breaker.break_off());
+        }
+        result
+    })
+}
+
+/// Which data connections are still at work.
+struct Ended {
+    inbox: Receiver<StreamResult>,
+    missing: usize,
+}
+
+impl Ended {
+    /// Notes those that have ended; the first failure is an error.
+    fn check(&mut self, wait: Duration) -> Result<(), DestinationError> {
+        while self.missing > 0 {
+            let Ok((index, result)) = self.inbox.recv_timeout(wait) else {
+                return Ok(());
+            };
+            result.map_err(|source| DestinationError::Stream { index, source })?;
+            self.missing -= 1;
+        }
+        Ok(())
+    }
+}
+
+/// Everything until [`Message::Prepare`], and all pages.
+fn gather(control: &mut Control<'_>, ended: &mut Ended) -> Result<Vec<Section>, DestinationError> {
+    let mut sections: Vec<Section> = Vec::new();
+    let mut bytes = 0;
+    let expected = loop {
+        match control.receive(|| ended.check(Duration::ZERO))? {
+            Message::Round(round) => {
+                log::debug!(round = round.number, pages = round.pages; "round of pre-copy");
+            }
+            Message::Section(section) => {
+                bytes += section.bytes.len();
+                sections.push(section);
+                if sections.len() > MAX_SECTIONS || bytes > MAX_SECTION_BYTES {
+                    let count = sections.len();
+                    let text = format!("{count} device states with {bytes} bytes are too many");
+                    return Err(DestinationError::Protocol(text));
+                }
+            }
+            Message::Prepare(prepare) => break prepare.sections,
+            other => return Err(unexpected(&other)),
+        }
+    };
+    if usize::try_from(expected) != Ok(sections.len()) {
+        let found = sections.len();
+        let text = format!("{found} device states have come, {expected} were sent");
+        return Err(DestinationError::Protocol(text));
+    }
+    let deadline = Instant::now() + control.patience;
+    while ended.missing > 0 {
+        ended.check(TICK)?;
+        if Instant::now() > deadline {
+            let silent = std::io::Error::from(std::io::ErrorKind::TimedOut);
+            return Err(silent.into());
+        }
+    }
+    Ok(sections)
+}
+
+pub(super) fn unexpected(message: &Message) -> DestinationError {
+    DestinationError::Protocol(format!("{:?} has no place here", message.kind()))
+}

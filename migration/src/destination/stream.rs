@@ -1,0 +1,37 @@
+//! A data connection: takes frames of pages until the source says that it is done.
+
+use crate::codec::{DecodeError, Decoder};
+use crate::page::PageRun;
+use crate::ports::{Channel, PageStore};
+use crate::wire::frame::{FrameError, FrameKind, FrameReader};
+
+/// A data connection that has shown the token.
+pub(super) struct Stream {
+    pub(super) channel: Box<dyn Channel>,
+    pub(super) reader: FrameReader,
+}
+
+impl Stream {
+    /// Writes what comes to memory.
+    pub(super) fn drain(
+        mut self,
+        regions: &[PageRun],
+        pages: &dyn PageStore,
+    ) -> Result<(), DecodeError> {
+        let mut decoder = Decoder::new(regions);
+        let mut payload = Vec::new();
+        loop {
+            match self.reader.read(&mut *self.channel, &mut payload)? {
+                FrameKind::Pages => {
+                    let from = (&mut self.reader, &mut *self.channel);
+                    decoder.decode(&payload, from, pages)?;
+                }
+                FrameKind::StreamEnd => return Ok(()),
+                other => {
+                    let text = format!("{other:?} on a data connection");
+                    return Err(FrameError::Invalid(text).into());
+                }
+            }
+        }
+    }
+}

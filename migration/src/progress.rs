@@ -1,0 +1,216 @@
+//! What others see of a migration, and what they may change while it runs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub enum Phase {
+    /// Reaching the destination, which builds the machine.
+    #[default]
+    Connecting,
+    /// Memory is copied while the VM runs.
+    Precopy,
+    /// The VM stands still; the rest is copied and handed over.
+    Switchover,
+    /// The destination runs the VM and fetches what is missing.
+    Postcopy,
+    /// It is over.
+    Ended,
+}
+
+/// Pages by how they travelled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct PageMix {
+    /// All zeroes.
+    pub zero: u64,
+    /// As they are.
+    pub raw: u64,
+    /// Compressed by LZ4.
+    pub lz4: u64,
+    /// As changes against the version sent before.
+    pub delta: u64,
+}
+
+impl PageMix {
+    /// All pages.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.zero + self.raw + self.lz4 + self.delta
+    }
+
+    /// Adds another mix.
+    pub fn add(&mut self, other: &Self) {
+        self.zero += other.zero;
+        self.raw += other.raw;
+        self.lz4 += other.lz4;
+        self.delta += other.delta;
+    }
+}
+
+/// A finished round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct RoundReport {
+    /// Number, from 1.
+    pub number: u32,
+    /// Pages sent.
+    pub pages: PageMix,
+    /// Bytes written to the connections.
+    pub wire_bytes: u64,
+    /// How long it took.
+    pub duration_us: u64,
+    /// Pages that changed meanwhile.
+    pub dirty_pages: u64,
+    /// Speed of the vCPUs in percent during the round.
+    pub cpu_percent: u8,
+}
+
+impl RoundReport {
+    /// Bytes that the guest changed per second.
+    #[must_use]
+    pub fn dirty_bytes_per_s(&self) -> u64 {
+        per_second(self.dirty_pages * crate::PAGE_BYTES, self.duration_us)
+    }
+
+    /// Bytes sent per second.
+    #[must_use]
+    pub fn link_bytes_per_s(&self) -> u64 {
+        per_second(self.wire_bytes, self.duration_us)
+    }
+}
+
+fn per_second(amount: u64, micros: u64) -> u64 {
+    let rate = u128::from(amount) * 1_000_000 / u128::from(micros.max(1));
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
+/// A migration as it stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Progress {
+    /// How far it is.
+    pub phase: Phase,
+    /// The round that runs, from 1; 0 before the first.
+    pub round: u32,
+    /// Connections that carry pages.
+    pub streams: u16,
+    /// Milliseconds since it began.
+    pub elapsed_ms: u64,
+    /// Guest memory in all.
+    pub memory_bytes: u64,
+    /// Pages sent in all rounds.
+    pub pages: PageMix,
+    /// Bytes written to the connections in all rounds.
+    pub wire_bytes: u64,
+    /// Pages that are left to send in this round, holes included.
+    pub remaining_pages: u64,
+    /// Bytes that the guest changes per second, as of the last round.
+    pub dirty_bytes_per_s: u64,
+    /// Bytes sent per second, as of the last half second.
+    pub link_bytes_per_s: u64,
+    /// How long the VM would stand still if the round that ended last had been the last one.
+    pub predicted_blackout_us: Option<u64>,
+    /// Speed of the vCPUs in percent; less than 100 when the guest is slowed down.
+    pub cpu_percent: u8,
+    /// Memory that holds pages sent before, for deltas.
+    pub cache_bytes: u64,
+}
+
+/// The parts of the time that the VM stood still.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Blackout {
+    /// From the first stopped vCPU to the destination's word that the VM is its own.
+    pub total_us: u64,
+    /// Stopping vCPUs and devices.
+    pub pause_us: u64,
+    /// Reading the last dirty log.
+    pub harvest_us: u64,
+    /// Sending the last pages; device states are saved meanwhile.
+    pub pages_us: u64,
+    /// Saving device states.
+    pub save_us: u64,
+    /// The destination's work until everything is restored, the link's delay included.
+    pub prepare_us: u64,
+    /// Of that, restoring device states.
+    pub restore_us: u64,
+    /// Letting the disks go and handing over.
+    pub commit_us: u64,
+    /// Pages sent while it stood still.
+    pub pages: u64,
+    /// Bytes sent while it stood still.
+    pub wire_bytes: u64,
+}
+
+/// What may be changed while a migration runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Limit of all connections together; `None`: as fast as it goes.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// How long the VM may stand still.
+    pub max_downtime: Duration,
+}
+
+/// Where a running migration is watched, re-tuned and cancelled, from any thread.
+#[derive(Debug)]
+pub struct MigrationHandle {
+    cancelled: AtomicBool,
+    progress: Mutex<Progress>,
+    tuning: Mutex<Tuning>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain data, whole after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl MigrationHandle {
+    /// For a migration that is about to begin.
+    #[must_use]
+    pub fn new(tuning: Tuning) -> Self {
+        Self {
+            cancelled: AtomicBool::new(false),
+            progress: Mutex::default(),
+            tuning: Mutex::new(tuning),
+        }
+    }
+
+    /// Asks it to give up. Ignored once the destination has been told to run the VM.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether somebody has asked it to give up.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// How it stands.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        lock(&self.progress).clone()
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut lock(&self.progress));
+    }
+
+    /// What it is tuned to.
+    #[must_use]
+    pub fn tuning(&self) -> Tuning {
+        *lock(&self.tuning)
+    }
+
+    /// Changes that.
+    pub fn retune(&self, change: impl FnOnce(&mut Tuning)) {
+        change(&mut lock(&self.tuning));
+    }
+}

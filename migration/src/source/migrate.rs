@@ -1,0 +1,204 @@
+//! A migration from beginning to end, as the source sees it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use super::connect;
+use super::control::Control;
+use super::options::{SourceError, SourceOptions, SourceReport};
+use super::pacer::Pacer;
+use super::rounds::{Rounds, Workers};
+use super::stream::{Shared, Stream, Totals};
+use super::switchover::{Ending, Switchover};
+use crate::handoff::{Cause, Doubt, Outcome, Reason};
+use crate::ports::{Breaker, Channel, Dial, DirtyTracker, Machine, PageStore};
+use crate::progress::{Blackout, MigrationHandle, Phase, RoundReport};
+use crate::wire::Message;
+use crate::wire::message::Reasons;
+
+/// The machine that is to move, through its ports.
+pub struct Parts<'a> {
+    /// vCPUs and devices.
+    pub machine: &'a mut dyn Machine,
+    /// Memory.
+    pub pages: &'a dyn PageStore,
+    /// Who writes to it.
+    pub tracker: &'a dyn DirtyTracker,
+}
+
+/// Breaks connections off when it is dropped, so that no thread waits on one.
+struct Breakers(Vec<Arc<dyn Breaker>>);
+
+impl Drop for Breakers {
+    fn drop(&mut self) {
+        for breaker in &self.0 {
+            breaker.break_off();
+        }
+    }
+}
+
+/// What there is to report, whatever the end.
+#[derive(Default)]
+struct Record {
+    rounds: Vec<RoundReport>,
+    totals: Totals,
+    blackout: Option<Blackout>,
+    predicted: Option<Duration>,
+}
+
+/// Moves the machine over `channel`, the control connection, and further ones that `dial` opens.
+///
+/// When the report's outcome is `Resumed`, the machine runs at full speed, with nothing logged,
+/// and may be tried again. A machine that was paused before is paused afterwards.
+pub fn migrate(
+    parts: &mut Parts<'_>,
+    channel: Box<dyn Channel>,
+    dial: &mut dyn Dial,
+    options: &SourceOptions,
+    handle: &MigrationHandle,
+) -> SourceReport {
+    let began = Instant::now();
+    let mut record = Record::default();
+    let mut control = Control::new(channel, options.patience);
+    let ending = attempt(parts, &mut control, dial, (options, handle), &mut record);
+    let ending = ending.unwrap_or_else(|error| {
+        // The peer may be the one that does not listen.
+        let reasons = Reasons::one(cause(&error), error.to_string());
+        let _ = control.send(&Message::Abort(reasons));
+        Ending {
+            outcome: Outcome::Resumed(reason(&error)),
+            error: Some(error),
+        }
+    });
+    control.channel.breaker().break_off();
+    let outcome = restore_speed(parts, ending.outcome);
+    let totals = &record.totals;
+    let pages = totals.mix();
+    handle.update(|progress| {
+        progress.phase = Phase::Ended;
+        progress.pages = pages;
+        progress.wire_bytes = totals.wire_bytes.load(Ordering::Relaxed);
+        progress.elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        progress.cpu_percent = 100;
+    });
+    let batches = totals.batches.load(Ordering::Relaxed).max(1);
+    let congested = totals.congested.load(Ordering::Relaxed) * 100 / batches;
+    SourceReport {
+        outcome,
+        error: ending.error,
+        total: began.elapsed(),
+        predicted_blackout: record.predicted,
+        blackout: record.blackout,
+        pages,
+        wire_bytes: totals.wire_bytes.load(Ordering::Relaxed),
+        streams: options.streams,
+        congested_percent: u8::try_from(congested).unwrap_or(100),
+        cache_bytes: totals.cache_bytes.load(Ordering::Relaxed),
+        rounds: record.rounds,
+    }
+}
+
+/// A machine that stays here runs as before.
+fn restore_speed(parts: &mut Parts<'_>, outcome: Outcome) -> Outcome {
+    if outcome == Outcome::Surrendered {
+        return outcome;
+    }
+    let stopped = parts.tracker.stop();
+    let full = parts.machine.throttle(100);
+    for error in [stopped.err(), full.err()].into_iter().flatten() {
+        log::error!(error:% = error; "the VM does not run at full speed after a migration");
+    }
+    outcome
+}
+
+fn cause(error: &SourceError) -> Cause {
+    match error {
+        SourceError::Timeout(_) => Cause::Deadline,
+        SourceError::Unexpected(_) | SourceError::Version { .. } => Cause::Protocol,
+        _ => Cause::Cancelled,
+    }
+}
+
+fn reason(error: &SourceError) -> Reason {
+    match error {
+        SourceError::Link(_) | SourceError::Dial { .. } => Reason::LinkLost,
+        SourceError::Peer(_) | SourceError::Refused(_) => Reason::Peer(Cause::Cancelled),
+        SourceError::Handoff(reason) => *reason,
+        _ => Reason::Here(cause(error)),
+    }
+}
+
+/// Everything; an error means that the machine was not stopped, or runs again.
+fn attempt(
+    parts: &mut Parts<'_>,
+    control: &mut Control,
+    dial: &mut dyn Dial,
+    (options, handle): (&SourceOptions, &MigrationHandle),
+    record: &mut Record,
+) -> Result<Ending, SourceError> {
+    let blockers = parts.machine.blockers();
+    if !blockers.is_empty() {
+        return Err(SourceError::Blocked(blockers));
+    }
+    let channels = connect::connect(control, dial, parts, options, handle)?;
+    let breakers = Breakers(channels.iter().map(|channel| channel.breaker()).collect());
+    let shared = Shared {
+        pages: parts.pages,
+        tracker: parts.tracker,
+        handle,
+        pacer: Pacer::new(handle),
+        totals: std::mem::take(&mut record.totals),
+        streams: u64::from(options.streams),
+        encoding: options.encoding,
+        cache_bytes: options.cache_bytes,
+    };
+    parts.tracker.start()?;
+    let result = std::thread::scope(|scope| {
+        // Dropped before the threads are awaited.
+        let breakers = breakers;
+        let (results, inbox) = channel();
+        let mut orders = Vec::new();
+        for (channel, index) in channels.into_iter().zip(0..) {
+            let (order, plans) = std::sync::mpsc::channel();
+            orders.push(order);
+            let stream = Stream::new(&shared, index, channel);
+            let results = results.clone();
+            std::thread::Builder::new()
+                .name(format!("mig-{index}"))
+                .spawn_scoped(scope, move || stream.run(&plans, &results))?;
+        }
+        drop(results);
+        let workers = Workers {
+            orders,
+            results: inbox,
+        };
+        let mut rounds = Rounds::new(&shared, workers, (options, handle));
+        let precopied = rounds.precopy(parts, control);
+        let ending = precopied.and_then(|last| {
+            let switchover = Switchover::new(&mut rounds, control, handle, options);
+            switchover.run(parts, last, &mut record.blackout)
+        });
+        record.rounds = std::mem::take(&mut rounds.reports);
+        record.predicted = rounds.predicted;
+        drop(breakers);
+        ending
+    });
+    record.totals = shared.totals;
+    result
+}
+
+/// Lets a machine run again that was stopped before the hand-off began.
+pub(super) fn resume(parts: &mut Parts<'_>, error: SourceError) -> Result<Ending, SourceError> {
+    match parts.machine.resume() {
+        Ok(()) => Err(error),
+        Err(failed) => {
+            log::error!(error:% = failed; "the VM could not be resumed after a failed migration");
+            Ok(Ending {
+                outcome: Outcome::InDoubt(Doubt::ResumeFailed(reason(&error))),
+                error: Some(error),
+            })
+        }
+    }
+}

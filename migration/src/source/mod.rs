@@ -1,0 +1,26 @@
+//! The side that gives a machine away.
+//!
+//! [`migrate`] goes through connecting, rounds of pre-copy and the switchover. One thread, the
+//! caller's, decides and speaks on the control connection; a thread per data connection reads
+//! pages, encodes and sends them.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`options`] | what is asked for, what came of it |
+//! | `connect` | handshake and data connections |
+//! | `stream` | a data connection's thread |
+//! | `pacer` | the bandwidth limit |
+//! | `rounds` | pre-copy |
+//! | `switchover` | the last pages, device states, the hand-off |
+
+mod connect;
+mod control;
+mod migrate;
+pub mod options;
+mod pacer;
+mod rounds;
+mod stream;
+mod switchover;
+
+pub use migrate::{Parts, migrate};
+pub use options::{EncodingChoice, OnTimeout, SourceError, SourceOptions, SourceReport};

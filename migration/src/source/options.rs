@@ -1,0 +1,144 @@
+//! What is asked of a migration, and what came of it.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::handoff::{Outcome, Reason};
+use crate::ports::PortError;
+use crate::progress::{Blackout, PageMix, RoundReport};
+use crate::wire::FrameError;
+
+/// How pages that are not zero travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub enum EncodingChoice {
+    /// As link and CPU suggest, batch by batch.
+    #[default]
+    Auto,
+    /// As they are.
+    Raw,
+    /// Compressed.
+    Lz4,
+    /// As changes where the old version is known, compressed otherwise.
+    Delta,
+}
+
+/// What happens when a migration does not come to its end in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub enum OnTimeout {
+    /// It is given up; the VM runs on.
+    #[default]
+    Cancel,
+    /// The VM is stopped, however long the rest takes.
+    Force,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceOptions {
+    /// Data connections, at least 1.
+    pub streams: u16,
+    /// How pages travel.
+    pub encoding: EncodingChoice,
+    /// Memory for pages sent before, for deltas.
+    pub cache_bytes: u64,
+    /// How long pre-copy may take.
+    pub timeout: Duration,
+    /// What happens then.
+    pub on_timeout: OnTimeout,
+    /// How long the peer may be silent.
+    pub patience: Duration,
+}
+
+/// A migration did not take place. The VM runs on, unless the report's outcome says otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Devices that cannot be moved.
+    #[error("the VM cannot be moved: {}", .0.join("; "))]
+    Blocked(Vec<String>),
+    /// The destination cannot take the VM.
+    #[error("the destination refuses: {}", .0.join("; "))]
+    Refused(Vec<String>),
+    /// The destination has given up.
+    #[error("the destination has given up: {0}")]
+    Peer(String),
+    /// The destination speaks other versions.
+    #[error(
+        "the destination speaks version {found} of the protocol, this build {oldest} to {newest}"
+    )]
+    Version {
+        /// Its choice.
+        found: u16,
+        /// Ours.
+        oldest: u16,
+        /// Ours.
+        newest: u16,
+    },
+    /// The peer answers something else than was asked.
+    #[error("the destination answers with {0}, which has no place here")]
+    Unexpected(String),
+    /// A connection.
+    #[error("connection to the destination")]
+    Link(#[from] FrameError),
+    /// A further connection.
+    #[error("data connection {index} to the destination")]
+    Dial {
+        /// Its number.
+        index: u16,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// This host.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// Somebody asked for it.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// The time was up.
+    #[error(
+        "it did not converge within {} s: the guest changes memory faster than it can be sent; a larger \
+         --max-downtime, more bandwidth, --on-timeout force or postcopy help", .0.as_secs()
+    )]
+    Timeout(Duration),
+    /// The hand-off failed.
+    #[error("the hand-off failed: {0}")]
+    Handoff(Reason),
+}
+
+impl From<std::io::Error> for SourceError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Link(error.into())
+    }
+}
+
+/// What came of a migration.
+#[derive(Debug)]
+pub struct SourceReport {
+    /// What became of this copy of the VM.
+    pub outcome: Outcome,
+    /// Why it did not take place; `None` when it did.
+    pub error: Option<SourceError>,
+    /// From the first byte to the destination's last word.
+    pub total: Duration,
+    /// What was expected when the VM was stopped.
+    pub predicted_blackout: Option<Duration>,
+    /// How long it stood still, part by part; `None` when it did not.
+    pub blackout: Option<Blackout>,
+    /// The rounds before that.
+    pub rounds: Vec<RoundReport>,
+    /// All pages.
+    pub pages: PageMix,
+    /// All bytes written.
+    pub wire_bytes: u64,
+    /// Data connections.
+    pub streams: u16,
+    /// Share of the time in percent that the data connections had no room.
+    pub congested_percent: u8,
+    /// Most memory that held pages sent before.
+    pub cache_bytes: u64,
+}

@@ -1,0 +1,348 @@
+//! Pre-copy: rounds over memory that changes meanwhile.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use super::control::{Control, TICK};
+use super::migrate::Parts;
+use super::options::{OnTimeout, SourceError, SourceOptions};
+use super::stream::{RoundPlan, Shared};
+use crate::bitmap::DirtyBitmap;
+use crate::convergence::{Decision, Limits, decide, predicted_blackout};
+use crate::page::{PAGE_BYTES, PageRun};
+use crate::progress::{MigrationHandle, PageMix, Phase, RoundReport};
+use crate::wire::Message;
+use crate::wire::message::Round;
+
+/// What stopping, saving, restoring and handing over take, as long as nothing is known.
+const FIXED: Duration = Duration::from_micros(1500);
+
+/// How often the peer gets a sign of life.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+
+/// How long a failed stream's peer may take to say why.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// How often watchers get new figures.
+const REFRESH: Duration = Duration::from_millis(200);
+
+/// The data connections' threads.
+pub(super) struct Workers {
+    pub(super) orders: Vec<Sender<Arc<RoundPlan>>>,
+    pub(super) results: Receiver<Result<(), SourceError>>,
+}
+
+/// Counts at some moment.
+#[derive(Clone, Copy)]
+struct Snapshot {
+    at: Instant,
+    wire_bytes: u64,
+    pages: PageMix,
+}
+
+/// The coordinator of a migration.
+pub(super) struct Rounds<'a> {
+    pub(super) shared: &'a Shared<'a>,
+    pub(super) reports: Vec<RoundReport>,
+    pub(super) predicted: Option<Duration>,
+    workers: Workers,
+    options: &'a SourceOptions,
+    handle: &'a MigrationHandle,
+    regions: Vec<PageRun>,
+    began: Instant,
+    cpu_percent: u8,
+    number: u32,
+    /// For the link's speed as watchers see it.
+    refreshed: Snapshot,
+    sign_of_life: Instant,
+}
+
+impl<'a> Rounds<'a> {
+    pub(super) fn new(
+        shared: &'a Shared<'a>,
+        workers: Workers,
+        (options, handle): (&'a SourceOptions, &'a MigrationHandle),
+    ) -> Self {
+        let regions = shared.pages.regions();
+        let memory_bytes = regions.iter().map(PageRun::bytes).sum();
+        handle.update(|progress| {
+            progress.phase = Phase::Precopy;
+            progress.streams = options.streams;
+            progress.memory_bytes = memory_bytes;
+            progress.cpu_percent = 100;
+        });
+        let now = Instant::now();
+        Self {
+            shared,
+            reports: Vec::new(),
+            predicted: None,
+            workers,
+            options,
+            handle,
+            regions,
+            began: now,
+            cpu_percent: 100,
+            number: 0,
+            refreshed: Snapshot {
+                at: now,
+                wire_bytes: 0,
+                pages: PageMix::default(),
+            },
+            sign_of_life: now,
+        }
+    }
+
+    /// A clean or a full bitmap per region.
+    fn bitmaps(&self, full: bool) -> Vec<DirtyBitmap> {
+        let bitmap = |region: &PageRun| {
+            let mut bitmap = DirtyBitmap::new(region.start, region.count);
+            if full {
+                bitmap.fill();
+            }
+            bitmap
+        };
+        self.regions.iter().map(bitmap).collect()
+    }
+
+    /// Sends rounds until the machine is to be stopped; returns the pages that are dirty then, to
+    /// which those of the last harvest are to be added.
+    pub(super) fn precopy(
+        &mut self,
+        parts: &mut Parts<'_>,
+        control: &mut Control,
+    ) -> Result<Vec<DirtyBitmap>, SourceError> {
+        let mut dirty = self.bitmaps(true);
+        loop {
+            let report = self.round(dirty, control)?;
+            dirty = self.harvest();
+            let dirty_pages = dirty.iter().map(DirtyBitmap::count).sum();
+            self.reports.push(RoundReport {
+                dirty_pages,
+                cpu_percent: self.cpu_percent,
+                ..report
+            });
+            let max_downtime = self.handle.tuning().max_downtime;
+            let limits = Limits {
+                max_downtime,
+                fixed: FIXED,
+            };
+            let predicted = predicted_blackout(&self.reports, FIXED);
+            self.predicted = Some(predicted);
+            self.publish(predicted);
+            match decide(&self.reports, &limits) {
+                Decision::Switchover => return Ok(dirty),
+                _ if self.is_late() && self.options.on_timeout == OnTimeout::Force => {
+                    return Ok(dirty);
+                }
+                Decision::Continue | Decision::Diverges => {}
+                Decision::Throttle(percent) => {
+                    log::info!(percent; "the guest is slowed down: it writes faster than the link carries");
+                    parts.machine.throttle(percent)?;
+                    self.cpu_percent = percent;
+                }
+            }
+        }
+    }
+
+    fn is_late(&self) -> bool {
+        self.began.elapsed() > self.options.timeout
+    }
+
+    /// Pages that were written since the last harvest.
+    pub(super) fn harvest(&self) -> Vec<DirtyBitmap> {
+        let mut bitmaps = self.bitmaps(false);
+        for bitmap in &mut bitmaps {
+            if let Err(error) = self.shared.tracker.harvest(bitmap) {
+                log::warn!(error:% = error; "the dirty log cannot be read, all pages are sent again");
+                bitmap.fill();
+            }
+        }
+        bitmaps
+    }
+
+    /// Sends pages while the guest runs.
+    fn round(
+        &mut self,
+        dirty: Vec<DirtyBitmap>,
+        control: &mut Control,
+    ) -> Result<RoundReport, SourceError> {
+        self.number += 1;
+        let pages = dirty.iter().map(DirtyBitmap::count).sum();
+        let number = self.number;
+        control.send(&Message::Round(Round { number, pages }))?;
+        self.sign_of_life = Instant::now();
+        self.handle.update(|progress| progress.round = number);
+        let memory: u64 = self.regions.iter().map(PageRun::bytes).sum();
+        let begin = self.snapshot();
+        self.order(RoundPlan {
+            number,
+            dirty,
+            running: true,
+            last: false,
+            // What is sent first is mostly not sent again.
+            remember: number > 1 || memory <= self.options.cache_bytes,
+        });
+        self.await_streams(|rounds| rounds.watch(control, pages))?;
+        Ok(self.report_since(begin))
+    }
+
+    /// Sends the last pages; the guest stands still.
+    pub(super) fn last_round(&mut self, dirty: Vec<DirtyBitmap>) {
+        self.number += 1;
+        self.order(RoundPlan {
+            number: self.number,
+            dirty,
+            running: false,
+            last: true,
+            remember: false,
+        });
+    }
+
+    fn order(&self, plan: RoundPlan) {
+        self.shared.totals.done_pages.store(0, Ordering::Relaxed);
+        let plan = Arc::new(plan);
+        for order in &self.workers.orders {
+            // A thread that has ended has said why.
+            let _ = order.send(Arc::clone(&plan));
+        }
+    }
+
+    /// Waits for all streams, calling `watch` now and then.
+    pub(super) fn await_streams(
+        &mut self,
+        mut watch: impl FnMut(&mut Self) -> Result<(), SourceError>,
+    ) -> Result<(), SourceError> {
+        let mut left = self.workers.orders.len();
+        while left > 0 {
+            match self.workers.results.recv_timeout(TICK) {
+                Ok(result) => {
+                    result?;
+                    left -= 1;
+                }
+                Err(RecvTimeoutError::Timeout) => watch(self)?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    let ended = std::io::Error::other("the threads of all connections have ended");
+                    return Err(ended.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, control: &mut Control, pages: u64) -> Result<(), SourceError> {
+        if self.handle.is_cancelled() {
+            return Err(SourceError::Cancelled);
+        }
+        if self.is_late() && self.options.on_timeout == OnTimeout::Cancel {
+            return Err(SourceError::Timeout(self.options.timeout));
+        }
+        listen(control, Duration::ZERO)?;
+        if self.sign_of_life.elapsed() >= SIGN_OF_LIFE {
+            let number = self.number;
+            control.send(&Message::Round(Round { number, pages }))?;
+            self.sign_of_life = Instant::now();
+        }
+        if self.refreshed.at.elapsed() >= REFRESH {
+            let done = self.shared.totals.done_pages.load(Ordering::Relaxed);
+            self.handle
+                .update(|progress| progress.remaining_pages = pages.saturating_sub(done));
+            self.refresh();
+        }
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            at: Instant::now(),
+            wire_bytes: self.shared.totals.wire_bytes.load(Ordering::Relaxed),
+            pages: self.shared.totals.mix(),
+        }
+    }
+
+    fn report_since(&self, begin: Snapshot) -> RoundReport {
+        let now = self.snapshot();
+        RoundReport {
+            number: self.number,
+            pages: PageMix {
+                zero: now.pages.zero - begin.pages.zero,
+                raw: now.pages.raw - begin.pages.raw,
+                lz4: now.pages.lz4 - begin.pages.lz4,
+                delta: now.pages.delta - begin.pages.delta,
+            },
+            wire_bytes: now.wire_bytes - begin.wire_bytes,
+            duration_us: micros(now.at - begin.at),
+            ..RoundReport::default()
+        }
+    }
+
+    /// New figures for watchers.
+    fn refresh(&mut self) {
+        let now = self.snapshot();
+        let before = std::mem::replace(&mut self.refreshed, now);
+        let rate = RoundReport {
+            wire_bytes: now.wire_bytes - before.wire_bytes,
+            duration_us: micros(now.at - before.at),
+            ..RoundReport::default()
+        };
+        let cache_bytes = self.shared.totals.cache_bytes.load(Ordering::Relaxed);
+        let elapsed = self.began.elapsed().as_millis();
+        self.handle.update(|progress| {
+            progress.pages = now.pages;
+            progress.wire_bytes = now.wire_bytes;
+            progress.link_bytes_per_s = rate.link_bytes_per_s();
+            progress.cache_bytes = cache_bytes;
+            progress.elapsed_ms = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        });
+    }
+
+    /// What a finished round has shown.
+    fn publish(&mut self, predicted: Duration) {
+        let Some(last) = self.reports.last().copied() else {
+            return;
+        };
+        log::debug!(
+            round = last.number, pages = last.pages.total(), wire_bytes = last.wire_bytes,
+            duration_us = last.duration_us, dirty_pages = last.dirty_pages,
+            predicted_us = micros(predicted); "round of pre-copy");
+        self.handle.update(|progress| {
+            progress.remaining_pages = last.dirty_pages;
+            progress.dirty_bytes_per_s = last.dirty_bytes_per_s();
+            progress.predicted_blackout_us = Some(micros(predicted));
+            progress.cpu_percent = last.cpu_percent;
+        });
+        if self.refreshed.at.elapsed() >= REFRESH {
+            self.refresh();
+        }
+    }
+
+    /// A stream has failed: the peer's own words say more, if there are any.
+    pub(super) fn explain(control: &mut Control, error: SourceError) -> SourceError {
+        match error {
+            SourceError::Link(_) => match listen(control, LAST_WORDS) {
+                Err(words @ SourceError::Peer(_)) => words,
+                Ok(()) | Err(_) => error,
+            },
+            error => error,
+        }
+    }
+
+    /// Bytes that pages of these bitmaps have.
+    pub(super) fn bytes_of(dirty: &[DirtyBitmap]) -> u64 {
+        dirty.iter().map(DirtyBitmap::count).sum::<u64>() * PAGE_BYTES
+    }
+}
+
+pub(super) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Whether the peer has given up meanwhile.
+fn listen(control: &mut Control, time: Duration) -> Result<(), SourceError> {
+    match control.poll(time)? {
+        None => Ok(()),
+        Some(Message::Abort(reasons)) => Err(SourceError::Peer(reasons.reasons.join("; "))),
+        Some(other) => Err(super::connect::unexpected(&other)),
+    }
+}

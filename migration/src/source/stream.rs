@@ -1,0 +1,293 @@
+//! A data connection: reads pages, encodes and sends them.
+
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+
+use super::options::{EncodingChoice, SourceError};
+use super::pacer::Pacer;
+use crate::bitmap::DirtyBitmap;
+use crate::codec::{Encoder, Encoding};
+use crate::page::{PageIndex, PageRun};
+use crate::ports::{Channel, DirtyTracker, PageStore};
+use crate::progress::{MigrationHandle, PageMix};
+use crate::wire::Message;
+use crate::wire::batch::BATCH_PAGES;
+
+/// Pages that are re-armed at once, and always travel on the same connection.
+pub(super) const CHUNK_PAGES: u64 = 512;
+
+/// Frames are collected up to this size before they are written.
+const FLUSH_BYTES: usize = 128 << 10;
+
+/// What is to be sent in a round.
+pub(super) struct RoundPlan {
+    pub(super) number: u32,
+    /// Pages that may differ from what was sent, by region.
+    pub(super) dirty: Vec<DirtyBitmap>,
+    /// Whether the guest runs, so that pages are re-armed before they are read.
+    pub(super) running: bool,
+    /// Whether the connection says that it is done afterwards.
+    pub(super) last: bool,
+    /// Whether pages are kept for deltas.
+    pub(super) remember: bool,
+}
+
+/// Counts of all connections, for whoever watches.
+#[derive(Debug, Default)]
+pub(super) struct Totals {
+    pub(super) wire_bytes: AtomicU64,
+    pub(super) zero: AtomicU64,
+    pub(super) raw: AtomicU64,
+    pub(super) lz4: AtomicU64,
+    pub(super) delta: AtomicU64,
+    pub(super) cache_bytes: AtomicU64,
+    /// Batches, and those among them that met a connection without room.
+    pub(super) batches: AtomicU64,
+    pub(super) congested: AtomicU64,
+    /// Pages of the round that were looked at.
+    pub(super) done_pages: AtomicU64,
+}
+
+impl Totals {
+    fn count(&self, pages: &PageMix) {
+        for (total, count) in [
+            (&self.zero, pages.zero),
+            (&self.raw, pages.raw),
+            (&self.lz4, pages.lz4),
+            (&self.delta, pages.delta),
+        ] {
+            total.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn mix(&self) -> PageMix {
+        PageMix {
+            zero: self.zero.load(Ordering::Relaxed),
+            raw: self.raw.load(Ordering::Relaxed),
+            lz4: self.lz4.load(Ordering::Relaxed),
+            delta: self.delta.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What all data connections share.
+pub(super) struct Shared<'a> {
+    pub(super) pages: &'a dyn PageStore,
+    pub(super) tracker: &'a dyn DirtyTracker,
+    pub(super) handle: &'a MigrationHandle,
+    pub(super) pacer: Pacer<'a>,
+    pub(super) totals: Totals,
+    pub(super) streams: u64,
+    pub(super) encoding: EncodingChoice,
+    pub(super) cache_bytes: u64,
+}
+
+/// A data connection and what it remembers.
+pub(super) struct Stream<'a> {
+    shared: &'a Shared<'a>,
+    index: u64,
+    channel: Box<dyn Channel>,
+    encoder: Encoder,
+    /// Pages that the destination has as something else than zeroes, by region.
+    sent: Vec<DirtyBitmap>,
+    /// Contents of the batch's pages.
+    buffer: Vec<u8>,
+    /// Frames that are not written yet.
+    out: Vec<u8>,
+}
+
+impl<'a> Stream<'a> {
+    pub(super) fn new(shared: &'a Shared<'a>, index: u64, channel: Box<dyn Channel>) -> Self {
+        let regions = shared.pages.regions();
+        let bitmap = |region: &PageRun| DirtyBitmap::new(region.start, region.count);
+        Self {
+            shared,
+            index,
+            channel,
+            encoder: Encoder::new(shared.cache_bytes / shared.streams),
+            sent: regions.iter().map(bitmap).collect(),
+            buffer: Vec::new(),
+            out: Vec::with_capacity(2 * FLUSH_BYTES),
+        }
+    }
+
+    /// Serves rounds until the sender is dropped or one fails.
+    pub(super) fn run(
+        mut self,
+        orders: &Receiver<Arc<RoundPlan>>,
+        results: &Sender<Result<(), SourceError>>,
+    ) {
+        while let Ok(plan) = orders.recv() {
+            let result = self.round(&plan);
+            let failed = result.is_err();
+            // Plans are dropped before the coordinator goes on: it reuses their memory.
+            drop(plan);
+            if results.send(result).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    fn round(&mut self, plan: &RoundPlan) -> Result<(), SourceError> {
+        let remember = plan.remember && self.shared.encoding != EncodingChoice::Raw;
+        self.encoder.begin_round(plan.number, remember);
+        let before = self.encoder.cache_bytes();
+        let mut chunk_number = 0_u64;
+        for (region, dirty) in plan.dirty.iter().enumerate() {
+            let end = dirty.base().0 + dirty.pages();
+            let mut start = dirty.base().0;
+            while start < end {
+                let chunk = PageRun {
+                    start: PageIndex(start),
+                    count: CHUNK_PAGES.min(end - start),
+                };
+                if chunk_number % self.shared.streams == self.index {
+                    self.chunk(plan, region, dirty, chunk)?;
+                }
+                chunk_number += 1;
+                start += chunk.count;
+            }
+        }
+        if plan.last {
+            let end = Message::StreamEnd.encode()?;
+            self.out.extend_from_slice(&end);
+        }
+        self.write(&[])?;
+        self.channel.flush()?;
+        let cached = self.encoder.cache_bytes();
+        let total = &self.shared.totals.cache_bytes;
+        total.fetch_add(cached.wrapping_sub(before), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn chunk(
+        &mut self,
+        plan: &RoundPlan,
+        region: usize,
+        dirty: &DirtyBitmap,
+        chunk: PageRun,
+    ) -> Result<(), SourceError> {
+        let wanted: u64 = dirty.runs_within(chunk).map(|run| run.count).sum();
+        if wanted == 0 {
+            return Ok(());
+        }
+        if self.shared.handle.is_cancelled() && plan.running {
+            return Err(SourceError::Cancelled);
+        }
+        if plan.running {
+            self.shared.tracker.rearm(chunk)?;
+        }
+        let mut data = DirtyBitmap::new(chunk.start, chunk.count);
+        for run in self.shared.pages.data_runs(chunk)? {
+            data.insert(run);
+        }
+        let mut start = chunk.start.0;
+        while start < chunk.end().0 {
+            let base = PageIndex(start);
+            let sent = self.sent.get(region);
+            let sent_word = sent.map_or(0, |sent| sent.word_at(base));
+            let (dirty, data) = (dirty.word_at(base), data.word_at(base));
+            let (pages, zeroes) = (dirty & data, dirty & !data & sent_word);
+            if pages | zeroes != 0 {
+                if let Some(sent) = self.sent.get_mut(region) {
+                    sent.set_word_at(base, (sent_word | pages) & !zeroes);
+                }
+                self.batch(base, pages, zeroes)?;
+            }
+            start += BATCH_PAGES;
+        }
+        let done = &self.shared.totals.done_pages;
+        done.fetch_add(wanted, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn batch(&mut self, base: PageIndex, pages: u64, zeroes: u64) -> Result<(), SourceError> {
+        let runs: Vec<_> = runs_of(base, pages).collect();
+        let zeroes: Vec<_> = runs_of(base, zeroes).collect();
+        let bytes = pages.count_ones() as usize * crate::codec::PAGE;
+        self.buffer.resize(bytes, 0);
+        let mut rest = self.buffer.as_mut_slice();
+        for run in &runs {
+            let length = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
+            let (target, after) = rest.split_at_mut_checked(length).unwrap_or_default();
+            self.shared.pages.read(*run, target)?;
+            rest = after;
+        }
+        let encoding = self.choose();
+        let (counts, raw) = self.encoder.encode(
+            base,
+            (&runs, &self.buffer),
+            &zeroes,
+            encoding,
+            &mut self.out,
+        );
+        self.shared.totals.count(&counts);
+        if !raw.is_empty() || self.out.len() >= FLUSH_BYTES {
+            self.write(&raw)?;
+        }
+        Ok(())
+    }
+
+    /// How the next batch travels.
+    fn choose(&self) -> Encoding {
+        let congested = self.channel.is_congested();
+        let totals = &self.shared.totals;
+        totals.batches.fetch_add(1, Ordering::Relaxed);
+        if congested {
+            totals.congested.fetch_add(1, Ordering::Relaxed);
+        }
+        match self.shared.encoding {
+            EncodingChoice::Raw => Encoding::Raw,
+            EncodingChoice::Lz4 => Encoding::Lz4,
+            EncodingChoice::Delta => Encoding::Delta,
+            EncodingChoice::Auto if congested => Encoding::Delta,
+            EncodingChoice::Auto => Encoding::Raw,
+        }
+    }
+
+    /// Writes the collected frames and then these parts of the buffer.
+    fn write(&mut self, raw: &[Range<usize>]) -> io::Result<()> {
+        let parts = raw
+            .iter()
+            .filter_map(|range| self.buffer.get(range.clone()));
+        let mut slices = vec![IoSlice::new(&self.out)];
+        slices.extend(parts.map(IoSlice::new));
+        let bytes = slices.iter().map(|slice| slice.len()).sum::<usize>();
+        self.shared.pacer.take(bytes);
+        let mut rest = slices.as_mut_slice();
+        while !rest.is_empty() {
+            match self.channel.write_vectored(rest) {
+                Ok(0) if rest.iter().all(|slice| slice.is_empty()) => break,
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => IoSlice::advance_slices(&mut rest, count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let total = &self.shared.totals.wire_bytes;
+        total.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.out.clear();
+        Ok(())
+    }
+}
+
+/// Runs of ones in a word whose bit 0 is page `base`.
+fn runs_of(base: PageIndex, word: u64) -> impl Iterator<Item = PageRun> {
+    let mut at = 0_u32;
+    std::iter::from_fn(move || {
+        let rest = word.checked_shr(at)?;
+        if rest == 0 {
+            return None;
+        }
+        let start = at + rest.trailing_zeros();
+        let count = (word >> start).trailing_ones();
+        at = start + count;
+        Some(PageRun {
+            start: PageIndex(base.0 + u64::from(start)),
+            count: u64::from(count),
+        })
+    })
+}

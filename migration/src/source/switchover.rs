@@ -1,0 +1,278 @@
+//! The time that the VM stands still: last pages, device states, the hand-off.
+
+use std::time::{Duration, Instant};
+
+use super::control::{Control, TICK};
+use super::migrate::{Parts, resume};
+use super::options::{SourceError, SourceOptions};
+use super::rounds::{Rounds, micros};
+use crate::bitmap::DirtyBitmap;
+use crate::handoff::{
+    self, Awaited, Cause, Mode, Outcome, SourceAction, SourceEvent, SourceHandoff,
+};
+use crate::progress::{Blackout, MigrationHandle, Phase};
+use crate::wire::message::{Commit, Prepare, Reasons};
+use crate::wire::{FrameError, Message};
+
+/// How a migration ended.
+pub(super) struct Ending {
+    pub(super) outcome: Outcome,
+    /// Why the machine is not the destination's.
+    pub(super) error: Option<SourceError>,
+}
+
+pub(super) struct Switchover<'r, 'a> {
+    rounds: &'r mut Rounds<'a>,
+    control: &'r mut Control,
+    handle: &'a MigrationHandle,
+    patience: Duration,
+    blackout: Blackout,
+    sections: u32,
+    /// What the peer said last, when it gave up.
+    words: Option<String>,
+}
+
+impl<'r, 'a> Switchover<'r, 'a> {
+    pub(super) fn new(
+        rounds: &'r mut Rounds<'a>,
+        control: &'r mut Control,
+        handle: &'a MigrationHandle,
+        options: &SourceOptions,
+    ) -> Self {
+        Self {
+            rounds,
+            control,
+            handle,
+            patience: options.patience,
+            blackout: Blackout::default(),
+            sections: 0,
+            words: None,
+        }
+    }
+
+    /// Stops the machine, sends the rest and hands over. An error means that it runs again.
+    pub(super) fn run(
+        mut self,
+        parts: &mut Parts<'_>,
+        dirty: Vec<DirtyBitmap>,
+        blackout: &mut Option<Blackout>,
+    ) -> Result<Ending, SourceError> {
+        self.handle
+            .update(|progress| progress.phase = Phase::Switchover);
+        let stopped = Instant::now();
+        parts.machine.pause()?;
+        self.blackout.pause_us = micros(stopped.elapsed());
+        let ending = match self.send_rest(parts, dirty) {
+            Ok(()) => Ok(self.hand_over(parts)),
+            Err(error) => {
+                let error = Rounds::explain(self.control, error);
+                resume(parts, error)
+            }
+        };
+        self.blackout.total_us = micros(stopped.elapsed());
+        *blackout = Some(self.blackout);
+        ending
+    }
+
+    fn send_rest(
+        &mut self,
+        parts: &mut Parts<'_>,
+        mut dirty: Vec<DirtyBitmap>,
+    ) -> Result<(), SourceError> {
+        let begin = Instant::now();
+        for (bitmap, last) in dirty.iter_mut().zip(self.rounds.harvest()) {
+            bitmap.merge(&last);
+        }
+        self.blackout.harvest_us = micros(begin.elapsed());
+        self.blackout.pages = Rounds::bytes_of(&dirty) / crate::PAGE_BYTES;
+        let sent = |rounds: &Rounds<'_>| {
+            let bytes = &rounds.shared.totals.wire_bytes;
+            bytes.load(std::sync::atomic::Ordering::Relaxed)
+        };
+        let (before, begin) = (sent(self.rounds), Instant::now());
+        self.rounds.last_round(dirty);
+        // Meanwhile the streams are at work.
+        let frames = self.save(parts)?;
+        self.control.send_bytes(&frames)?;
+        let (handle, deadline) = (self.handle, Instant::now() + self.patience * 10);
+        self.rounds.await_streams(|_| {
+            if handle.is_cancelled() {
+                return Err(SourceError::Cancelled);
+            }
+            match Instant::now() > deadline {
+                true => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+                false => Ok(()),
+            }
+        })?;
+        self.blackout.pages_us = micros(begin.elapsed());
+        self.blackout.wire_bytes = sent(self.rounds) - before;
+        Ok(())
+    }
+
+    /// The device states as frames.
+    fn save(&mut self, parts: &Parts<'_>) -> Result<Vec<u8>, SourceError> {
+        let begin = Instant::now();
+        let sections = parts.machine.save()?;
+        self.sections = u32::try_from(sections.len()).unwrap_or(u32::MAX);
+        let mut frames = Vec::new();
+        for section in sections {
+            frames.extend_from_slice(&Message::Section(section).encode()?);
+        }
+        self.blackout.save_us = micros(begin.elapsed());
+        Ok(frames)
+    }
+
+    /// Drives the hand-off to its end.
+    fn hand_over(&mut self, parts: &mut Parts<'_>) -> Ending {
+        let (mut handoff, mut action) = SourceHandoff::begin(Mode::Precopy);
+        let mut begin = Instant::now();
+        let outcome = loop {
+            if handoff.may_give_up()
+                && self.handle.is_cancelled()
+                && let Ok(next) = handoff.step(SourceEvent::Cancel)
+            {
+                action = next;
+                continue;
+            }
+            let event = match action {
+                SourceAction::Send(message) => {
+                    if matches!(message, handoff::Message::Commit(_)) {
+                        self.blackout.prepare_us = micros(begin.elapsed());
+                        begin = Instant::now();
+                    }
+                    self.send(message)
+                }
+                SourceAction::Wait(awaited) => self.wait(awaited),
+                SourceAction::Serve => SourceEvent::LinkLost,
+                SourceAction::Release => match parts.machine.release() {
+                    Ok(mark) => SourceEvent::Released(mark),
+                    Err(error) => {
+                        self.words = Some(error.to_string());
+                        log::error!(error:% = error; "the disks could not be let go");
+                        SourceEvent::ReleaseFailed
+                    }
+                },
+                SourceAction::Reclaim => SourceEvent::Reclaim(parts.machine.reclaim()),
+                SourceAction::Resume => match parts.machine.resume() {
+                    Ok(()) => SourceEvent::Resumed,
+                    Err(error) => {
+                        log::error!(error:% = error; "the VM could not be resumed");
+                        SourceEvent::ResumeFailed
+                    }
+                },
+                SourceAction::Finish(outcome) => break outcome,
+            };
+            action = match handoff.step(event) {
+                Ok(action) => action,
+                Err(error) => {
+                    // A fault of this loop; what stands still can be resumed by an operator.
+                    log::error!(error:% = error; "hand-off");
+                    let reason = handoff::Reason::Here(Cause::Protocol);
+                    break Outcome::InDoubt(handoff::Doubt::PeerMayRun(reason));
+                }
+            };
+        };
+        self.blackout.commit_us = micros(begin.elapsed());
+        self.ending(outcome)
+    }
+
+    fn ending(&mut self, outcome: Outcome) -> Ending {
+        let error = match outcome {
+            Outcome::Surrendered => None,
+            Outcome::Resumed(reason) => Some(reason),
+            Outcome::InDoubt(
+                handoff::Doubt::PeerMayRun(reason)
+                | handoff::Doubt::DisksHeld(reason)
+                | handoff::Doubt::ResumeFailed(reason),
+            ) => Some(reason),
+        };
+        let words = self.words.take();
+        let error = error.map(|reason| match (reason, words) {
+            (handoff::Reason::Here(Cause::Cancelled), _) => SourceError::Cancelled,
+            (handoff::Reason::Peer(_), Some(words)) => SourceError::Peer(words),
+            _ => SourceError::Handoff(reason),
+        });
+        Ending { outcome, error }
+    }
+
+    fn send(&mut self, message: handoff::Message) -> SourceEvent {
+        let reasons = |cause: Cause, words: Option<String>| {
+            Reasons::one(cause, words.unwrap_or_else(|| cause.to_string()))
+        };
+        let message = match message {
+            handoff::Message::Prepare => Message::Prepare(Prepare {
+                sections: self.sections,
+            }),
+            handoff::Message::Commit(mark) => Message::Commit(Commit { mark: mark.0 }),
+            handoff::Message::Abort(cause) => Message::Abort(reasons(cause, self.words.clone())),
+            // The destination's.
+            handoff::Message::Prepared
+            | handoff::Message::Committed
+            | handoff::Message::Declined(_)
+            | handoff::Message::Complete => return SourceEvent::LinkLost,
+        };
+        match self.control.send(&message) {
+            Ok(()) => SourceEvent::Sent,
+            Err(error) => {
+                log::debug!(error:% = error; "hand-off message was not sent");
+                SourceEvent::LinkLost
+            }
+        }
+    }
+
+    fn wait(&mut self, awaited: Awaited) -> SourceEvent {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            // Once the destination may run, only its word counts.
+            if awaited == Awaited::Prepared && self.handle.is_cancelled() {
+                return SourceEvent::Cancel;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return SourceEvent::DeadlinePassed;
+            }
+            match self.control.poll(left.min(TICK)) {
+                Ok(None) => {}
+                Ok(Some(message)) => return SourceEvent::Received(self.understand(message)),
+                Err(error @ (FrameError::Invalid(_) | FrameError::Damaged { .. })) => {
+                    log::warn!(error:% = error; "the destination's answer cannot be understood");
+                    return SourceEvent::LinkLost;
+                }
+                Err(error) => {
+                    log::debug!(error:% = error; "connection lost in the hand-off");
+                    return SourceEvent::LinkLost;
+                }
+            }
+        }
+    }
+
+    /// A message as the hand-off knows it; one that has no place there becomes one that has none.
+    fn understand(&mut self, message: Message) -> handoff::Message {
+        match message {
+            Message::Prepared(prepared) => {
+                self.blackout.restore_us = prepared.restore_us;
+                handoff::Message::Prepared
+            }
+            Message::Committed => handoff::Message::Committed,
+            Message::Abort(reasons) => {
+                self.words = Some(reasons.reasons.join("; "));
+                handoff::Message::Abort(reasons.cause)
+            }
+            Message::Declined(reasons) => {
+                self.words = Some(reasons.reasons.join("; "));
+                handoff::Message::Declined(reasons.cause)
+            }
+            Message::Hello(_)
+            | Message::Welcome(_)
+            | Message::Offer(_)
+            | Message::Accept
+            | Message::Refuse(_)
+            | Message::Attach(_)
+            | Message::StreamEnd
+            | Message::Round(_)
+            | Message::Section(_)
+            | Message::Prepare(_)
+            | Message::Commit(_) => handoff::Message::Prepare,
+        }
+    }
+}
