@@ -47,7 +47,8 @@ pub enum DestinationEvent {
     Sent,
     /// The peer's message.
     Received(Message),
-    /// The connection is of no use any more.
+    /// The connection is of no use any more. While waiting, this comes after the last message that
+    /// the peer has sent and that can be had.
     LinkLost,
     /// What is waited for did not come in time.
     DeadlinePassed,

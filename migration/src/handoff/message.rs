@@ -105,8 +105,9 @@ pub enum Awaited {
     Committed,
     /// Destination: [`Message::Commit`].
     Commit,
-    /// Post-copy: a new connection to the same peer, or an operator who gives up. No deadline:
-    /// the VM stands still, and that is reported.
+    /// Post-copy: a new connection to the same peer, or an operator who gives up. Break the old
+    /// one off first: it may only have been silent, and the peer must notice, too. No deadline: the
+    /// VM stands still, and that is reported.
     Link,
 }
 

@@ -19,8 +19,8 @@ pub enum Outcome {
 pub enum Doubt {
     /// The destination may run it: it was told to, did not answer, and no lock can tell.
     PeerMayRun(Reason),
-    /// The destination does not run it, but somebody holds its disks.
-    DisksHeld(Reason),
+    /// The destination does not run it, but its disks could not be had back.
+    DisksMissing(Reason),
     /// It is this side's alone, but could not be resumed.
     ResumeFailed(Reason),
 }
@@ -34,7 +34,7 @@ pub enum SourceAction {
     Wait(Awaited),
     /// [`Machine::release`](crate::ports::Machine::release): `Released` or `ReleaseFailed`.
     Release,
-    /// [`Machine::reclaim`](crate::ports::Machine::reclaim): `Reclaim`.
+    /// [`Machine::reclaim`](crate::ports::Machine::reclaim): `Reclaim` or `ReclaimFailed`.
     Reclaim,
     /// [`Machine::resume`](crate::ports::Machine::resume): `Resumed` or `ResumeFailed`.
     Resume,
@@ -52,6 +52,7 @@ pub enum SourceEvent {
     /// The peer's message.
     Received(Message),
     /// The connection is of no use any more. A message that was being sent may have arrived.
+    /// While waiting, this comes after the last message that the peer has sent and that can be had.
     LinkLost,
     /// What is waited for did not come in time. While [`SourceHandoff::may_give_up`] it may also
     /// answer an action that was not begun.
@@ -63,8 +64,12 @@ pub enum SourceEvent {
     Released(Mark),
     /// They are held as before.
     ReleaseFailed,
-    /// What an attempt to take them back showed.
+    /// What an attempt to take them back showed. Held by the peer is what is locked *and* bears
+    /// another mark: a lock alone may be let go again. Unknown is what cannot be locked.
     Reclaim(Reclaim),
+    /// The disks can be locked, but who had them last is not clear: locked and the mark is the old
+    /// one, or free and it is not. Whatever could be locked stays so.
+    ReclaimFailed,
     /// The VM runs.
     Resumed,
     /// It stays paused.
@@ -203,11 +208,11 @@ impl SourceHandoff {
 
     fn sending_commit(&mut self, event: SourceEvent) -> Option<SourceAction> {
         match event {
-            SourceEvent::Sent => {
+            // Lost, it may have arrived; and the peer's last words may still lie there to be read.
+            SourceEvent::Sent | SourceEvent::LinkLost => {
                 self.state = State::AwaitingCommitted;
                 Some(SourceAction::Wait(Awaited::Committed))
             }
-            SourceEvent::LinkLost => Some(self.reclaim(Reason::LinkLost, true)),
             // Not a byte of it has left.
             SourceEvent::Cancel => Some(self.reclaim(Reason::Here(Cause::Cancelled), false)),
             SourceEvent::DeadlinePassed => Some(self.reclaim(Reason::Here(Cause::Deadline), false)),
@@ -238,8 +243,13 @@ impl SourceHandoff {
         else {
             return None;
         };
-        let SourceEvent::Reclaim(reclaim) = event else {
-            return None;
+        let reclaim = match event {
+            SourceEvent::Reclaim(reclaim) => reclaim,
+            SourceEvent::ReclaimFailed if peer_may_run => Reclaim::Unknown,
+            SourceEvent::ReclaimFailed => {
+                return Some(self.finish(Outcome::InDoubt(Doubt::DisksMissing(reason))));
+            }
+            _ => return None,
         };
         Some(match (reclaim, peer_may_run) {
             (Reclaim::Reclaimed, true) => self.resume(reason, None),
@@ -250,7 +260,9 @@ impl SourceHandoff {
                     self.resume(reason, None)
                 }
             },
-            (Reclaim::HeldByPeer, false) => self.finish(Outcome::InDoubt(Doubt::DisksHeld(reason))),
+            (Reclaim::HeldByPeer, false) => {
+                self.finish(Outcome::InDoubt(Doubt::DisksMissing(reason)))
+            }
             (Reclaim::HeldByPeer, true) => self.surrender_unlinked(None),
             (Reclaim::Unknown, true) => self.surrender_unlinked(Some(reason)),
         })

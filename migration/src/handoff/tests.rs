@@ -116,7 +116,7 @@ fn a_destination_that_declines_is_believed_where_nothing_can_be_locked() {
     ];
     assert_eq!(
         after_commit(Mode::Precopy, &events),
-        SourceAction::Finish(Outcome::InDoubt(Doubt::DisksHeld(Reason::Peer(
+        SourceAction::Finish(Outcome::InDoubt(Doubt::DisksMissing(Reason::Peer(
             Cause::ClaimFailed
         ))))
     );
@@ -138,6 +138,18 @@ fn a_commit_that_was_not_begun_can_be_cancelled() {
         after_commit(Mode::Precopy, &[S::Cancel]),
         SourceAction::Wait(Awaited::Committed)
     );
+}
+
+#[test]
+fn a_link_that_breaks_under_the_commit_is_read_to_its_end() {
+    let events = [&COMMITTED[..3], &[S::LinkLost]].concat();
+    assert_eq!(
+        source(Mode::Precopy, &events),
+        SourceAction::Wait(Awaited::Committed)
+    );
+    let abort = S::Received(Message::Abort(Cause::Deadline));
+    let events = [&events[..], &[abort, S::Reclaim(Reclaim::Unknown)]].concat();
+    assert_eq!(source(Mode::Precopy, &events), SourceAction::Resume);
 }
 
 #[test]
