@@ -3,6 +3,7 @@
 pub mod chardev;
 pub mod disk;
 pub mod entropy;
+pub mod link;
 pub mod net;
 pub mod pin;
 pub(crate) mod socket_file;

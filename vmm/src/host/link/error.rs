@@ -1,0 +1,132 @@
+//! Why there is no connection.
+
+use std::error::Error;
+use std::fmt::Write;
+use std::io;
+use std::time::Duration;
+
+use super::url::LinkUrl;
+
+/// A connection could not be made or accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Guest memory would cross a network for everybody to read and change.
+    #[error(
+        "{url} would carry the guest's memory unencrypted between hosts; use tls://, or \
+         --plaintext where the network is trusted"
+    )]
+    Plaintext {
+        /// The address.
+        url: LinkUrl,
+    },
+    /// The name has no address.
+    #[error("{host:?} could not be resolved")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// The resolver's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The host refused.
+    #[error("{url}: {what}")]
+    Host {
+        /// The address.
+        url: LinkUrl,
+        /// What could not be done.
+        what: &'static str,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else listens there.
+    #[error("{url}: another process listens there")]
+    InUse {
+        /// The address.
+        url: LinkUrl,
+    },
+    /// The deadline passed.
+    #[error("{url} did not answer within {waited:.1?}")]
+    NoAnswer {
+        /// The address.
+        url: LinkUrl,
+        /// How long it had.
+        waited: Duration,
+    },
+    /// It was given up because another candidate answered.
+    #[error("{url} had not answered when another address did, after {waited:.1?}")]
+    Outrun {
+        /// The address.
+        url: LinkUrl,
+        /// How long it had.
+        waited: Duration,
+    },
+    /// No candidate is left.
+    #[error("no connection to the peer: {}", list(.0))]
+    Unreachable(Vec<(LinkUrl, LinkError)>),
+    /// There was no candidate to begin with.
+    #[error("no address to connect to was given")]
+    NoCandidates,
+    /// The deadline passed.
+    #[error("nobody connected to {url} within {waited:.1?}")]
+    NobodyCame {
+        /// Where they could have.
+        url: LinkUrl,
+        /// For how long.
+        waited: Duration,
+    },
+    /// The one connection that was handed over has been used.
+    #[error("{url}: the service manager handed over one connection, no listening socket")]
+    NoFurther {
+        /// Our end of it.
+        url: LinkUrl,
+    },
+    /// The service manager handed over something else.
+    #[error("socket activation: {0}")]
+    Activation(&'static str),
+    /// What the service manager handed over cannot be used.
+    #[error("socket activation: descriptor 3 cannot be used")]
+    Inherited(#[source] io::Error),
+}
+
+impl LinkError {
+    /// The host's refusal of `what` for `url`.
+    pub(super) fn host(url: &LinkUrl, what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let url = url.clone();
+        move |source| Self::Host { url, what, source }
+    }
+
+    /// Whether only time has passed: the same may be tried again.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::NoAnswer { .. } | Self::NobodyCame { .. })
+    }
+}
+
+/// Each candidate's reason. An error that names the address already is not introduced by it.
+fn list(attempts: &[(LinkUrl, LinkError)]) -> String {
+    let mut text = String::new();
+    for (url, error) in attempts {
+        let reason = chain(error);
+        let separator = if text.is_empty() { "" } else { "; " };
+        let url = url.to_string();
+        // Writing to a string cannot fail.
+        let _ = if reason.contains(&url) {
+            write!(text, "{separator}{reason}")
+        } else {
+            write!(text, "{separator}{url}: {reason}")
+        };
+    }
+    text
+}
+
+/// An error and what caused it, on one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let _ = write!(text, ": {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,34 @@
+//! Connections between the two hosts of a migration: TCP and unix sockets.
+//!
+//! [`connect()`] and [`Listener`] make what the engine knows as a
+//! [`Channel`](migration::ports::Channel). Everything blocks, with time-outs.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | `url` | addresses as they are written |
+//! | `security` | certificates, and whether plaintext may leave this host |
+//! | `connect`, `race`, `cancel` | candidates tried side by side |
+//! | `listen`, `inherited` | accepting, also from what the service manager hands over |
+//! | `socket` | a connection over a TCP or unix socket |
+//! | `poll` | waiting for one socket |
+
+#![expect(unsafe_code)]
+
+mod cancel;
+mod connect;
+mod error;
+mod inherited;
+mod listen;
+mod poll;
+mod race;
+mod security;
+mod socket;
+#[cfg(test)]
+mod tests;
+mod url;
+
+pub use connect::{Connected, connect, connect_one};
+pub use error::LinkError;
+pub use listen::{Listener, PeerInfo};
+pub use security::{Security, TlsFiles};
+pub use url::{HostPort, InvalidUrl, LinkUrl};

@@ -1,0 +1,52 @@
+//! Waiting for one socket.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+/// What is left until `deadline`; an error of kind `TimedOut` once it has passed.
+pub(super) fn remaining(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    Ok(left)
+}
+
+/// Waits until `socket` can be read, or accepts.
+///
+/// # Errors
+/// Kind `TimedOut` when the deadline passes.
+pub(super) fn wait_readable(socket: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
+    loop {
+        // Rounded up, so that the last millisecond is not spent asking again and again.
+        let millis = remaining(deadline)?.as_millis().saturating_add(1);
+        let millis = libc::c_int::try_from(millis).unwrap_or(libc::c_int::MAX);
+        match poll(socket, libc::POLLIN, millis) {
+            Ok(0) => {}
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether a write would wait now. A broken connection does not make anybody wait.
+pub(super) fn is_full(socket: BorrowedFd<'_>) -> bool {
+    matches!(poll(socket, libc::POLLOUT, 0), Ok(0))
+}
+
+/// The events that happened, of those asked for and the exceptional ones.
+fn poll(socket: BorrowedFd<'_>, events: libc::c_short, millis: i32) -> io::Result<libc::c_short> {
+    let mut polled = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    // SAFETY: the pointer is to one pollfd structure, whose descriptor is borrowed.
+    let result = unsafe { libc::poll(&raw mut polled, 1, millis) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(polled.revents)
+}
