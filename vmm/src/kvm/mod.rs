@@ -3,27 +3,41 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `system` | `/dev/kvm`: capabilities and limits |
-//! | `vm` | a virtual machine: memory slots, interrupt controller, clock |
+//! | `vm` | a virtual machine: memory slots, interrupt controller |
+//! | `clock` | its paravirtual clock, saved |
+//! | `dirty_log` | which pages vCPUs have written |
 //! | `msi` | interrupt routes over GSI routing and irqfd |
 //! | `doorbell` | ioeventfds |
-//! | `vcpu`, `state` | one vCPU: running it, its registers |
+//! | `vcpu` | one vCPU: running it |
+//! | `state`, `msrs`, `tsc` | its registers, and its time across a move |
+//! | `vcpu_state`, `bytes` | its state on the wire |
 //! | `thread`, `kick` | the thread a vCPU runs on, and how to call it out of the guest |
 
+mod bytes;
+mod clock;
+mod dirty_log;
 mod doorbell;
 mod error;
 mod kick;
 mod msi;
+mod msrs;
 mod state;
 mod system;
 mod thread;
+mod tsc;
 mod vcpu;
+mod vcpu_state;
 mod vm;
 
+pub use clock::ClockState;
+pub use dirty_log::DirtyLog;
 pub use doorbell::KvmDoorbells;
 pub use error::KvmError;
 pub use msi::KvmMsiRouter;
 pub use state::VcpuState;
 pub use system::{Capability, REQUIRED, System};
 pub use thread::{GuestGate, VcpuContext, VcpuEvent, VcpuEvents, VcpuSet};
+pub use tsc::HostTsc;
 pub use vcpu::{Buses, ExitCounters, InternalError, Vcpu, VcpuExitError};
-pub use vm::{ClockState, Vm};
+pub use vcpu_state::VcpuStateError;
+pub use vm::Vm;

@@ -136,6 +136,13 @@ impl VcpuSet {
         Ok(set)
     }
 
+    /// How many vCPUs there are.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a VM has at least one vCPU")]
+    pub fn len(&self) -> usize {
+        self.handles.len()
+    }
+
     /// Lets all vCPUs run.
     pub fn run(&self) {
         for handle in &self.handles {

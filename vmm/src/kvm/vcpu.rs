@@ -6,14 +6,18 @@ use std::fmt;
 use std::sync::Arc;
 
 use devices::counters::Counter;
+use devices::state::DeviceState;
 use devices::{Bus, GuestRam};
-use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, kvm_regs, kvm_sregs};
+use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::error::KvmError;
 use super::kick::Kickable;
-use super::state::VcpuState;
+use super::msrs;
+use super::state::{StateShape, VcpuState};
+use super::tsc::{self, HostTsc, TscSource};
+use super::vcpu_state::{self, VcpuStateError};
 use super::vm::Vm;
 
 /// Longest x86 instruction.
@@ -129,6 +133,8 @@ pub struct Vcpu {
     index: u32,
     memory: Arc<GuestRam>,
     power_on: Option<VcpuState>,
+    shape: StateShape,
+    tsc: TscSource,
     counters: Arc<ExitCounters>,
 }
 
@@ -139,11 +145,15 @@ impl Vcpu {
     /// [`KvmError::Vcpu`].
     pub fn new(vm: &Vm, index: u32, apic_id: u32) -> Result<Self, KvmError> {
         let created = vm.fd().create_vcpu(u64::from(apic_id));
+        let fd = created.map_err(KvmError::vcpu(index, "create"))?;
+        let shape = vm.state_shape();
         Ok(Self {
-            fd: created.map_err(KvmError::vcpu(index, "create"))?,
+            tsc: TscSource::new(&fd, index, shape.tsc_control),
+            fd,
             index,
             memory: Arc::clone(vm.memory()),
             power_on: None,
+            shape,
             counters: Arc::default(),
         })
     }
@@ -155,14 +165,16 @@ impl Vcpu {
     pub fn power_on(&mut self, cpuid: &CpuId, msr_indices: &[u32]) -> Result<(), KvmError> {
         let set = self.fd.set_cpuid2(cpuid);
         set.map_err(KvmError::vcpu(self.index, "set CPUID"))?;
-        self.power_on = Some(VcpuState::capture(&self.fd, self.index, msr_indices)?);
+        let msr_indices = msrs::complete(msr_indices);
+        let state = VcpuState::capture(&self.fd, self.index, &msr_indices, self.shape)?;
+        self.power_on = Some(state);
         Ok(())
     }
 
     /// Frequency of the time stamp counter, if KVM knows it.
     #[must_use]
     pub fn tsc_khz(&self) -> Option<u32> {
-        self.fd.get_tsc_khz().ok().filter(|khz| *khz > 0)
+        tsc::frequency(&self.fd)
     }
 
     /// The vCPU's number, 0 for the bootstrap processor.
@@ -186,6 +198,62 @@ impl Vcpu {
             Some(state) => state.reset(&self.fd, self.index),
             None => Ok(()),
         }
+    }
+
+    /// Everything that makes up the vCPU, with its time stamp counter as of the host's `at`: the
+    /// same instant for all vCPUs, so that they stay in step. Only a paused vCPU has no access
+    /// half done; then this changes nothing.
+    ///
+    /// # Errors
+    /// [`VcpuStateError`].
+    pub fn save(&self, at: HostTsc) -> Result<DeviceState, VcpuStateError> {
+        let indices: Vec<_> = self.msrs_at_power_on().map(|msr| msr.index).collect();
+        let state = VcpuState::capture(&self.fd, self.index, &indices, self.shape)?;
+        let tsc = self.tsc.read(&self.fd, at)?;
+        Ok(vcpu_state::encode(&state, tsc)?)
+    }
+
+    /// Takes over a saved state, before the first run. The time stamp counter goes on from its
+    /// saved value as of the host's `at`, the same instant for all vCPUs.
+    ///
+    /// # Errors
+    /// [`VcpuStateError`] says what is malformed, or what this host cannot do.
+    pub fn restore(&self, state: &DeviceState, at: HostTsc) -> Result<(), VcpuStateError> {
+        let vcpu = self.index;
+        let decoded = vcpu_state::decode(state, self.shape);
+        let (state, tsc) = decoded.map_err(|source| VcpuStateError::Restore { vcpu, source })?;
+        let known: Vec<_> = self.msrs_at_power_on().map(|msr| msr.index).collect();
+        let (mut state, mut unknown) = (state, Vec::new());
+        state.msrs.retain(|msr| {
+            let is_known = known.contains(&msr.index);
+            if !is_known {
+                unknown.push(*msr);
+            }
+            is_known
+        });
+        for msr in &unknown {
+            self.forgo_msr(msr)?;
+        }
+        let refused = |msr: &kvm_msr_entry| self.forgo_msr(msr);
+        state.restore(&self.fd, vcpu, &self.tsc, (tsc, at), refused)
+    }
+
+    fn msrs_at_power_on(&self) -> impl Iterator<Item = &kvm_msr_entry> {
+        self.power_on.iter().flat_map(|state| &state.msrs)
+    }
+
+    /// Whether the guest can do without a register that this host does not let us write.
+    fn forgo_msr(&self, msr: &kvm_msr_entry) -> Result<(), VcpuStateError> {
+        let (vcpu, index, value) = (self.index, msr.index, msr.data);
+        let here = msrs::get(&self.fd, vcpu, &[index])?;
+        if value == 0 || here.first().is_some_and(|msr| msr.data == value) {
+            return Ok(());
+        }
+        if msrs::MAY_BE_LOST.contains(&index) {
+            log::info!(vcpu, msr = index, value; "this host does not have the guest's value of an MSR");
+            return Ok(());
+        }
+        Err(VcpuStateError::Msr { vcpu, index, value })
     }
 
     /// General registers.

@@ -9,20 +9,17 @@ use devices::irqchip::IOAPIC_PINS;
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
+    kvm_xsave,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::clock::ClockState;
+use super::dirty_log::DirtyLog;
 use super::error::KvmError;
+use super::state::StateShape;
 use super::system::System;
 use crate::memory::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE};
-
-/// The paravirtual clock of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ClockState {
-    /// Nanoseconds since the VM's clock began.
-    pub nanos: u64,
-}
 
 /// A KVM virtual machine with RAM and a split interrupt controller: local APICs in the kernel,
 /// the I/O APIC in user space.
@@ -87,7 +84,7 @@ impl Vm {
             .fd
             .get_clock()
             .map_err(KvmError::ioctl("read the clock"))?;
-        Ok(ClockState { nanos: data.clock })
+        Ok(ClockState::of(&data))
     }
 
     /// Lets the paravirtual clock go on from `state`.
@@ -104,6 +101,26 @@ impl Vm {
             .map_err(KvmError::ioctl("set the clock"))
     }
 
+    /// The log of what vCPUs write to guest RAM; it may be used by any thread.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn dirty_log(&self) -> Result<DirtyLog, KvmError> {
+        DirtyLog::new(&self.fd, &self.memory)
+    }
+
+    /// What this host's vCPU states look like.
+    pub(super) fn state_shape(&self) -> StateShape {
+        let xsave = self.fd.check_extension_int(Cap::Xsave2);
+        StateShape {
+            xsave_bytes: usize::try_from(xsave)
+                .unwrap_or(0)
+                .max(size_of::<kvm_xsave>()),
+            nested: self.fd.check_extension(Cap::NestedState),
+            tsc_control: self.fd.check_extension(Cap::TscControl),
+        }
+    }
+
     pub(super) fn fd(&self) -> &Arc<VmFd> {
         &self.fd
     }
@@ -118,22 +135,28 @@ impl Vm {
     }
 
     fn set_memory_slots(&self) -> Result<(), KvmError> {
-        for (region, slot) in self.memory.iter().zip(0..) {
-            let host = region
-                .get_host_address(MemoryRegionAddress(0))
-                .expect("offset 0 lies within every region");
-            let slot = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: host as u64,
-            };
+        for region in slots(&self.memory) {
             // SAFETY: the range is a mapping owned by `self.memory`, which lives as long as the
             // VM; regions do not overlap.
-            unsafe { self.fd.set_user_memory_region(slot) }
+            unsafe { self.fd.set_user_memory_region(region) }
                 .map_err(KvmError::ioctl("set memory region"))?;
         }
         Ok(())
     }
+}
+
+/// A slot per region, numbered from 0.
+pub(super) fn slots(memory: &GuestRam) -> impl Iterator<Item = kvm_userspace_memory_region> {
+    memory.iter().zip(0..).map(|(region, slot)| {
+        let host = region
+            .get_host_address(MemoryRegionAddress(0))
+            .expect("offset 0 lies within every region");
+        kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        }
+    })
 }

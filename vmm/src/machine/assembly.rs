@@ -180,7 +180,8 @@ impl Machine {
             layout,
             topology,
             boot: resources.boot,
-            stopped_clock: None,
+            stopped: None,
+            has_run: false,
         })
     }
 }

@@ -9,6 +9,7 @@
 //! | `board` | what devices are plugged into |
 //! | `assembly` | from configuration and resources to a machine that is ready to run |
 //! | `runtime` | the machine: start, pause, resume, reset |
+//! | `saved` | its state as sections |
 //! | `signals` | signals that end the VM |
 //! | `notices` | what vCPUs and devices tell the controller |
 //! | `events` | what the controller tells the world |
@@ -26,6 +27,7 @@ mod peripherals;
 mod placement;
 mod resources;
 mod runtime;
+mod saved;
 mod signals;
 
 pub use assembly::BuildError;
@@ -39,3 +41,4 @@ pub use peripherals::PeripheralError;
 pub use placement::PlacementError;
 pub use resources::{ResourceError, Resources};
 pub use runtime::{Machine, MachineError};
+pub use saved::MachineStateError;

@@ -15,7 +15,7 @@ use super::controller::{DeviceInfo, Sample};
 use crate::arch::x86_64::Topology;
 use crate::boot::{BootImage, RamContents};
 use crate::host::chardev::CharPump;
-use crate::kvm::{ClockState, GuestGate, KvmError, VcpuSet, Vm};
+use crate::kvm::{ClockState, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
 use crate::memory::Layout;
 
 /// The machine could not follow.
@@ -61,8 +61,27 @@ pub struct Machine {
     pub(super) layout: Layout,
     pub(super) topology: Topology,
     pub(super) boot: BootImage,
-    /// The clock's value while paused.
-    pub(super) stopped_clock: Option<ClockState>,
+    /// When it was paused, or has been paused on the host that it comes from.
+    pub(super) stopped: Option<StoppedTime>,
+    /// Whether it was ever started.
+    pub(super) has_run: bool,
+}
+
+/// The instant at which a guest's time stood still.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StoppedTime {
+    pub(super) clock: ClockState,
+    /// Of this host: what vCPUs' counters are told from.
+    pub(super) tsc: HostTsc,
+}
+
+impl StoppedTime {
+    pub(super) fn now(vm: &Vm) -> Result<Self, KvmError> {
+        Ok(Self {
+            clock: vm.clock()?,
+            tsc: HostTsc::now(),
+        })
+    }
 }
 
 impl Machine {
@@ -81,6 +100,7 @@ impl Machine {
             self.undo_start(self.devices.len());
             return Err(error.into());
         }
+        self.has_run = true;
         self.gate.open();
         self.vcpus.run();
         Ok(())
@@ -96,10 +116,10 @@ impl Machine {
     }
 
     fn start_clock(&mut self) -> Result<(), KvmError> {
-        if let Some(clock) = self.stopped_clock {
-            self.vm.set_clock(clock)?;
+        if let Some(stopped) = self.stopped {
+            self.vm.set_clock(stopped.clock)?;
             self.vcpus.call::<()>(|vcpu| vcpu.mark_paused())?;
-            self.stopped_clock = None;
+            self.stopped = None;
         }
         Ok(())
     }
@@ -110,8 +130,8 @@ impl Machine {
     /// [`MachineError`].
     pub fn pause(&mut self) -> Result<(), MachineError> {
         self.vcpus.pause()?;
-        if self.stopped_clock.is_none() {
-            self.stopped_clock = Some(self.vm.clock()?);
+        if self.stopped.is_none() {
+            self.stopped = Some(StoppedTime::now(&self.vm)?);
         }
         for entry in &self.devices {
             entry.device.pause()?;
@@ -125,7 +145,7 @@ impl Machine {
     /// [`MachineError::Reset`] when the kernel can no longer be loaded.
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.pause()?;
-        self.stopped_clock = None;
+        self.stopped = None;
         for entry in &self.devices {
             entry.device.reset()?;
         }

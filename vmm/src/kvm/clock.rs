@@ -1,0 +1,89 @@
+//! The paravirtual clock's state on the wire.
+
+use devices::state::{DeviceState, RestoreError, SaveError};
+use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
+use serde::{Deserialize, Serialize};
+
+const KIND: &str = "kvm-clock";
+const VERSION: u32 = 1;
+
+/// The paravirtual clock of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClockState {
+    /// Nanoseconds since the VM's clock began.
+    pub nanos: u64,
+    /// The host's real time at that instant, in nanoseconds since 1970, if KVM tells.
+    pub realtime_nanos: Option<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ClockStateV1 {
+    nanos: u64,
+    /// Told for the destination's log: how long the guest stood still, as far as the two hosts'
+    /// clocks agree. It is not added to the guest's time, see `tsc`.
+    realtime_nanos: Option<u64>,
+}
+
+impl ClockState {
+    pub(super) fn of(data: &kvm_clock_data) -> Self {
+        let has_realtime = data.flags & KVM_CLOCK_REALTIME != 0;
+        Self {
+            nanos: data.clock,
+            realtime_nanos: has_realtime.then_some(data.realtime),
+        }
+    }
+
+    /// For the wire.
+    ///
+    /// # Errors
+    /// [`SaveError`].
+    pub fn save(&self) -> Result<DeviceState, SaveError> {
+        let wire = ClockStateV1 {
+            nanos: self.nanos,
+            realtime_nanos: self.realtime_nanos,
+        };
+        DeviceState::encode(KIND, VERSION, &wire)
+    }
+
+    /// From the wire.
+    ///
+    /// # Errors
+    /// [`RestoreError`] for another kind of state, or a time that no clock reaches.
+    pub fn restore(state: &DeviceState) -> Result<Self, RestoreError> {
+        let wire: ClockStateV1 = state.decode(KIND, VERSION..=VERSION)?;
+        if i64::try_from(wire.nanos).is_err() {
+            let why = "later than any clock goes";
+            return Err(RestoreError::field(KIND, "nanos", wire.nanos, why));
+        }
+        Ok(Self {
+            nanos: wire.nanos,
+            realtime_nanos: wire.realtime_nanos,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clock_state_round_trips_and_impossible_times_are_refused() {
+        let mut clock = ClockState {
+            nanos: 5,
+            realtime_nanos: Some(7),
+        };
+        let state = clock.save().unwrap();
+        assert_eq!(ClockState::restore(&state).unwrap(), clock);
+        for len in 0..state.bytes.len() {
+            let mut cut = state.clone();
+            cut.bytes.truncate(len);
+            assert!(ClockState::restore(&cut).is_err(), "{len} bytes");
+        }
+        clock.nanos = 1 << 63;
+        let refused = ClockState::restore(&clock.save().unwrap()).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "state of kind \"kvm-clock\": nanos is 9223372036854775808: later than any clock goes"
+        );
+    }
+}
