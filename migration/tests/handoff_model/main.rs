@@ -150,7 +150,17 @@ impl Model for Handoff {
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        let mut properties = vec![
+        let mut properties = Self::always();
+        properties.extend(Self::at_rest_always());
+        properties.extend(self.reachable());
+        properties
+    }
+}
+
+impl Handoff {
+    /// What holds in every world.
+    fn always() -> Vec<Property<Self>> {
+        vec![
             Property::always(ONE_RUNS, |_, w: &World| {
                 !(w.source.running && w.destination.running)
             }),
@@ -164,6 +174,12 @@ impl Model for Handoff {
                 outcome(w) != Some(Outcome::Surrendered) || w.past.claimed
             }),
             Property::always(POSSIBLE, |_, w: &World| !w.past.impossible),
+        ]
+    }
+
+    /// What holds in every world in which neither side does anything more by itself.
+    fn at_rest_always() -> Vec<Property<Self>> {
+        vec![
             Property::always(ENDS, |model: &Self, w: &World| {
                 let source = !w.source.alive
                     || matches!(
@@ -199,6 +215,12 @@ impl Model for Handoff {
                 let explained = owner_crashed(w) || w.past.given_up;
                 runs(w) || is_reported(w) || explained || !model.at_rest(w)
             }),
+        ]
+    }
+
+    /// The outcomes that there are.
+    fn reachable(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
             Property::sometimes("surrendered", |_, w: &World| {
                 outcome(w) == Some(Outcome::Surrendered) && w.destination.running
             }),
