@@ -9,6 +9,6 @@ pub mod pin;
 pub(crate) mod socket_file;
 pub mod tap;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod vhost_user;
 pub mod vsock;

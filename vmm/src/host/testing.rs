@@ -4,7 +4,7 @@
 ///
 /// # Panics
 /// When `DROVER_REQUIRE` lists what is missing.
-pub(super) fn skip(missing: &str, reason: &str) {
+pub(crate) fn skip(missing: &str, reason: &str) {
     println!("SKIPPED: {reason}");
     let required = std::env::var("DROVER_REQUIRE").unwrap_or_default();
     let is_required = required.split(',').any(|word| word.trim() == missing);

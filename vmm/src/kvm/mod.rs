@@ -23,6 +23,8 @@ mod msi;
 mod msrs;
 mod state;
 mod system;
+#[cfg(test)]
+pub(crate) mod testing;
 mod thread;
 mod tsc;
 mod vcpu;

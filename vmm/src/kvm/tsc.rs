@@ -81,14 +81,34 @@ impl TscSource {
         at: HostTsc,
     ) -> Result<(), VcpuStateError> {
         self.set_frequency(fd, state.khz)?;
-        let khz = frequency(fd);
-        if khz == self.host_khz && set_offset(fd, state.value.wrapping_sub(at.0)) {
-            return Ok(());
+        let wanted = state.value.wrapping_sub(at.0);
+        // A KVM without hardware behind it may say yes and do nothing.
+        let is_set =
+            frequency(fd) == self.host_khz && set_offset(fd, wanted) && offset(fd) == Some(wanted);
+        if !is_set {
+            self.write_msr(fd, state.value)?;
         }
+        let here = self.read(fd, HostTsc::now())?.value;
+        if here < state.value {
+            return Err(VcpuStateError::TscBackwards {
+                vcpu: self.vcpu,
+                saved: state.value,
+                here,
+            });
+        }
+        let ahead = here - state.value;
+        let second = u64::from(state.khz.unwrap_or(u32::MAX)) * 1000;
+        if ahead > second {
+            log::warn!(vcpu = self.vcpu, ticks = ahead; "the time stamp counter jumps ahead, this host's KVM does not set it");
+        }
+        Ok(())
+    }
+
+    fn write_msr(&self, fd: &VcpuFd, value: u64) -> Result<(), VcpuStateError> {
         // KVM gives vCPUs whose counters are written within a second of each other, to nearly
         // the same time, the same offset (kvm_synchronize_tsc): they stay in step. So the value
-        // is not advanced by what has passed since `at`.
-        let written = msrs::entry(IA32_TSC, state.value);
+        // is not advanced by what has passed since the instant that the others are told from.
+        let written = msrs::entry(IA32_TSC, value);
         msrs::set(fd, self.vcpu, &[written], |msr| {
             Err(VcpuStateError::Msr {
                 vcpu: self.vcpu,

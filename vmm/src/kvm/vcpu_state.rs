@@ -68,6 +68,19 @@ pub enum VcpuStateError {
         /// This host's, in kHz.
         here: u32,
     },
+    /// This host's counter is behind the guest's, and KVM does not set it.
+    #[error(
+        "vcpu {vcpu}: its time stamp counter would go back from {saved} to {here}: this host's \
+         KVM does not set it"
+    )]
+    TscBackwards {
+        /// Whose.
+        vcpu: u32,
+        /// The state's.
+        saved: u64,
+        /// What it would be.
+        here: u64,
+    },
 }
 
 /// Kernel structures are as `asm/kvm.h` has them, which never changes.
@@ -236,3 +249,6 @@ fn nested_from(bytes: &[u8], shape: StateShape) -> Result<Box<KvmNestedStateBuff
     let state = KvmNestedStateBuffer::read_from_bytes(&padded);
     Ok(Box::new(state.map_err(|_| invalid(String::new()))?))
 }
+
+#[cfg(test)]
+mod tests;
