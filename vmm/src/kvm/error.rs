@@ -54,6 +54,9 @@ pub enum KvmError {
         #[source]
         source: io::Error,
     },
+    /// The thread that slows vCPUs down could not be started.
+    #[error("thread of the throttle")]
+    Throttle(#[source] io::Error),
     /// A vCPU thread did not answer.
     #[error("vcpu {vcpu} did not stop within {seconds} s")]
     Stuck {

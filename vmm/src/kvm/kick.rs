@@ -66,6 +66,31 @@ impl Drop for Kickable {
     }
 }
 
+/// A vCPU's thread, for a caller that does not hold its handle. Its owner joins the thread only
+/// after all of these are gone (`VcpuSet`'s drop).
+pub(super) struct Target(libc::pthread_t);
+
+impl Target {
+    /// The thread with this id.
+    pub(super) fn new(thread: libc::pthread_t) -> Self {
+        Self(thread)
+    }
+
+    /// Makes the vCPU leave the guest soon.
+    pub(super) fn kick(&self) {
+        if let Err(error) = self.kill(vmm_sys_util::signal::SIGRTMIN() + KICK_SIGNAL) {
+            log::error!(error:% = error; "vCPU thread could not be signalled");
+        }
+    }
+}
+
+// SAFETY: the id is that of a thread that was not joined yet, see `Target`.
+unsafe impl Killable for Target {
+    fn pthread_handle(&self) -> libc::pthread_t {
+        self.0
+    }
+}
+
 /// Makes the vCPU on `thread` leave the guest soon.
 pub(super) fn kick<T>(thread: &JoinHandle<T>) {
     if let Err(error) = thread.kill(vmm_sys_util::signal::SIGRTMIN() + KICK_SIGNAL) {

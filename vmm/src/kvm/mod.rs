@@ -12,6 +12,7 @@
 //! | `state`, `msrs`, `tsc` | its registers, and its time across a move |
 //! | `vcpu_state`, `bytes` | its state on the wire |
 //! | `thread`, `kick` | the thread a vCPU runs on, and how to call it out of the guest |
+//! | `throttle` | slowing vCPUs down |
 
 mod bytes;
 mod clock;
@@ -26,6 +27,7 @@ mod system;
 #[cfg(test)]
 pub(crate) mod testing;
 mod thread;
+mod throttle;
 mod tsc;
 mod vcpu;
 mod vcpu_state;

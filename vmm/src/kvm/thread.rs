@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::irqchip::IoApic;
+use parking_lot::Mutex;
 
 use super::error::KvmError;
 use super::kick;
+use super::throttle::{Brake, FULL, Throttle, throttled};
 use super::vcpu::{Buses, Exit, ExitCounters, Vcpu, VcpuExitError};
 
 /// How long a vCPU may take to leave the guest. It leaves in microseconds, unless a device
@@ -87,6 +89,7 @@ struct Handle {
     orders: Sender<Order>,
     thread: JoinHandle<()>,
     counters: Arc<ExitCounters>,
+    brake: Arc<Brake>,
 }
 
 /// All vCPUs of a VM, each on its own thread, paused at first.
@@ -94,6 +97,8 @@ struct Handle {
 /// Dropping it ends the threads.
 pub struct VcpuSet {
     handles: Vec<Handle>,
+    /// Only while some vCPU is slowed down.
+    throttle: Mutex<Option<Throttle>>,
 }
 
 impl VcpuSet {
@@ -109,6 +114,7 @@ impl VcpuSet {
         kick::install().map_err(|source| KvmError::Thread { vcpu: 0, source })?;
         let mut set = Self {
             handles: Vec::with_capacity(vcpus.len()),
+            throttle: Mutex::default(),
         };
         for vcpu in vcpus {
             let index = vcpu.index();
@@ -116,12 +122,14 @@ impl VcpuSet {
             let counters = vcpu.counters();
             let context = context.clone();
             let on_start = on_start.clone();
+            let brake = Arc::new(Brake::new());
+            let its_brake = Arc::clone(&brake);
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu-{index}"))
                 .spawn(move || {
                     on_start(index);
                     let mut vcpu = vcpu;
-                    vcpu.with_kicks(|vcpu| main_loop(vcpu, &inbox, &context));
+                    vcpu.with_kicks(|vcpu| main_loop(vcpu, &inbox, &its_brake, &context));
                 })
                 .map_err(|source| KvmError::Thread {
                     vcpu: index,
@@ -131,6 +139,7 @@ impl VcpuSet {
                 orders,
                 thread,
                 counters,
+                brake,
             });
         }
         Ok(set)
@@ -192,6 +201,41 @@ impl VcpuSet {
         self.await_all(&answers)
     }
 
+    /// Lets all vCPUs run `percent` of the time, 1 to 100; 100 is full speed.
+    ///
+    /// # Errors
+    /// [`KvmError::Throttle`] when the host has no thread left.
+    pub fn throttle(&self, percent: u8) -> Result<(), KvmError> {
+        self.set_throttle(0..self.len(), percent)
+    }
+
+    /// Lets one vCPU run `percent` of the time; the others stay as they are.
+    ///
+    /// # Errors
+    /// [`KvmError::Throttle`] when the host has no thread left.
+    pub fn throttle_vcpu(&self, vcpu: u32, percent: u8) -> Result<(), KvmError> {
+        let index = usize::try_from(vcpu).unwrap_or(usize::MAX);
+        self.set_throttle(index..index.saturating_add(1), percent)
+    }
+
+    fn set_throttle(&self, vcpus: std::ops::Range<usize>, percent: u8) -> Result<(), KvmError> {
+        let mut throttle = self.throttle.lock();
+        let running = match throttle.take() {
+            Some(running) => running,
+            None if percent >= FULL => return Ok(()),
+            None => {
+                let handles = self.handles.iter();
+                let vcpus = handles.map(|handle| throttled(&handle.brake, &handle.thread));
+                Throttle::start(vcpus.collect()).map_err(KvmError::Throttle)?
+            }
+        };
+        for vcpu in vcpus {
+            running.set(vcpu, percent);
+        }
+        *throttle = (!running.is_idle()).then_some(running);
+        Ok(())
+    }
+
     /// Counts of exits by vCPU.
     pub fn counters(&self) -> impl Iterator<Item = &ExitCounters> {
         self.handles.iter().map(|handle| &*handle.counters)
@@ -219,6 +263,8 @@ impl Handle {
 
 impl Drop for VcpuSet {
     fn drop(&mut self) {
+        // It signals the threads that are joined below.
+        drop(self.throttle.get_mut().take());
         for Handle { orders, thread, .. } in self.handles.drain(..) {
             drop(orders);
             kick::kick(&thread);
@@ -229,7 +275,7 @@ impl Drop for VcpuSet {
     }
 }
 
-fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
+fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, brake: &Brake, context: &VcpuContext) {
     let mut running = false;
     loop {
         if !running {
@@ -250,10 +296,14 @@ fn main_loop(vcpu: &mut Vcpu, orders: &Receiver<Order>, context: &VcpuContext) {
             Ok(Exit::Handled) if context.gate.is_closed() => vcpu.leave_at_once(),
             Ok(Exit::Handled) => {}
             Ok(Exit::EndOfInterrupt(vector)) => context.ioapic.end_of_interrupt(vector),
-            Ok(Exit::Interrupted) => match obey_waiting(orders, vcpu, !context.gate.is_closed()) {
-                Some(goes_on) => running = goes_on,
-                None => return,
-            },
+            Ok(Exit::Interrupted) => {
+                let goes_on = obey_waiting(orders, vcpu, !context.gate.is_closed())
+                    .and_then(|goes_on| rest(brake, orders, vcpu, goes_on));
+                match goes_on {
+                    Some(goes_on) => running = goes_on,
+                    None => return,
+                }
+            }
             Ok(Exit::TripleFault) => {
                 running = false;
                 let vcpu = vcpu.index();
@@ -277,6 +327,25 @@ fn obey_waiting(orders: &Receiver<Order>, vcpu: &mut Vcpu, mut running: bool) ->
             Err(TryRecvError::Disconnected) => return None,
         }
     }
+}
+
+/// Stays out of the guest as long as the throttle wants, unless an order ends that; the same
+/// answer as of [`obey_waiting`].
+fn rest(
+    brake: &Brake,
+    orders: &Receiver<Order>,
+    vcpu: &mut Vcpu,
+    mut running: bool,
+) -> Option<bool> {
+    while running {
+        let Some(left) = brake.rest() else { break };
+        match orders.recv_timeout(left) {
+            Ok(order) => running = obey(order, vcpu, running),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return None,
+        }
+    }
+    Some(running)
 }
 
 /// Follows one order; returns whether the vCPU runs afterwards.

@@ -15,7 +15,7 @@ use super::controller::{DeviceInfo, Sample};
 use crate::arch::x86_64::Topology;
 use crate::boot::{BootImage, RamContents};
 use crate::host::chardev::CharPump;
-use crate::kvm::{ClockState, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
+use crate::kvm::{ClockState, DirtyLog, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
 use crate::memory::Layout;
 
 /// The machine could not follow.
@@ -168,6 +168,22 @@ impl Machine {
         set.into_iter()
             .collect::<Result<(), _>>()
             .map_err(MachineError::Reset)
+    }
+
+    /// Lets vCPUs run `percent` of the time, 1 to 100; 100 is full speed.
+    ///
+    /// # Errors
+    /// [`KvmError`] when the host has no thread left.
+    pub fn throttle(&self, percent: u8) -> Result<(), KvmError> {
+        self.vcpus.throttle(percent)
+    }
+
+    /// The log of what vCPUs write to guest memory.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn dirty_log(&self) -> Result<DirtyLog, KvmError> {
+        self.vm.dirty_log()
     }
 
     /// Presses the power button.

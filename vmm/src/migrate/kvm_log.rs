@@ -188,3 +188,6 @@ impl DirtyTracker for UnionTracker {
         stopped.fold(Ok(()), Result::and)
     }
 }
+
+#[cfg(test)]
+mod tests;
