@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -12,10 +13,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::cancel::Cancel;
 use super::error::LinkError;
-use super::poll::remaining;
+use super::poll::{self, remaining};
 use super::race::{Attempt, Race, race};
 use super::security::Security;
 use super::socket::SocketChannel;
+use super::tls::Client;
 use super::url::{HostPort, LinkUrl, is_loopback};
 use crate::host::socket_file;
 
@@ -56,7 +58,7 @@ pub fn connect(
     deadline: Instant,
 ) -> Result<Connected, LinkError> {
     let first = urls.first().ok_or(LinkError::NoCandidates)?;
-    let dialer = Arc::new(Dialer::new(security));
+    let dialer = Arc::new(Dialer::new(urls, security)?);
     let attempts = urls.iter().map(|url| {
         let (dialer, url) = (Arc::clone(&dialer), url.clone());
         let attempt = move |cancel: &Cancel| dialer.open(&url, cancel, deadline);
@@ -125,13 +127,21 @@ fn failure(outcomes: Outcomes) -> LinkError {
 /// Makes one connection.
 struct Dialer {
     security: Security,
+    /// When some address needs it.
+    tls: Option<Client>,
 }
 
 impl Dialer {
-    fn new(security: &Security) -> Self {
-        Self {
+    fn new(urls: &[LinkUrl], security: &Security) -> Result<Self, LinkError> {
+        let tls = match (urls.iter().find(|url| url.is_encrypted()), &security.tls) {
+            (Some(_), Some(files)) => Some(Client::new(files).map_err(LinkError::TlsFiles)?),
+            (Some(url), None) => return Err(LinkError::NoTlsFiles { url: url.clone() }),
+            (None, _) => None,
+        };
+        Ok(Self {
             security: security.clone(),
-        }
+            tls,
+        })
     }
 
     fn open(
@@ -154,13 +164,31 @@ impl Dialer {
                 }
                 connect_any(url, &addresses, cancel, deadline)?
             }
-            LinkUrl::Tls(_) => {
-                let error = io::ErrorKind::Unsupported.into();
-                return Err(LinkError::host(url, "no TLS")(error));
+            LinkUrl::Tls(host_port) => {
+                let addresses = resolve(host_port)?;
+                let socket = connect_any(url, &addresses, cancel, deadline)?;
+                return self.secure(url, host_port.host(), socket, deadline);
             }
         };
         let channel = SocketChannel::new(socket);
         let channel = channel.map_err(LinkError::host(url, "socket could not be set up"))?;
+        Ok(Box::new(channel))
+    }
+}
+
+impl Dialer {
+    fn secure(
+        &self,
+        url: &LinkUrl,
+        host: &str,
+        socket: Socket,
+        deadline: Instant,
+    ) -> Result<Box<dyn Channel>, LinkError> {
+        let tls = self.tls.as_ref();
+        let tls = tls.ok_or_else(|| LinkError::NoTlsFiles { url: url.clone() })?;
+        let name = self.security.server_name.as_deref().unwrap_or(host);
+        let connected = tls.connect(socket, name, deadline);
+        let channel = connected.map_err(|error| LinkError::handshake(url, error))?;
         Ok(Box::new(channel))
     }
 }
@@ -223,8 +251,19 @@ fn connect_any(
 fn connect_tcp(address: SocketAddr, cancel: &Cancel, deadline: Instant) -> io::Result<Socket> {
     let domain = Domain::for_address(address);
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    match socket.connect(&address.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        _ => {}
+    }
+    // Not before: a socket that is not connecting yet cannot be shut down.
     cancel.guard(&socket)?;
-    socket.connect_timeout(&address.into(), remaining(deadline)?)?;
+    poll::wait_writable(socket.as_fd(), deadline)?;
+    if let Some(error) = socket.take_error()? {
+        return Err(error);
+    }
+    // It may have been shut down instead.
+    socket.peer_addr()?;
     Ok(socket)
 }
 

@@ -1,10 +1,11 @@
 //! Why there is no connection.
 
 use std::error::Error;
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::io;
 use std::time::Duration;
 
+use super::tls::{HandshakeError, TlsFailure, TlsFilesError};
 use super::url::LinkUrl;
 
 /// A connection could not be made or accepted.
@@ -18,6 +19,33 @@ pub enum LinkError {
     Plaintext {
         /// The address.
         url: LinkUrl,
+    },
+    /// TLS was asked for without files.
+    #[error("{url} needs a certificate, its key and the certificate of the peer's authority")]
+    NoTlsFiles {
+        /// The address.
+        url: LinkUrl,
+    },
+    /// The files for TLS cannot be used.
+    #[error(transparent)]
+    TlsFiles(TlsFilesError),
+    /// The sides do not trust or understand each other.
+    #[error("{peer}: no secure connection")]
+    Tls {
+        /// The peer's address.
+        peer: String,
+        /// Why.
+        #[source]
+        source: TlsFailure,
+    },
+    /// The connection broke before it was secure.
+    #[error("{peer}: no secure connection")]
+    Handshake {
+        /// The peer's address.
+        peer: String,
+        /// What happened.
+        #[source]
+        source: io::Error,
     },
     /// The name has no address.
     #[error("{host:?} could not be resolved")]
@@ -94,6 +122,21 @@ impl LinkError {
     pub(super) fn host(url: &LinkUrl, what: &'static str) -> impl FnOnce(io::Error) -> Self {
         let url = url.clone();
         move |source| Self::Host { url, what, source }
+    }
+
+    /// How a handshake with `peer` ended.
+    pub(super) fn handshake(peer: impl Display, error: HandshakeError) -> Self {
+        let peer = peer.to_string();
+        match error {
+            HandshakeError::Io(source) => Self::Handshake { peer, source },
+            HandshakeError::Tls(source) => Self::Tls { peer, source },
+        }
+    }
+
+    /// Whether one peer who connected is at fault: the next one may be the right one.
+    #[must_use]
+    pub fn is_peer_fault(&self) -> bool {
+        matches!(self, Self::Tls { .. } | Self::Handshake { .. })
     }
 
     /// Whether only time has passed: the same may be tried again.

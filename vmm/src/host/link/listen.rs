@@ -18,6 +18,7 @@ use super::inherited::{self, Inherited};
 use super::poll;
 use super::security::Security;
 use super::socket::SocketChannel;
+use super::tls::Server;
 use super::url::{HostPort, LinkUrl, is_loopback};
 use crate::host::socket_file::{ListenError, SocketFile};
 
@@ -29,6 +30,8 @@ const BACKLOG: i32 = 128;
 pub struct Listener {
     source: Source,
     url: LinkUrl,
+    /// When it speaks TLS.
+    tls: Option<Server>,
 }
 
 /// Where connections come from.
@@ -149,13 +152,20 @@ impl Listener {
             ListenError::InUse => LinkError::InUse { url: url.clone() },
             ListenError::Host(source) => LinkError::host(url, "cannot listen there")(source),
         })?;
-        let source = Source::File(socket);
-        let url = url.clone();
-        Ok(Self { source, url })
+        Ok(Self {
+            source: Source::File(socket),
+            url: url.clone(),
+            tls: None,
+        })
     }
 
-    fn new(source: Source, url: LinkUrl, _security: &Security) -> Result<Self, LinkError> {
-        Ok(Self { source, url })
+    fn new(source: Source, url: LinkUrl, security: &Security) -> Result<Self, LinkError> {
+        let tls = match &security.tls {
+            _ if !url.is_encrypted() => None,
+            Some(files) => Some(Server::new(files).map_err(LinkError::TlsFiles)?),
+            None => return Err(LinkError::NoTlsFiles { url }),
+        };
+        Ok(Self { source, url, tls })
     }
 
     /// Where it listens, with the port that the host chose. The host is as it was given; for one
@@ -189,7 +199,8 @@ impl Listener {
     ///
     /// # Errors
     /// [`LinkError::NobodyCame`] when the deadline passes, [`LinkError::NoFurther`] after the
-    /// only connection there is.
+    /// only connection there is. Where [`LinkError::is_peer_fault`], somebody connected who is not
+    /// trusted or took too long to say who he is (10 s), and the next one may be the right one.
     pub fn accept(&self, deadline: Instant) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
         let begin = Instant::now();
         let failed = |source: io::Error| match source.kind() {
@@ -211,10 +222,19 @@ impl Listener {
         };
         let socket = socket.map_err(failed)?;
         let peer = PeerInfo::of(&socket, self.url.is_encrypted());
-        let setup = LinkError::host(&self.url, "the accepted socket could not be set up");
-        let ready = peer.and_then(|peer| Ok((SocketChannel::new(socket)?, peer)));
-        let (channel, peer) = ready.map_err(setup)?;
-        Ok((Box::new(channel), peer))
+        let peer = peer.map_err(self.not_set_up())?;
+        let channel: Box<dyn Channel> = match &self.tls {
+            Some(tls) => {
+                let accepted = tls.accept(socket, deadline);
+                Box::new(accepted.map_err(|error| LinkError::handshake(&peer, error))?)
+            }
+            None => Box::new(SocketChannel::new(socket).map_err(self.not_set_up())?),
+        };
+        Ok((channel, peer))
+    }
+
+    fn not_set_up(&self) -> impl FnOnce(io::Error) -> LinkError {
+        LinkError::host(&self.url, "the accepted socket could not be set up")
     }
 
     fn nobody(&self, waited: Duration) -> LinkError {

@@ -1,4 +1,4 @@
-//! Connections between the two hosts of a migration: TCP and unix sockets.
+//! Connections between the two hosts of a migration: TCP, TLS and unix sockets.
 //!
 //! [`connect()`] and [`Listener`] make what the engine knows as a
 //! [`Channel`](migration::ports::Channel). Everything blocks, with time-outs.
@@ -10,6 +10,7 @@
 //! | `connect`, `race`, `cancel` | candidates tried side by side |
 //! | `listen`, `inherited` | accepting, also from what the service manager hands over |
 //! | `socket` | a connection over a TCP or unix socket |
+//! | `tls` | a connection that is encrypted and whose sides have proven who they are |
 //! | `poll` | waiting for one socket |
 
 #![expect(unsafe_code)]
@@ -25,10 +26,12 @@ mod security;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod url;
 
 pub use connect::{Connected, connect, connect_one};
 pub use error::LinkError;
 pub use listen::{Listener, PeerInfo};
 pub use security::{Security, TlsFiles};
+pub use tls::{TlsFailure, TlsFilesError};
 pub use url::{HostPort, InvalidUrl, LinkUrl};

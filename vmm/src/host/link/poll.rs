@@ -18,11 +18,23 @@ pub(super) fn remaining(deadline: Instant) -> io::Result<Duration> {
 /// # Errors
 /// Kind `TimedOut` when the deadline passes.
 pub(super) fn wait_readable(socket: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
+    wait(socket, libc::POLLIN, deadline)
+}
+
+/// Waits until `socket` can be written, or has connected or failed to.
+///
+/// # Errors
+/// Kind `TimedOut` when the deadline passes.
+pub(super) fn wait_writable(socket: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
+    wait(socket, libc::POLLOUT, deadline)
+}
+
+fn wait(socket: BorrowedFd<'_>, events: libc::c_short, deadline: Instant) -> io::Result<()> {
     loop {
         // Rounded up, so that the last millisecond is not spent asking again and again.
         let millis = remaining(deadline)?.as_millis().saturating_add(1);
         let millis = libc::c_int::try_from(millis).unwrap_or(libc::c_int::MAX);
-        match poll(socket, libc::POLLIN, millis) {
+        match poll(socket, events, millis) {
             Ok(0) => {}
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

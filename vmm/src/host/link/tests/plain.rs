@@ -4,63 +4,11 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::ports::Channel;
-
+use super::{exchange, pair, pattern, scratch, soon, url};
 use crate::host::link::{Connected, LinkError, LinkUrl, Listener, Security, connect, connect_one};
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
-}
-
-fn url(text: &str) -> LinkUrl {
-    text.parse().unwrap()
-}
-
-fn scratch(name: &str) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("drover-link-{}-{name}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&path);
-    std::fs::create_dir(&path).unwrap();
-    path
-}
-
-/// A connection over `at`, the connecting end first.
-fn pair(at: &str) -> (Box<dyn Channel>, Box<dyn Channel>) {
-    let security = Security::default();
-    let listener = Listener::bind(&url(at), &security).unwrap();
-    let ours = connect_one(listener.local_url(), &security, soon()).unwrap();
-    let (theirs, _) = listener.accept(soon()).unwrap();
-    (ours, theirs)
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..=250).cycle().step_by(31).take(len).collect()
-}
-
-/// Sends several MiB both ways at once and compares.
-fn exchange(one: Box<dyn Channel>, two: Box<dyn Channel>) {
-    let talk = |mut channel: Box<dyn Channel>, first: bool| {
-        move || {
-            let data = pattern((5 << 20) + 3);
-            let mut back = vec![0; data.len()];
-            for turn in [first, !first] {
-                if turn {
-                    channel.write_all(&data).unwrap();
-                    channel.flush().unwrap();
-                } else {
-                    channel.read_exact(&mut back).unwrap();
-                }
-            }
-            assert!(back == data);
-        }
-    };
-    let other = thread::spawn(talk(two, false));
-    talk(one, true)();
-    other.join().unwrap();
-}
 
 #[test]
 fn megabytes_arrive_both_ways() {
