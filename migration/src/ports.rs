@@ -110,12 +110,12 @@ pub trait DirtyTracker: Send + Sync {
 /// What a source knows after it has tried to take back what it had released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reclaim {
-    /// It holds everything again, and nobody has used it since: the destination has not run.
+    /// It holds everything again, and the mark that it had left was still there: the destination
+    /// has not run and cannot any more.
     Reclaimed,
-    /// The destination holds it: it runs.
+    /// The destination holds it and has replaced the mark: it runs.
     HeldByPeer,
-    /// Nothing can tell: the machine has no disk that only one side may hold, or its disk was
-    /// changed since.
+    /// The machine has nothing that only one side may hold: nothing can tell.
     Unknown,
 }
 
@@ -162,7 +162,11 @@ pub trait Machine: Send {
     fn release(&mut self) -> Result<Mark, PortError>;
 
     /// Tries to take it back, all of it or nothing.
-    fn reclaim(&mut self) -> Reclaim;
+    ///
+    /// # Errors
+    /// [`PortError::Machine`] when it is not clear what has happened: somebody has changed the
+    /// mark and is gone, or holds a disk without having changed it.
+    fn reclaim(&mut self) -> Result<Reclaim, PortError>;
 }
 
 /// The host that a machine moves to.

@@ -152,7 +152,13 @@ impl<'r, 'a> Switchover<'r, 'a> {
                         SourceEvent::ReleaseFailed
                     }
                 },
-                SourceAction::Reclaim => SourceEvent::Reclaim(parts.machine.reclaim()),
+                SourceAction::Reclaim => match parts.machine.reclaim() {
+                    Ok(reclaim) => SourceEvent::Reclaim(reclaim),
+                    Err(error) => {
+                        log::error!(error:% = error; "the disks could not be taken back");
+                        SourceEvent::ReclaimFailed
+                    }
+                },
                 SourceAction::Resume => match parts.machine.resume() {
                     Ok(()) => SourceEvent::Resumed,
                     Err(error) => {
@@ -182,7 +188,7 @@ impl<'r, 'a> Switchover<'r, 'a> {
             Outcome::Resumed(reason) => Some(reason),
             Outcome::InDoubt(
                 handoff::Doubt::PeerMayRun(reason)
-                | handoff::Doubt::DisksHeld(reason)
+                | handoff::Doubt::DisksMissing(reason)
                 | handoff::Doubt::ResumeFailed(reason),
             ) => Some(reason),
         };

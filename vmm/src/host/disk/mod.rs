@@ -6,6 +6,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | `open`, `file` | checks on the path, abilities of the file, error messages with remedies |
+//! | `handover` | disks that change hands in a migration |
 //! | `lock` | one writer or many readers, among Drover and QEMU processes |
 //! | `image` | a raw image, one operation at a time on the calling thread |
 //! | `ring` | a raw image through `io_uring` |
@@ -18,6 +19,7 @@
 mod error;
 mod file;
 mod guarded;
+mod handover;
 #[cfg(test)]
 mod host_tests;
 mod image;
@@ -33,6 +35,7 @@ mod syscalls;
 mod testing;
 
 pub use error::DiskError;
+pub use handover::{DiskHandover, HandoverError, TakenBack};
 pub use lock::{DiskClaim, Holder, LockError, LockMode};
 pub use open::{Disk, open, prepare};
 pub use qcow2::Qcow2Error;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::DeviceId;
@@ -21,9 +22,28 @@ pub struct Disk {
     backend: Arc<dyn BlockBackend>,
     claim: Arc<DiskClaim>,
     file: File,
+    path: PathBuf,
+    writable: bool,
 }
 
 impl Disk {
+    /// The image's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the guest may write to it.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The image, for its metadata.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// What the block device works on.
     #[must_use]
     pub fn backend(&self) -> Arc<dyn BlockBackend> {
@@ -117,6 +137,8 @@ fn open_with(config: &DiskConfig, id: &DeviceId, lock: bool) -> Result<Disk, Dis
         backend,
         claim,
         file,
+        path: path.to_owned(),
+        writable: mode.writable,
     })
 }
 
