@@ -159,12 +159,15 @@ pub struct Tuning {
 }
 
 /// Where a running migration is watched, re-tuned and cancelled, from any thread.
-#[derive(Debug)]
 pub struct MigrationHandle {
     cancelled: AtomicBool,
     progress: Mutex<Progress>,
     tuning: Mutex<Tuning>,
+    observer: Option<Observer>,
 }
+
+/// Hears of every round that has ended. Called on the migration's thread; returns at once.
+pub type Observer = Box<dyn Fn(&RoundReport) + Send + Sync>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Plain data, whole after every statement.
@@ -179,6 +182,20 @@ impl MigrationHandle {
             cancelled: AtomicBool::new(false),
             progress: Mutex::default(),
             tuning: Mutex::new(tuning),
+            observer: None,
+        }
+    }
+
+    /// Tells `observer` of rounds.
+    #[must_use]
+    pub fn with_observer(mut self, observer: Observer) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    pub(crate) fn observe(&self, round: &RoundReport) {
+        if let Some(observer) = &self.observer {
+            observer(round);
         }
     }
 

@@ -302,6 +302,7 @@ impl<'a> Rounds<'a> {
         let Some(last) = self.reports.last().copied() else {
             return;
         };
+        self.handle.observe(&last);
         log::debug!(
             round = last.number, pages = last.pages.total(), wire_bytes = last.wire_bytes,
             duration_us = last.duration_us, dirty_pages = last.dirty_pages,

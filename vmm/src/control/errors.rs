@@ -33,11 +33,13 @@ impl ApiError {
 impl From<CommandError> for ApiError {
     fn from(error: CommandError) -> Self {
         let status = match error {
-            CommandError::Rejected(_) => StatusCode::CONFLICT,
-            CommandError::NoDevice(_) => StatusCode::NOT_FOUND,
-            CommandError::Balloon(_) => StatusCode::BAD_REQUEST,
+            CommandError::Rejected(_) | CommandError::Migrating | CommandError::Disks(_) => {
+                StatusCode::CONFLICT
+            }
+            CommandError::NoDevice(_) | CommandError::NoMigration => StatusCode::NOT_FOUND,
+            CommandError::Balloon(_) | CommandError::InvalidMigration(_) => StatusCode::BAD_REQUEST,
             CommandError::Ended => StatusCode::GONE,
-            CommandError::Machine(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            CommandError::Machine(_) | CommandError::Thread(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, chain(&error))
     }

@@ -8,6 +8,7 @@ use devices::pci::PciRootError;
 use devices::virtio::VirtioPciError;
 use devices::virtio::balloon::BalloonError;
 use devices::{BusError, DeviceId, GuestRam};
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Cap;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -18,11 +19,13 @@ use super::placement::Placement;
 use super::resources::Resources;
 use super::runtime::Machine;
 use crate::arch::x86_64::acpi::{self, AcpiOptions};
+use crate::arch::x86_64::compatible::incompatibilities;
 use crate::arch::x86_64::cpuid::{CpuidOptions, CpuidTemplate, physical_address_bits};
 use crate::arch::x86_64::{Topology, TopologyError, registers};
 use crate::boot::{self, BootError, BootImage, EntryPoint, RamContents};
 use crate::config::VmConfig;
 use crate::host::chardev::{CharPump, Endpoint};
+use crate::host::disk::DiskHandover;
 use crate::kvm::{KvmError, System, Vcpu, VcpuSet, Vm};
 use crate::memory::{Layout, LayoutError, MemoryError, allocate};
 
@@ -99,11 +102,25 @@ pub enum BuildError {
         #[source]
         source: std::io::Error,
     },
+    /// The guest was started on a CPU that this host cannot offer.
+    #[error("{}", .0.join("; "))]
+    Incompatible(Vec<String>),
     /// vCPUs that this host's interrupt controller cannot reach.
     #[error("{vcpus} vCPUs need APIC ids above 254, which this kernel's KVM cannot route")]
     NoX2Apic {
         /// Asked for.
         vcpus: u32,
+    },
+}
+
+/// Where a machine's guest comes from.
+pub(super) enum Origin<'a> {
+    /// Its kernel.
+    Boot,
+    /// Another host, where it saw these CPUID leaves. Memory stays empty, no vCPU has an entry.
+    Arrival {
+        /// See [`CpuidTemplate::entries`].
+        cpuid: &'a [kvm_cpuid_entry2],
     },
 }
 
@@ -121,6 +138,7 @@ impl Machine {
         resources: Resources,
         notices: &Arc<Notices>,
         placement: Placement,
+        origin: Origin<'_>,
     ) -> Result<Self, BuildError> {
         let system = System::open()?;
         let topology = config.cpus.topology()?;
@@ -147,16 +165,14 @@ impl Machine {
         }
         let balloon = board.add_balloon(config, &memory, notices)?;
 
-        let vcpus = create_vcpus(&system, &vm, topology, &supported, config)?;
-        let entry = load_guest(
-            &resources.boot,
-            &memory,
-            &layout,
-            topology,
-            RamContents::Fresh,
-        )?;
-        for vcpu in vcpus.iter().take(1) {
-            set_entry(vcpu, &memory, entry)?;
+        let (vcpus, cpuid) = create_vcpus(&system, &vm, topology, (config, &origin), &supported)?;
+        let tsc_khz = vcpus.first().and_then(Vcpu::tsc_khz);
+        if let Origin::Boot = origin {
+            let fresh = RamContents::Fresh;
+            let entry = load_guest(&resources.boot, &memory, &layout, topology, fresh)?;
+            for vcpu in vcpus.iter().take(1) {
+                set_entry(vcpu, &memory, entry)?;
+            }
         }
         let context = board.vcpu_context(notices);
         let vcpus = VcpuSet::spawn(vcpus, &context, move |vcpu| placement.bind_vcpu(vcpu))?;
@@ -180,6 +196,9 @@ impl Machine {
             layout,
             topology,
             boot: resources.boot,
+            cpuid,
+            tsc_khz,
+            disks: DiskHandover::new(resources.peripherals.disks),
             stopped: None,
             has_run: false,
         })
@@ -211,9 +230,9 @@ fn create_vcpus(
     system: &System,
     vm: &Vm,
     topology: Topology,
+    (config, origin): (&VmConfig, &Origin<'_>),
     supported: &kvm_bindings::CpuId,
-    config: &VmConfig,
-) -> Result<Vec<Vcpu>, BuildError> {
+) -> Result<(Vec<Vcpu>, CpuidTemplate), BuildError> {
     let msr_indices = system.msr_indices()?;
     let mut vcpus = (0..topology.vcpus())
         .map(|index| Vcpu::new(vm, index, topology.apic_id(index)))
@@ -225,12 +244,24 @@ fn create_vcpus(
         tsc_deadline: system.has(Cap::TscDeadlineTimer),
         extended_destination_ids: vm.has_x2apic_ids(),
     };
-    let template = CpuidTemplate::new(supported, &options);
+    let template = match origin {
+        Origin::Boot => CpuidTemplate::new(supported, &options),
+        // The guest goes on with the CPU that it knows, if this host can offer as much.
+        Origin::Arrival { cpuid } => {
+            let masked = Vec::new();
+            let host = CpuidTemplate::new(supported, &CpuidOptions { masked, ..options });
+            let reasons = incompatibilities(cpuid, &host);
+            if !reasons.is_empty() {
+                return Err(BuildError::Incompatible(reasons));
+            }
+            CpuidTemplate::from_entries(cpuid.to_vec(), topology)
+        }
+    };
     for vcpu in &mut vcpus {
         let cpuid = template.for_vcpu(vcpu.index());
         vcpu.power_on(&cpuid, &msr_indices)?;
     }
-    Ok(vcpus)
+    Ok((vcpus, template))
 }
 
 /// Loads kernel, initrd and tables.

@@ -9,7 +9,7 @@ use std::time::Instant;
 use devices::acpi::GuestRequest;
 use devices::events::DeviceEvent;
 use devices::virtio::balloon::BalloonHandle;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
 
 use super::events::{EventHub, EventKind};
 use super::lifecycle::{
@@ -24,6 +24,7 @@ use crate::kvm::VcpuEvent;
 mod client;
 #[cfg(feature = "testing")]
 mod fake;
+mod migration;
 mod views;
 pub use client::{CommandError, ControllerClient};
 #[cfg(feature = "testing")]
@@ -31,6 +32,10 @@ pub use fake::fake_controller;
 pub use views::{BalloonInfo, DeviceInfo, Sample, VmInfo};
 
 use client::{Command, QUEUE};
+pub(in crate::machine) use migration::Job;
+pub(crate) use migration::MachineLink;
+use migration::Migration;
+pub use migration::MigrationMachineError;
 
 /// What others open to reach the guest, where there is such a thing.
 #[derive(Default)]
@@ -40,7 +45,7 @@ pub(super) struct Terminals {
 }
 
 /// Owner of a machine.
-pub(super) struct Controller {
+pub(crate) struct Controller {
     machine: Machine,
     config: Arc<VmConfig>,
     state: VmState,
@@ -50,6 +55,10 @@ pub(super) struct Controller {
     commands: Receiver<Command>,
     notices: UnboundedReceiver<Notice>,
     end: Option<EndReason>,
+    migration: Option<Migration>,
+    /// What a migration's thread wants done.
+    jobs: UnboundedReceiver<Job>,
+    jobs_sender: UnboundedSender<Job>,
 }
 
 impl Controller {
@@ -63,6 +72,7 @@ impl Controller {
         let (commands, inbox) = channel(QUEUE);
         let events = EventHub::default();
         let client = ControllerClient::new(commands, events.clone(), Arc::clone(&config));
+        let (jobs_sender, jobs) = unbounded_channel();
         let controller = Self {
             machine,
             config,
@@ -73,6 +83,9 @@ impl Controller {
             commands: inbox,
             notices,
             end: None,
+            migration: None,
+            jobs,
+            jobs_sender,
         };
         (controller, client)
     }
@@ -96,6 +109,7 @@ impl Controller {
                 // What the guest has asked for comes before what an operator asks for later.
                 biased;
                 Some(notice) = self.notices.recv() => self.handle_notice(notice),
+                Some(job) = self.jobs.recv() => job(&mut self),
                 Some(command) = self.commands.recv() => self.handle_command(command),
                 else => self.end = Some(EndReason::Stopped),
             }
@@ -104,7 +118,8 @@ impl Controller {
 
     /// Tears the machine down before anybody hears of the end: its disks are then unlocked and
     /// its last words written.
-    fn finish(self, reason: EndReason) -> EndReason {
+    fn finish(mut self, reason: EndReason) -> EndReason {
+        self.abandon_migration();
         drop(self.machine);
         self.events.publish(EventKind::Ended { reason });
         reason
@@ -115,6 +130,18 @@ impl Controller {
         match command {
             Command::Request(request, answer) => {
                 let _ = answer.send(self.handle_request(request));
+            }
+            Command::Migrate(request, answer) => {
+                let _ = answer.send(self.migrate(*request));
+            }
+            Command::Migration(answer) => {
+                let _ = answer.send(self.migration_status().map(Box::new));
+            }
+            Command::CancelMigration(answer) => {
+                let _ = answer.send(self.cancel_migration());
+            }
+            Command::TuneMigration(tuning, answer) => {
+                let _ = answer.send(self.tune_migration(&tuning));
             }
             Command::Info(answer) => {
                 let _ = answer.send(Ok(self.info()));
@@ -148,6 +175,13 @@ impl Controller {
     }
 
     fn handle_request(&mut self, request: Request) -> Result<(), CommandError> {
+        if self.is_migrating() && request != Request::Stop {
+            return Err(CommandError::Migrating);
+        }
+        if request == Request::Resume {
+            // A migration that ended in doubt has let them go; the operator knows better.
+            self.machine.disks.lock()?;
+        }
         let transition = admit(self.state, request)?;
         self.perform(transition)?;
         Ok(())

@@ -8,7 +8,10 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
+use migration::progress::RoundReport;
+
 use super::lifecycle::EndReason;
+use crate::migrate::MigrationReport;
 
 /// Events that a late listener can still read.
 const HISTORY: usize = 256;
@@ -83,6 +86,23 @@ pub enum EventKind {
         /// Bytes taken out of the guest.
         bytes: u64,
     },
+    /// The VM is being moved.
+    MigrationStarted {
+        /// Ways to the destination.
+        to: Vec<String>,
+    },
+    /// A round of copying memory has ended.
+    MigrationRound {
+        /// What it showed.
+        round: RoundReport,
+    },
+    /// A migration is over.
+    MigrationEnded {
+        /// What came of it.
+        report: Box<MigrationReport>,
+    },
+    /// The VM has come from another process, and goes on here.
+    Arrived,
     /// The VM has ended; the last event.
     Ended {
         /// Why.

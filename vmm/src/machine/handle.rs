@@ -7,10 +7,11 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::assembly::BuildError;
+use super::assembly::{BuildError, Origin};
 use super::controller::{Controller, ControllerClient};
 use super::lifecycle::EndReason;
 use super::notices::Notices;
+use super::peripherals::DiskLocks;
 use super::placement::{Placement, PlacementError};
 use super::resources::{ResourceError, Resources};
 use super::runtime::{Machine, MachineError};
@@ -159,9 +160,14 @@ fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, Launch
         SignalThread::start(Arc::clone(&notices)).map_err(LaunchError::Signals)
     });
     let signals = signals.transpose()?;
-    let resources = Resources::open(&config, options.builtin_kernel, notices.clone())?;
+    let resources = Resources::open(
+        &config,
+        options.builtin_kernel,
+        DiskLocks::Take,
+        notices.clone(),
+    )?;
     let terminals = resources.terminals();
-    let machine = Machine::build(&config, resources, &notices, placement)?;
+    let machine = Machine::build(&config, resources, &notices, placement, Origin::Boot)?;
     let (mut controller, client) = Controller::new(machine, Arc::new(config), terminals, inbox);
     controller.start()?;
     Ok(Prepared {

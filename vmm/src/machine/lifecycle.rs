@@ -45,6 +45,8 @@ pub enum EndReason {
     TripleFault,
     /// A vCPU could not go on.
     VcpuFailure,
+    /// It goes on in another process.
+    Migrated,
 }
 
 impl EndReason {
@@ -52,7 +54,7 @@ impl EndReason {
     #[must_use]
     pub fn exit_code(self) -> u8 {
         match self {
-            Self::PowerOff | Self::Stopped => 0,
+            Self::PowerOff | Self::Stopped | Self::Migrated => 0,
             Self::Reboot => 3,
             Self::Panic => 4,
             Self::TripleFault => 5,
@@ -70,6 +72,7 @@ impl fmt::Display for EndReason {
             Self::Panic => "the guest's kernel panicked",
             Self::TripleFault => "the guest shut down by a triple fault",
             Self::VcpuFailure => "a vCPU could not go on",
+            Self::Migrated => "it has moved to another process",
         })
     }
 }

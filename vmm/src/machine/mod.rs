@@ -31,9 +31,11 @@ mod saved;
 mod signals;
 
 pub use assembly::BuildError;
+pub use controller::MigrationMachineError;
 #[cfg(feature = "testing")]
 pub use controller::fake_controller;
 pub use controller::{BalloonInfo, CommandError, ControllerClient, DeviceInfo, Sample, VmInfo};
+pub(crate) use controller::{Controller, MachineLink};
 pub use events::{EventHub, EventKind, VmEvent};
 pub use handle::{LaunchError, LaunchOptions, VmHandle};
 pub use lifecycle::{EndReason, Rejection, Request, Transition, VmState, admit};

@@ -21,7 +21,7 @@ use crate::config::{
     VmName, VsockConfig,
 };
 use crate::host::chardev::{Endpoint, EndpointError, terminal_size};
-use crate::host::disk::DiskError;
+use crate::host::disk::{Disk, DiskError};
 use crate::host::entropy::{EntropyError, EntropyFile, rng_options};
 use crate::host::tap::TapError;
 use crate::host::vhost_user::{self, VhostUserError};
@@ -79,12 +79,24 @@ pub(super) struct ConsoleEnds {
 pub(super) struct Peripherals {
     pub(super) devices: Vec<Peripheral>,
     pub(super) console: Option<ConsoleEnds>,
+    /// What is behind the block devices.
+    pub(super) disks: Vec<Disk>,
+}
+
+/// Whether disks are locked when they are opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DiskLocks {
+    /// At once: the guest is about to use them.
+    Take,
+    /// Not yet: another process still uses them.
+    Leave,
 }
 
 /// What a device's opening needs besides its own configuration.
 struct Opener<'a> {
     vm: &'a VmName,
     events: Arc<dyn EventSink>,
+    locks: DiskLocks,
     found: Peripherals,
 }
 
@@ -94,14 +106,17 @@ struct Opener<'a> {
 /// The first device that cannot be had, with its name.
 pub(super) fn open(
     config: &VmConfig,
+    locks: DiskLocks,
     events: Arc<dyn EventSink>,
 ) -> Result<Peripherals, (DeviceId, PeripheralError)> {
     let mut opener = Opener {
         vm: &config.name,
         events,
+        locks,
         found: Peripherals {
             devices: Vec::new(),
             console: None,
+            disks: Vec::new(),
         },
     };
     for (disk, id) in config.disk.iter().zip(config.disk_ids()) {
@@ -155,7 +170,10 @@ impl Opener<'_> {
             let device = vhost_user::open_block(socket, config, self.reporter(id))?;
             return Ok(served("vhost-user-block", device));
         }
-        let disk = disk::open(config, id)?;
+        let disk = match self.locks {
+            DiskLocks::Take => disk::open(config, id)?,
+            DiskLocks::Leave => disk::prepare(config, id)?,
+        };
         let options = BlockOptions {
             serial: config.serial.clone().unwrap_or_default(),
             queues: config.queues,
@@ -164,6 +182,7 @@ impl Opener<'_> {
         };
         let device = Block::new(disk.backend(), options, self.reporter(id));
         let counters = device.counters();
+        self.found.disks.push(disk);
         Ok(("virtio-block", Box::new(device), counters))
     }
 

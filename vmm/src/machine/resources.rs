@@ -12,7 +12,7 @@ use devices::DeviceId;
 use devices::events::EventSink;
 
 use super::controller::Terminals;
-use super::peripherals::{self, PeripheralError, Peripherals};
+use super::peripherals::{self, DiskLocks, PeripheralError, Peripherals};
 use crate::boot::{BootImage, KernelSource};
 use crate::config::VmConfig;
 use crate::host::chardev::{Endpoint, EndpointError};
@@ -67,6 +67,7 @@ impl Resources {
     pub(super) fn open(
         config: &VmConfig,
         builtin: Option<&'static [u8]>,
+        locks: DiskLocks,
         events: Arc<dyn EventSink>,
     ) -> Result<Self, ResourceError> {
         let kernel = match (&config.boot.kernel, builtin) {
@@ -86,7 +87,7 @@ impl Resources {
             command_line: config.boot.cmdline.clone(),
         };
         let serial = Endpoint::open(&config.serial).map_err(ResourceError::Serial)?;
-        let peripherals = peripherals::open(config, events)
+        let peripherals = peripherals::open(config, locks, events)
             .map_err(|(device, source)| ResourceError::Peripheral { device, source })?;
         Ok(Self {
             boot,

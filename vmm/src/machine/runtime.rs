@@ -13,8 +13,10 @@ use devices::{Device, DeviceError, GuestRam, Migratability};
 use super::assembly::{self, BuildError};
 use super::controller::{DeviceInfo, Sample};
 use crate::arch::x86_64::Topology;
+use crate::arch::x86_64::cpuid::CpuidTemplate;
 use crate::boot::{BootImage, RamContents};
 use crate::host::chardev::CharPump;
+use crate::host::disk::DiskHandover;
 use crate::kvm::{ClockState, DirtyLog, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
 use crate::memory::Layout;
 
@@ -61,6 +63,11 @@ pub struct Machine {
     pub(super) layout: Layout,
     pub(super) topology: Topology,
     pub(super) boot: BootImage,
+    /// What all vCPUs see in common.
+    pub(super) cpuid: CpuidTemplate,
+    pub(super) disks: DiskHandover,
+    /// Frequency of the time stamp counter, if the host tells.
+    pub(super) tsc_khz: Option<u32>,
     /// When it was paused, or has been paused on the host that it comes from.
     pub(super) stopped: Option<StoppedTime>,
     /// Whether it was ever started.

@@ -74,6 +74,18 @@ impl CpuidTemplate {
         template
     }
 
+    /// A template that a guest was started with, maybe on another host.
+    #[must_use]
+    pub fn from_entries(entries: Vec<kvm_cpuid_entry2>, topology: Topology) -> Self {
+        Self { entries, topology }
+    }
+
+    /// The leaves that all vCPUs have in common.
+    #[must_use]
+    pub fn entries(&self) -> &[kvm_cpuid_entry2] {
+        &self.entries
+    }
+
     /// Leaves of vCPU `index`.
     ///
     /// # Panics

@@ -9,9 +9,11 @@ use tokio::sync::oneshot;
 
 use super::views::{BalloonInfo, DeviceInfo, Sample, VmInfo};
 use crate::config::VmConfig;
+use crate::host::disk::HandoverError;
 use crate::machine::events::EventHub;
 use crate::machine::lifecycle::{Rejection, Request};
 use crate::machine::runtime::MachineError;
+use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning};
 
 /// Commands that may wait.
 pub(super) const QUEUE: usize = 64;
@@ -31,6 +33,21 @@ pub enum CommandError {
     /// The balloon cannot have this size.
     #[error(transparent)]
     Balloon(#[from] TargetError),
+    /// Its disks are somebody else's.
+    #[error(transparent)]
+    Disks(#[from] HandoverError),
+    /// A migration is under way.
+    #[error("the VM is being moved; cancel the migration first")]
+    Migrating,
+    /// No migration is under way.
+    #[error("the VM is not being moved")]
+    NoMigration,
+    /// A migration cannot be like that.
+    #[error("the migration cannot be started: {0}")]
+    InvalidMigration(String),
+    /// The host refused a thread.
+    #[error("thread for the migration")]
+    Thread(#[source] std::io::Error),
     /// The VM has ended.
     #[error("the VM has ended")]
     Ended,
@@ -52,6 +69,14 @@ pub(super) enum Command {
     Balloon(Answer<BalloonInfo>),
     /// A new target of its balloon, in bytes.
     SetBalloon(u64, Answer<()>),
+    /// To move it.
+    Migrate(Box<MigrationRequest>, Answer<()>),
+    /// The migration that runs, or the last one.
+    Migration(Answer<Box<MigrationStatus>>),
+    /// To give the migration up.
+    CancelMigration(Answer<()>),
+    /// To change the migration.
+    TuneMigration(MigrationTuning, Answer<()>),
     /// A new size of its console.
     ResizeConsole(ConsoleSize, Answer<()>),
 }
@@ -128,6 +153,41 @@ impl ControllerClient {
     /// [`CommandError::NoDevice`], [`CommandError::Ended`].
     pub async fn resize_console(&self, size: ConsoleSize) -> Result<(), CommandError> {
         self.ask(|answer| Command::ResizeConsole(size, answer))
+            .await
+    }
+
+    /// Starts to move the VM; what becomes of that is told by events and by
+    /// [`ControllerClient::migration`].
+    ///
+    /// # Errors
+    /// [`CommandError::Migrating`], [`CommandError::InvalidMigration`].
+    pub async fn migrate(&self, request: MigrationRequest) -> Result<(), CommandError> {
+        self.ask(|answer| Command::Migrate(Box::new(request), answer))
+            .await
+    }
+
+    /// The migration that runs, or the last one.
+    ///
+    /// # Errors
+    /// [`CommandError::NoMigration`].
+    pub async fn migration(&self) -> Result<MigrationStatus, CommandError> {
+        Ok(*self.ask(Command::Migration).await?)
+    }
+
+    /// Gives the migration up. It takes a moment; too late, it goes on.
+    ///
+    /// # Errors
+    /// [`CommandError::NoMigration`].
+    pub async fn cancel_migration(&self) -> Result<(), CommandError> {
+        self.ask(Command::CancelMigration).await
+    }
+
+    /// Changes the migration that runs.
+    ///
+    /// # Errors
+    /// [`CommandError::NoMigration`], [`CommandError::InvalidMigration`].
+    pub async fn tune_migration(&self, tuning: MigrationTuning) -> Result<(), CommandError> {
+        self.ask(|answer| Command::TuneMigration(tuning, answer))
             .await
     }
 

@@ -69,6 +69,15 @@ impl Fake {
                 self.balloon_bytes = bytes;
                 let _ = answer.send(Ok(()));
             }
+            Command::Migrate(_, answer) | Command::CancelMigration(answer) => {
+                let _ = answer.send(Err(CommandError::NoMigration));
+            }
+            Command::Migration(answer) => {
+                let _ = answer.send(Err(CommandError::NoMigration));
+            }
+            Command::TuneMigration(_, answer) => {
+                let _ = answer.send(Err(CommandError::NoMigration));
+            }
             Command::ResizeConsole(_, answer) => {
                 let _ = answer.send(Err(CommandError::NoDevice("console")));
             }

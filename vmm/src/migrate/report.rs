@@ -1,0 +1,243 @@
+//! Migrations as operators see them.
+
+use migration::handoff::{Doubt, Outcome};
+use migration::progress::{Blackout, PageMix, Progress, RoundReport};
+use migration::source::{EncodingChoice, OnTimeout, SourceReport};
+use serde::{Deserialize, Serialize};
+
+use crate::control::errors::chain;
+use crate::host::link::{LinkUrl, Security};
+
+/// What is asked of a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MigrationRequest {
+    /// Ways to the destination, tried side by side.
+    pub urls: Vec<LinkUrl>,
+    /// Spread data connections over all ways that work.
+    #[serde(default)]
+    pub multipath: bool,
+    /// Data connections, 1 to 16; as many as suit this host when absent.
+    #[serde(default)]
+    pub streams: Option<u16>,
+    /// How pages travel.
+    #[serde(default)]
+    pub encoding: EncodingChoice,
+    /// How long the VM may stand still, in microseconds.
+    #[serde(default = "default_max_downtime_us")]
+    pub max_downtime_us: u64,
+    /// Limit of all connections together; as fast as it goes when absent.
+    #[serde(default)]
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// How long memory may be copied before the VM is stopped.
+    #[serde(default = "default_timeout_s")]
+    pub timeout_s: u64,
+    /// What happens then.
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+    /// Memory for pages sent before, which makes deltas possible; an eighth of the guest's, 1 GiB
+    /// at most, when absent.
+    #[serde(default)]
+    pub cache_bytes: Option<u64>,
+    /// What protects the connections.
+    #[serde(default)]
+    pub security: Security,
+}
+
+/// The default of [`MigrationRequest::max_downtime_us`].
+#[must_use]
+pub fn default_max_downtime_us() -> u64 {
+    20_000
+}
+
+/// The default of [`MigrationRequest::timeout_s`].
+#[must_use]
+pub fn default_timeout_s() -> u64 {
+    600
+}
+
+/// What may be changed while a migration runs; what is absent stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MigrationTuning {
+    /// Limit of all connections together; 0 for none.
+    #[serde(default)]
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// How long the VM may stand still, in microseconds.
+    #[serde(default)]
+    pub max_downtime_us: Option<u64>,
+}
+
+/// What became of the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationOutcome {
+    /// It is the destination's.
+    Migrated,
+    /// It goes on here.
+    Resumed,
+    /// It is paused here, and maybe runs at the destination: somebody has to look.
+    InDoubt,
+}
+
+impl From<Outcome> for MigrationOutcome {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Surrendered => Self::Migrated,
+            Outcome::Resumed(_) => Self::Resumed,
+            Outcome::InDoubt(_) => Self::InDoubt,
+        }
+    }
+}
+
+/// What held a migration up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bottleneck {
+    /// The connections, or the destination behind them.
+    Link,
+    /// Reading and encoding pages on this host.
+    SourceCpu,
+    /// The guest wrote nearly as fast as pages could be sent.
+    DirtyRate,
+}
+
+/// A migration that is over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationReport {
+    /// The VM.
+    pub name: String,
+    /// Where the destination was reached.
+    pub to: Option<String>,
+    /// What became of the VM.
+    pub outcome: MigrationOutcome,
+    /// Why it did not move.
+    pub error: Option<String>,
+    /// Milliseconds from the request to the end.
+    pub total_ms: u64,
+    /// How long the VM stood still, part by part; absent when it did not.
+    pub blackout: Option<Blackout>,
+    /// What was expected right before, in microseconds.
+    pub predicted_blackout_us: Option<u64>,
+    /// The rounds before the VM was stopped.
+    pub rounds: Vec<RoundReport>,
+    /// All pages sent, the last ones included.
+    pub pages: PageMix,
+    /// All bytes sent.
+    pub wire_bytes: u64,
+    /// The guest's memory.
+    pub memory_bytes: u64,
+    /// Most memory used for pages sent before.
+    pub cache_bytes: u64,
+    /// Data connections.
+    pub streams: u16,
+    /// What held it up.
+    pub bottleneck: Bottleneck,
+}
+
+impl MigrationReport {
+    pub(crate) fn new(
+        name: &str,
+        to: Option<String>,
+        memory_bytes: u64,
+        total_ms: u64,
+        report: SourceReport,
+    ) -> Self {
+        let mut error = report.error.as_ref().map(|error| chain(error));
+        if let Outcome::InDoubt(doubt) = report.outcome {
+            error = Some(format!(
+                "{}: {}",
+                doubt_text(doubt),
+                error.unwrap_or_default()
+            ));
+        }
+        Self {
+            name: name.to_owned(),
+            to,
+            outcome: report.outcome.into(),
+            error,
+            total_ms,
+            blackout: report.blackout,
+            predicted_blackout_us: report
+                .predicted_blackout
+                .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
+            bottleneck: bottleneck(&report),
+            rounds: report.rounds,
+            pages: report.pages,
+            wire_bytes: report.wire_bytes,
+            memory_bytes,
+            cache_bytes: report.cache_bytes,
+            streams: report.streams,
+        }
+    }
+
+    /// A migration that never reached the destination.
+    pub(crate) fn not_connected(
+        name: &str,
+        memory_bytes: u64,
+        total_ms: u64,
+        error: String,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            to: None,
+            outcome: MigrationOutcome::Resumed,
+            error: Some(error),
+            total_ms,
+            blackout: None,
+            predicted_blackout_us: None,
+            rounds: Vec::new(),
+            pages: PageMix::default(),
+            wire_bytes: 0,
+            memory_bytes,
+            cache_bytes: 0,
+            streams: 0,
+            bottleneck: Bottleneck::Link,
+        }
+    }
+}
+
+fn doubt_text(doubt: Doubt) -> &'static str {
+    match doubt {
+        Doubt::PeerMayRun(_) => {
+            "the destination was told to run the VM and did not answer; look there, then `drover stop` \
+             it here, or `drover resume` it if the destination does not have it"
+        }
+        Doubt::DisksMissing(_) => {
+            "the destination does not run the VM, but its disks could not be taken back; free them and \
+             `drover resume` it"
+        }
+        Doubt::ResumeFailed(_) => {
+            "the VM is this host's, but could not be resumed; `drover resume` tries again"
+        }
+    }
+}
+
+/// Rounds beyond the first few mean that the guest kept up; connections without room mean that
+/// this host waited.
+fn bottleneck(report: &SourceReport) -> Bottleneck {
+    let resent: u64 = report.rounds.iter().skip(1).map(|r| r.pages.total()).sum();
+    let first = report.rounds.first().map_or(0, |r| r.pages.total());
+    if resent > first / 2 && report.rounds.len() > 3 {
+        Bottleneck::DirtyRate
+    } else if report.congested_percent >= 50 {
+        Bottleneck::Link
+    } else {
+        Bottleneck::SourceCpu
+    }
+}
+
+/// The migration that runs, or the last one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationStatus {
+    /// Whether it is under way.
+    pub active: bool,
+    /// Where it goes.
+    pub to: Vec<LinkUrl>,
+    /// How it stands.
+    pub progress: Progress,
+    /// The rounds so far.
+    pub rounds: Vec<RoundReport>,
+    /// What came of it, once it is over.
+    pub report: Option<MigrationReport>,
+}

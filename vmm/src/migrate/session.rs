@@ -1,0 +1,213 @@
+//! A migration's thread on the source: connects, runs the engine, reports.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::GuestRam;
+use migration::Section;
+use migration::handoff::Mark;
+use migration::ports::{Channel, Dial, Machine, PortError, Reclaim};
+use migration::progress::MigrationHandle;
+use migration::source::{Parts, SourceOptions, migrate};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::report::{MigrationReport, MigrationRequest};
+use super::{KvmLogTracker, RamPages, UnionTracker, WriteLogTracker};
+use crate::control::errors::chain;
+use crate::host::link::{LinkUrl, Security, connect, connect_one};
+use crate::kvm::DirtyLog;
+use crate::machine::{MachineLink, MigrationMachineError};
+
+/// How long a destination may take to be reached.
+const CONNECT_TIME: Duration = Duration::from_secs(10);
+
+/// How long a peer may be silent.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Data connections when nobody says otherwise: more than a few do not make memory faster.
+const MAX_AUTO_STREAMS: usize = 4;
+
+/// Share of the guest's memory for pages sent before, and its limit.
+const CACHE_SHARE: u64 = 8;
+const MAX_CACHE_BYTES: u64 = 1 << 30;
+
+/// What a migration's thread needs.
+pub(crate) struct Session {
+    pub(crate) name: String,
+    pub(crate) request: MigrationRequest,
+    pub(crate) handle: Arc<MigrationHandle>,
+    pub(crate) machine: MachineLink,
+    pub(crate) memory: Arc<GuestRam>,
+    pub(crate) log: DirtyLog,
+}
+
+impl Session {
+    /// Everything, to the report.
+    pub(crate) fn run(self) {
+        let machine = self.machine.clone();
+        let report = self.move_machine();
+        log::info!(outcome:? = report.outcome, total_ms = report.total_ms; "migration is over");
+        machine.post(move |controller| controller.end_migration(report));
+    }
+
+    fn move_machine(self) -> MigrationReport {
+        let began = Instant::now();
+        let elapsed_ms = || u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let Self {
+            name,
+            request,
+            handle,
+            machine,
+            memory,
+            log,
+        } = self;
+        let memory_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
+        let deadline = began + CONNECT_TIME;
+        let connected = match connect(&request.urls, &request.security, deadline) {
+            Ok(connected) => connected,
+            Err(error) => {
+                let error = chain(&error);
+                return MigrationReport::not_connected(&name, memory_bytes, elapsed_ms(), error);
+            }
+        };
+        let mut dialer = Dialer::new(&request, &connected.url);
+        let mut machine = LinkedMachine(machine);
+        let tracker = UnionTracker::new(vec![
+            Box::new(KvmLogTracker::new(log)),
+            Box::new(WriteLogTracker::new(Arc::clone(&memory))),
+        ]);
+        let mut parts = Parts {
+            machine: &mut machine,
+            pages: &RamPages::new(memory),
+            tracker: &tracker,
+        };
+        let options = options(&request, memory_bytes);
+        let channel = connected.channel;
+        let report = migrate(&mut parts, channel, &mut dialer, &options, &handle);
+        let to = Some(connected.url.to_string());
+        MigrationReport::new(&name, to, memory_bytes, elapsed_ms(), report)
+    }
+}
+
+fn options(request: &MigrationRequest, memory_bytes: u64) -> SourceOptions {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let auto = u16::try_from(cpus.clamp(1, MAX_AUTO_STREAMS)).unwrap_or(1);
+    let cache = (memory_bytes / CACHE_SHARE).min(MAX_CACHE_BYTES);
+    SourceOptions {
+        streams: request.streams.unwrap_or(auto),
+        encoding: request.encoding,
+        cache_bytes: request.cache_bytes.unwrap_or(cache),
+        timeout: Duration::from_secs(request.timeout_s),
+        on_timeout: request.on_timeout,
+        patience: PATIENCE,
+    }
+}
+
+/// Opens data connections.
+struct Dialer {
+    /// The way that was taken first, then the others if they are to be used.
+    ways: Vec<LinkUrl>,
+    security: Security,
+    next: usize,
+}
+
+impl Dialer {
+    fn new(request: &MigrationRequest, taken: &LinkUrl) -> Self {
+        let mut ways = vec![taken.clone()];
+        if request.multipath {
+            ways.extend(request.urls.iter().filter(|url| *url != taken).cloned());
+        }
+        Self {
+            ways,
+            security: request.security.for_peer_at(taken),
+            next: 0,
+        }
+    }
+}
+
+impl Dial for Dialer {
+    fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
+        let deadline = Instant::now() + CONNECT_TIME;
+        if let Some(url) = url {
+            let url = url.parse().map_err(io::Error::other)?;
+            return connect_one(&url, &self.security, deadline).map_err(io::Error::other);
+        }
+        let way = self.next % self.ways.len();
+        self.next += 1;
+        let dialed = connect_one(&self.ways[way], &self.security, deadline);
+        match dialed {
+            Ok(channel) => Ok(channel),
+            // Not tried again: the next data connection is not to wait for it, too.
+            Err(error) if way > 0 => {
+                log::warn!(url:% = self.ways[way], error:% = error; "a way to the destination is not used");
+                self.ways.remove(way);
+                self.dial(None)
+            }
+            Err(error) => Err(io::Error::other(error)),
+        }
+    }
+}
+
+/// The machine through its controller.
+struct LinkedMachine(MachineLink);
+
+impl LinkedMachine {
+    fn flat<T>(
+        what: &'static str,
+        result: Result<Result<T, MigrationMachineError>, MigrationMachineError>,
+    ) -> Result<T, PortError> {
+        result
+            .and_then(|inner| inner)
+            .map_err(|error| PortError::Machine {
+                what,
+                source: Box::new(error),
+            })
+    }
+}
+
+impl Machine for LinkedMachine {
+    fn blockers(&self) -> Vec<String> {
+        let blockers = self.0.call(|controller| controller.migration_blockers());
+        blockers.unwrap_or_else(|error| vec![error.to_string()])
+    }
+
+    fn skeleton(&self) -> Result<Vec<u8>, PortError> {
+        let skeleton = self.0.call(|controller| Ok(controller.skeleton().encode()));
+        Self::flat("the VM cannot be described", skeleton)
+    }
+
+    fn pause(&mut self) -> Result<(), PortError> {
+        let paused = self.0.call(|controller| controller.pause_for_migration());
+        Self::flat("the VM cannot be stopped", paused)
+    }
+
+    fn resume(&mut self) -> Result<(), PortError> {
+        let resumed = self
+            .0
+            .call(|controller| controller.resume_after_migration());
+        Self::flat("the VM cannot be resumed", resumed)
+    }
+
+    fn save(&self) -> Result<Vec<Section>, PortError> {
+        let saved = self.0.call(|controller| controller.save_for_migration());
+        Self::flat("the VM's state cannot be saved", saved)
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), PortError> {
+        let throttle = move |controller: &mut crate::machine::Controller| {
+            controller.throttle_for_migration(percent)
+        };
+        Self::flat("vCPUs cannot be slowed down", self.0.call(throttle))
+    }
+
+    fn release(&mut self) -> Result<Mark, PortError> {
+        let released = self.0.call(|controller| controller.release_disks());
+        Self::flat("the VM's disks cannot be let go", released)
+    }
+
+    fn reclaim(&mut self) -> Result<Reclaim, PortError> {
+        let taken = self.0.call(|controller| controller.take_back_disks());
+        Self::flat("the VM's disks cannot be taken back", taken)
+    }
+}

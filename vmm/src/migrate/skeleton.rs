@@ -1,0 +1,145 @@
+//! What a destination needs to build the machine that is about to come, in JSON.
+
+use kvm_bindings::kvm_cpuid_entry2;
+use serde::{Deserialize, Serialize};
+
+use crate::config::VmConfig;
+
+/// Version of the description that this build writes, and the only one so far.
+const VERSION: u16 = 1;
+
+/// CPUID leaves at most, as KVM has it (`KVM_MAX_CPUID_ENTRIES`).
+const MAX_CPUID_ENTRIES: usize = 256;
+
+/// Description of a machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Skeleton {
+    version: u16,
+    /// As it was started, complete with defaults.
+    pub config: VmConfig,
+    /// What all vCPUs see in common: function, index, flags, EAX, EBX, ECX, EDX.
+    cpuid: Vec<[u32; 7]>,
+    /// Frequency of the time stamp counter.
+    pub tsc_khz: Option<u32>,
+    /// Every device, in order: its id and kind.
+    pub devices: Vec<(String, String)>,
+    /// Whether the machine stands still, and shall do so afterwards.
+    pub paused: bool,
+}
+
+impl Skeleton {
+    /// Describes a machine.
+    #[must_use]
+    pub fn new(
+        config: VmConfig,
+        cpuid: &[kvm_cpuid_entry2],
+        tsc_khz: Option<u32>,
+        devices: Vec<(String, String)>,
+        paused: bool,
+    ) -> Self {
+        let words = |entry: &kvm_cpuid_entry2| {
+            let kvm_cpuid_entry2 {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx,
+                ..
+            } = *entry;
+            [function, index, flags, eax, ebx, ecx, edx]
+        };
+        Self {
+            version: VERSION,
+            config,
+            cpuid: cpuid.iter().map(words).collect(),
+            tsc_khz,
+            devices,
+            paused,
+        }
+    }
+
+    /// As sent.
+    ///
+    /// # Panics
+    /// Never: every type of the description has a JSON form.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("every type has a JSON form")
+    }
+
+    /// Reads what a source has sent.
+    ///
+    /// # Errors
+    /// Why it cannot be understood.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Version {
+            version: u16,
+        }
+        let malformed = |error| format!("the VM's description is malformed: {error}");
+        let Version { version } = serde_json::from_slice(bytes).map_err(malformed)?;
+        if version != VERSION {
+            return Err(format!(
+                "the VM's description has version {version}, this build reads {VERSION}"
+            ));
+        }
+        let skeleton: Self = serde_json::from_slice(bytes).map_err(malformed)?;
+        let found = skeleton.cpuid.len();
+        if found > MAX_CPUID_ENTRIES {
+            return Err(format!(
+                "{found} CPUID leaves, KVM takes {MAX_CPUID_ENTRIES}"
+            ));
+        }
+        Ok(skeleton)
+    }
+
+    /// What all vCPUs see in common.
+    #[must_use]
+    pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
+        let entry = |words: &[u32; 7]| {
+            let [function, index, flags, eax, ebx, ecx, edx] = *words;
+            kvm_cpuid_entry2 {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx,
+                ..kvm_cpuid_entry2::default()
+            }
+        };
+        self.cpuid.iter().map(entry).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptions_read_back_and_others_are_refused() {
+        let leaf = kvm_cpuid_entry2 {
+            function: 7,
+            index: 1,
+            ecx: 5,
+            ..kvm_cpuid_entry2::default()
+        };
+        let devices = vec![("disk0".to_owned(), "virtio-block".to_owned())];
+        let skeleton = Skeleton::new(VmConfig::default(), &[leaf], Some(2_000_000), devices, true);
+        let read = Skeleton::decode(&skeleton.encode()).unwrap();
+        assert_eq!(read, skeleton);
+        assert_eq!(read.cpuid(), [leaf]);
+
+        let text = String::from_utf8(skeleton.encode()).unwrap();
+        let newer = text.replacen("\"version\":1", "\"version\":2", 1);
+        assert_eq!(
+            Skeleton::decode(newer.as_bytes()).unwrap_err(),
+            "the VM's description has version 2, this build reads 1"
+        );
+        let error = Skeleton::decode(b"{\"version\":1}").unwrap_err();
+        assert!(error.contains("missing field"), "{error}");
+    }
+}
