@@ -20,7 +20,7 @@ mod memory_map;
 mod pvh;
 mod reader;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use error::BootError;
 pub use load::{BootImage, EntryPoint, KernelSource, RamContents, load};

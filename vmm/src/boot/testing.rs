@@ -49,7 +49,7 @@ pub(super) fn load_image(
 }
 
 /// A note, name and content padded.
-pub(super) fn note(name: &[u8], kind: u32, content: &[u8]) -> Vec<u8> {
+pub(crate) fn note(name: &[u8], kind: u32, content: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for field in [
         u32::try_from(name.len()).unwrap(),
@@ -66,13 +66,13 @@ pub(super) fn note(name: &[u8], kind: u32, content: &[u8]) -> Vec<u8> {
 }
 
 /// The note that makes an ELF file a PVH kernel.
-pub(super) fn pvh_note(entry: u32) -> Vec<u8> {
+pub(crate) fn pvh_note(entry: u32) -> Vec<u8> {
     note(b"Xen\0", 18, &entry.to_le_bytes())
 }
 
 /// An ELF file in the making.
 #[derive(Clone)]
-pub(super) struct Elf {
+pub(crate) struct Elf {
     is_64: bool,
     entry: u64,
     segments: Vec<Segment>,
@@ -87,7 +87,7 @@ struct Segment {
 }
 
 impl Elf {
-    pub(super) fn new64() -> Self {
+    pub(crate) fn new64() -> Self {
         Self {
             is_64: true,
             entry: 0x10_0000,
@@ -95,7 +95,7 @@ impl Elf {
         }
     }
 
-    pub(super) fn new32() -> Self {
+    pub(crate) fn new32() -> Self {
         Self {
             is_64: false,
             ..Self::new64()
@@ -108,11 +108,11 @@ impl Elf {
     }
 
     /// Adds a segment to be loaded, `memory` bytes of it.
-    pub(super) fn load(self, address: u64, content: &[u8], memory: u64) -> Self {
+    pub(crate) fn load(self, address: u64, content: &[u8], memory: u64) -> Self {
         self.segment(1, address, content, memory)
     }
 
-    pub(super) fn note(self, notes: &[u8]) -> Self {
+    pub(crate) fn note(self, notes: &[u8]) -> Self {
         self.segment(4, 0, notes, 0)
     }
 
@@ -128,7 +128,7 @@ impl Elf {
     }
 
     /// The file: header, program headers, contents.
-    pub(super) fn build(&self) -> Vec<u8> {
+    pub(crate) fn build(&self) -> Vec<u8> {
         let (header_bytes, entry_bytes) = if self.is_64 { (64, 56) } else { (52, 32) };
         let table = header_bytes + entry_bytes * self.segments.len();
         let mut file = Fields {

@@ -165,3 +165,6 @@ pub(super) fn throttled<T>(brake: &Arc<Brake>, thread: &JoinHandle<T>) -> Thrott
         target: kick::Target::new(thread.as_pthread_t()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -220,3 +220,6 @@ fn by_name(sections: Vec<Section>) -> Result<BTreeMap<String, Section>, MachineS
     }
     Ok(named)
 }
+
+#[cfg(test)]
+mod tests;

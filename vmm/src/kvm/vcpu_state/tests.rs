@@ -5,6 +5,7 @@ use super::super::tsc::HostTsc;
 use super::super::vcpu::Vcpu;
 use super::super::vm::Vm;
 use super::*;
+use crate::control::errors::chain;
 
 /// Counts in `bx`, writes it to port 0x80 and to the word at 0x3000, for ever.
 const COUNTER: &[u8] = &[
@@ -57,12 +58,6 @@ fn with(state: &DeviceState, field: &str, change: impl FnOnce(&mut Value)) -> De
 fn fields(state: &DeviceState) -> Vec<(Value, Value)> {
     let value: Value = ciborium::from_reader(state.bytes.as_slice()).unwrap();
     value.into_map().unwrap()
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    let said: Vec<_> = causes.map(ToString::to_string).collect();
-    said.join(": ")
 }
 
 #[test]
