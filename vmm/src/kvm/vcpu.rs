@@ -6,9 +6,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use devices::counters::Counter;
-use devices::state::DeviceState;
 use devices::{Bus, GuestRam};
-use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -16,9 +15,10 @@ use super::error::KvmError;
 use super::kick::Kickable;
 use super::msrs;
 use super::state::{StateShape, VcpuState};
-use super::tsc::{self, HostTsc, TscSource};
-use super::vcpu_state::{self, VcpuStateError};
+use super::tsc::{self, TscSource};
 use super::vm::Vm;
+
+mod saved;
 
 /// Longest x86 instruction.
 const MAX_INSTRUCTION_BYTES: usize = 15;
@@ -198,62 +198,6 @@ impl Vcpu {
             Some(state) => state.reset(&self.fd, self.index),
             None => Ok(()),
         }
-    }
-
-    /// Everything that makes up the vCPU, with its time stamp counter as of the host's `at`: the
-    /// same instant for all vCPUs, so that they stay in step. Only a paused vCPU has no access
-    /// half done; then this changes nothing.
-    ///
-    /// # Errors
-    /// [`VcpuStateError`].
-    pub fn save(&self, at: HostTsc) -> Result<DeviceState, VcpuStateError> {
-        let indices: Vec<_> = self.msrs_at_power_on().map(|msr| msr.index).collect();
-        let state = VcpuState::capture(&self.fd, self.index, &indices, self.shape)?;
-        let tsc = self.tsc.read(&self.fd, at)?;
-        Ok(vcpu_state::encode(&state, tsc)?)
-    }
-
-    /// Takes over a saved state, before the first run. The time stamp counter goes on from its
-    /// saved value as of the host's `at`, the same instant for all vCPUs.
-    ///
-    /// # Errors
-    /// [`VcpuStateError`] says what is malformed, or what this host cannot do.
-    pub fn restore(&self, state: &DeviceState, at: HostTsc) -> Result<(), VcpuStateError> {
-        let vcpu = self.index;
-        let decoded = vcpu_state::decode(state, self.shape);
-        let (state, tsc) = decoded.map_err(|source| VcpuStateError::Restore { vcpu, source })?;
-        let known: Vec<_> = self.msrs_at_power_on().map(|msr| msr.index).collect();
-        let (mut state, mut unknown) = (state, Vec::new());
-        state.msrs.retain(|msr| {
-            let is_known = known.contains(&msr.index);
-            if !is_known {
-                unknown.push(*msr);
-            }
-            is_known
-        });
-        for msr in &unknown {
-            self.forgo_msr(msr)?;
-        }
-        let refused = |msr: &kvm_msr_entry| self.forgo_msr(msr);
-        state.restore(&self.fd, vcpu, &self.tsc, (tsc, at), refused)
-    }
-
-    fn msrs_at_power_on(&self) -> impl Iterator<Item = &kvm_msr_entry> {
-        self.power_on.iter().flat_map(|state| &state.msrs)
-    }
-
-    /// Whether the guest can do without a register that this host does not let us write.
-    fn forgo_msr(&self, msr: &kvm_msr_entry) -> Result<(), VcpuStateError> {
-        let (vcpu, index, value) = (self.index, msr.index, msr.data);
-        let here = msrs::get(&self.fd, vcpu, &[index])?;
-        if value == 0 || here.first().is_some_and(|msr| msr.data == value) {
-            return Ok(());
-        }
-        if msrs::MAY_BE_LOST.contains(&index) {
-            log::info!(vcpu, msr = index, value; "this host does not have the guest's value of an MSR");
-            return Ok(());
-        }
-        Err(VcpuStateError::Msr { vcpu, index, value })
     }
 
     /// General registers.
