@@ -1,9 +1,15 @@
-use ciborium::Value;
+use std::sync::Arc;
 
-use super::super::testing;
+use ciborium::Value;
+use devices::irqchip::IoApic;
+use devices::{DeviceId, IoHandler};
+use parking_lot::Mutex;
+
+use super::super::thread::{VcpuContext, VcpuEvent, VcpuEvents, VcpuSet};
 use super::super::tsc::HostTsc;
 use super::super::vcpu::Vcpu;
 use super::super::vm::Vm;
+use super::super::{KvmMsiRouter, testing};
 use super::*;
 use crate::control::errors::chain;
 
@@ -251,5 +257,67 @@ fn another_frequency_is_scaled_or_refused() {
             );
             assert_eq!(error.to_string(), message);
         }
+    }
+}
+
+/// A port that keeps what is written to it.
+#[derive(Default)]
+struct Port(Mutex<Vec<u16>>);
+
+impl IoHandler for Port {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&self, _offset: u64, data: &[u8]) {
+        let value = data.try_into().map(u16::from_le_bytes);
+        self.0.lock().push(value.unwrap());
+    }
+}
+
+struct NoEvents;
+
+impl VcpuEvents for NoEvents {
+    fn report(&self, event: VcpuEvent) {
+        log::error!(event:?; "the guest has ended");
+    }
+}
+
+/// An access that was handed to a device and not completed would be done again by the restored
+/// vCPU.
+#[test]
+fn paused_vcpu_has_no_access_half_done() {
+    let Some(system) = testing::system() else {
+        return;
+    };
+    let port = Arc::new(Port::default());
+    let mut state = None;
+    for _ in 0..20 {
+        let vm = testing::vm(&system, COUNTER);
+        let vcpu = testing::vcpu(&system, &vm, 0);
+        let at = HostTsc::now();
+        if let Some(state) = &state {
+            vcpu.restore(state, at).unwrap();
+        }
+        let buses = testing::buses();
+        buses.io.insert(0x80, 2, port.clone()).unwrap();
+        let id = DeviceId::new("ioapic").unwrap();
+        let context = VcpuContext {
+            buses,
+            ioapic: IoApic::new(id, &KvmMsiRouter::new(&vm)).unwrap(),
+            events: Arc::new(NoEvents),
+            gate: Arc::default(),
+        };
+        let set = VcpuSet::spawn(vec![vcpu], &context, |_| {}).unwrap();
+        let before = port.0.lock().len();
+        set.run();
+        while port.0.lock().len() < before + 20 {
+            std::thread::yield_now();
+        }
+        set.pause().unwrap();
+        let saved = set.call(|vcpu| vcpu.save(HostTsc::now())).unwrap();
+        state = saved.into_iter().next().map(Result::unwrap);
+    }
+    let seen = port.0.lock();
+    for (seen, expected) in seen.iter().zip(1..=u16::MAX) {
+        assert_eq!(*seen, expected, "an access was lost or done twice");
     }
 }
