@@ -1,5 +1,7 @@
 //! Tests over real sockets.
 
+mod activation;
+mod direct;
 mod plain;
 mod tls;
 
