@@ -1,8 +1,10 @@
 //! TLS, with certificates made on the spot.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -202,6 +204,65 @@ fn breaker_wakes_reader_and_writer_over_tls() {
 }
 
 #[test]
+fn peer_that_dribbles_is_a_time_out_and_nothing_is_lost() {
+    let authority = Authority::new("dribble");
+    let (a, b) = (authority.host("a"), authority.host("b"));
+    let listener = Listener::bind(&url("tls://127.0.0.1:0"), &with(&b)).unwrap();
+    let port = listener.local_url().host_port().unwrap().port();
+    // Passes on what it gets, and from the server in small pieces once told to.
+    let relay = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = url(&format!("tls://{}", relay.local_addr().unwrap()));
+    let slow = Arc::new(AtomicBool::new(false));
+    let relaying = thread::spawn({
+        let slow = Arc::clone(&slow);
+        move || dribble(relay, port, &slow)
+    });
+    let accepting = thread::spawn(move || listener.accept(soon()).unwrap().0);
+    let mut one = connect_one(&target, &with(&a), soon()).unwrap();
+    let mut two = accepting.join().unwrap();
+    slow.store(true, Ordering::SeqCst);
+    let data = pattern(4000);
+    two.write_all(&data).unwrap();
+    one.set_timeout(Duration::from_millis(100)).unwrap();
+    let (mut back, mut filled, mut expired) = (vec![0; data.len()], 0, 0);
+    while filled < back.len() {
+        match one.read(&mut back[filled..]) {
+            Ok(count) => filled += count,
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+                expired += 1;
+            }
+        }
+    }
+    assert!(back == data);
+    assert!(expired > 0, "it took as long as the peer liked");
+    drop((one, two));
+    relaying.join().unwrap();
+}
+
+/// Relays one connection to `port`; while `slow`, 100 bytes every 10 ms come back.
+fn dribble(relay: TcpListener, port: u16, slow: &AtomicBool) {
+    let (mut client, _) = relay.accept().unwrap();
+    let mut server = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let (mut up, mut out) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+    let forward = thread::spawn(move || {
+        let _ = io::copy(&mut up, &mut out);
+        let _ = out.shutdown(Shutdown::Both);
+    });
+    let mut buf = [0; 100];
+    while let Ok(count @ 1..) = server.read(&mut buf) {
+        if slow.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(10));
+        }
+        if client.write_all(&buf[..count]).is_err() {
+            break;
+        }
+    }
+    let _ = client.shutdown(Shutdown::Both);
+    forward.join().unwrap();
+}
+
+#[test]
 fn stranger_is_named_on_both_sides() {
     let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
     let (good, stranger) = (ours.host("good"), theirs.host("stranger"));
@@ -280,14 +341,14 @@ fn client_without_a_certificate_is_refused_on_both_sides() {
     roots
         .add(rustls::pki_types::CertificateDer::from_pem_slice(&pem).unwrap())
         .unwrap();
-    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
     let name = "127.0.0.1".try_into().unwrap();
-    let connection = rustls::ClientConnection::new(std::sync::Arc::new(config), name).unwrap();
+    let connection = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
     let socket = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let mut stream = rustls::StreamOwned::new(connection, socket);
     let _ = stream.write_all(b"x");

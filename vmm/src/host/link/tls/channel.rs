@@ -167,15 +167,17 @@ impl Read for TlsChannel {
             _ => {}
         }
         let begin = Instant::now();
+        let mut expired = false;
         loop {
             if let Some(count) = self.read_plaintext(buf)? {
                 return Ok(count + self.read_more(&mut buf[count..]));
             }
             // A peer that sends a record byte by byte makes no progress.
-            if begin.elapsed() >= self.timeout {
+            if expired {
                 return Err(timed_out());
             }
             self.advance()?;
+            expired = begin.elapsed() >= self.timeout;
         }
     }
 }
