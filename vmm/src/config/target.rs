@@ -1,7 +1,7 @@
 //! Where a byte stream of the guest goes: `stdio`, `file=PATH`, ...
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,17 @@ pub enum CharTarget {
     File(PathBuf),
     /// A unix socket that the VMM listens on, one client at a time.
     Socket(PathBuf),
+}
+
+impl CharTarget {
+    /// The file or socket, if it is one.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Stdio | Self::Null | Self::Pty => None,
+            Self::File(path) | Self::Socket(path) => Some(path),
+        }
+    }
 }
 
 /// A target that cannot be read.

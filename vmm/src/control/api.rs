@@ -126,7 +126,7 @@ async fn get_info(State(client): State<ControllerClient>) -> Result<Json<VmInfo>
 /// The configuration that the VM was started with, complete with defaults.
 #[utoipa::path(get, path = "/v1/config", responses((status = 200, body = VmConfig)))]
 async fn get_config(State(client): State<ControllerClient>) -> Json<VmConfig> {
-    Json(client.config().clone())
+    Json((*client.config()).clone())
 }
 
 /// The VM's devices.

@@ -33,9 +33,10 @@ impl ApiError {
 impl From<CommandError> for ApiError {
     fn from(error: CommandError) -> Self {
         let status = match error {
-            CommandError::Rejected(_) | CommandError::Migrating | CommandError::Disks(_) => {
-                StatusCode::CONFLICT
-            }
+            CommandError::Rejected(_)
+            | CommandError::Waiting
+            | CommandError::Migrating
+            | CommandError::Disks(_) => StatusCode::CONFLICT,
             CommandError::NoDevice(_) | CommandError::NoMigration => StatusCode::NOT_FOUND,
             CommandError::Balloon(_) | CommandError::InvalidMigration(_) => StatusCode::BAD_REQUEST,
             CommandError::Ended => StatusCode::GONE,

@@ -157,6 +157,12 @@ impl RuntimeDir {
         Ok(found)
     }
 
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The socket of a running VM.
     ///
     /// # Errors

@@ -69,6 +69,12 @@ impl Vm {
         self.x2apic_ids
     }
 
+    /// Whether KVM can run time stamp counters at another frequency than the host's.
+    #[must_use]
+    pub fn can_scale_tsc(&self) -> bool {
+        self.fd.check_extension(Cap::TscControl)
+    }
+
     /// Guest RAM.
     #[must_use]
     pub fn memory(&self) -> &Arc<GuestRam> {

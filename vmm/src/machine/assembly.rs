@@ -24,6 +24,7 @@ use crate::arch::x86_64::cpuid::{CpuidOptions, CpuidTemplate, physical_address_b
 use crate::arch::x86_64::{Topology, TopologyError, registers};
 use crate::boot::{self, BootError, BootImage, EntryPoint, RamContents};
 use crate::config::VmConfig;
+use crate::control::errors::chain;
 use crate::host::chardev::{CharPump, Endpoint};
 use crate::host::disk::DiskHandover;
 use crate::kvm::{KvmError, System, Vcpu, VcpuSet, Vm};
@@ -262,6 +263,26 @@ fn create_vcpus(
         vcpu.power_on(&cpuid, &msr_indices)?;
     }
     Ok((vcpus, template))
+}
+
+/// Why a guest that has seen `cpuid` cannot have its vCPUs here, as far as that can be told without
+/// a machine.
+pub(super) fn cpu_reasons(config: &VmConfig, cpuid: &[kvm_cpuid_entry2]) -> Vec<String> {
+    let reasons = || -> Result<Vec<String>, BuildError> {
+        let system = System::open()?;
+        let topology = config.cpus.topology()?;
+        check_vcpu_count(&system, topology)?;
+        let options = CpuidOptions {
+            topology,
+            masked: Vec::new(),
+            tsc_khz: None,
+            tsc_deadline: system.has(Cap::TscDeadlineTimer),
+            extended_destination_ids: true,
+        };
+        let host = CpuidTemplate::new(&system.supported_cpuid()?, &options);
+        Ok(incompatibilities(cpuid, &host))
+    };
+    reasons().unwrap_or_else(|error| vec![chain(&error)])
 }
 
 /// Loads kernel, initrd and tables.

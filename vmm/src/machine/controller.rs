@@ -26,16 +26,18 @@ mod client;
 mod fake;
 mod migration;
 mod views;
+mod waiting;
 pub use client::{CommandError, ControllerClient};
 #[cfg(feature = "testing")]
 pub use fake::fake_controller;
 pub use views::{BalloonInfo, DeviceInfo, Sample, VmInfo};
 
-use client::{Command, QUEUE};
+use client::{Command, ConfigCell, QUEUE};
 pub(in crate::machine) use migration::Job;
 pub(crate) use migration::MachineLink;
 use migration::Migration;
 pub use migration::MigrationMachineError;
+pub(in crate::machine) use waiting::Waiting;
 
 /// What others open to reach the guest, where there is such a thing.
 #[derive(Default)]
@@ -71,23 +73,35 @@ impl Controller {
     ) -> (Self, ControllerClient) {
         let (commands, inbox) = channel(QUEUE);
         let events = EventHub::default();
-        let client = ControllerClient::new(commands, events.clone(), Arc::clone(&config));
+        let cell = ConfigCell::new(Arc::clone(&config));
+        let client = ControllerClient::new(commands, events.clone(), cell);
+        let queues = (inbox, notices);
+        let controller = Self::assemble(machine, config, terminals, queues, events);
+        (controller, client)
+    }
+
+    fn assemble(
+        machine: Machine,
+        config: Arc<VmConfig>,
+        terminals: Terminals,
+        (commands, notices): (Receiver<Command>, UnboundedReceiver<Notice>),
+        events: EventHub,
+    ) -> Self {
         let (jobs_sender, jobs) = unbounded_channel();
-        let controller = Self {
+        Self {
             machine,
             config,
             state: VmState::Paused,
             terminals,
             started: Instant::now(),
             events,
-            commands: inbox,
+            commands,
             notices,
             end: None,
             migration: None,
             jobs,
             jobs_sender,
-        };
-        (controller, client)
+        }
     }
 
     /// Lets the VM run for the first time.

@@ -21,7 +21,7 @@ use crate::control::{self, NameClaim, RuntimeDir, RuntimeDirError};
 use crate::host::chardev::terminal_size;
 
 /// How long open answers of the API may take once the VM has ended.
-const FAREWELL_TIME: Duration = Duration::from_secs(1);
+pub(super) const FAREWELL_TIME: Duration = Duration::from_secs(1);
 
 /// A VM could not be launched.
 #[derive(Debug, thiserror::Error)]
@@ -97,11 +97,19 @@ impl VmHandle {
         let (client, notices) = reported.recv().map_err(|_| {
             LaunchError::Thread(io::Error::other("the controller ended before it began"))
         })??;
-        Ok(Self {
+        Ok(Self::new(client, notices, thread))
+    }
+
+    pub(super) fn new(
+        client: ControllerClient,
+        notices: Arc<Notices>,
+        thread: JoinHandle<EndReason>,
+    ) -> Self {
+        Self {
             client,
             notices,
             thread: Some(thread),
-        })
+        }
     }
 
     /// To ask the VM for things.
@@ -221,9 +229,10 @@ fn serve(prepared: Prepared) -> EndReason {
 }
 
 /// Passes the size of our terminal on when it is the guest's console.
-async fn follow_terminal_size(client: ControllerClient) {
+pub(super) async fn follow_terminal_size(client: ControllerClient) {
     use tokio::signal::unix::{SignalKind, signal};
-    let console = client.config().console.as_ref();
+    let config = client.config();
+    let console = config.console.as_ref();
     if console.is_none_or(|console| console.target != CharTarget::Stdio) {
         return;
     }

@@ -11,6 +11,8 @@ use crate::config::{LifecycleConfig, OnGuestEnd};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
+    /// The VM is on its way in from another process.
+    Receiving,
     /// vCPUs run.
     Running,
     /// vCPUs and devices stand still; guest time, too.
@@ -22,6 +24,7 @@ pub enum VmState {
 impl fmt::Display for VmState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Receiving => "receiving",
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Ended => "ended",
@@ -146,7 +149,7 @@ pub fn admit(state: VmState, request: Request) -> Result<Transition, Rejection> 
         })
     };
     match (state, request) {
-        (S::Ended, _) => reject(""),
+        (S::Ended | S::Receiving, _) => reject(""),
         (S::Running, R::Pause) => Ok(Transition::Pause),
         (S::Paused, R::Pause) | (S::Running, R::Resume) => Ok(Transition::Nothing),
         (S::Paused, R::Resume) => Ok(Transition::Resume),

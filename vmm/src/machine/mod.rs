@@ -2,6 +2,7 @@
 //!
 //! | file | what is in it |
 //! |---|---|
+//! | `receive`, `arrival` | a VM that comes from another process |
 //! | `lifecycle` | which request is allowed in which state: pure |
 //! | `resources` | what the configuration names on the host, opened |
 //! | `peripherals` | the devices that the configuration adds |
@@ -16,6 +17,7 @@
 //! | `controller` | the `ctl` thread, which owns the machine |
 //! | `handle` | a VM as a program that embeds it sees it |
 
+mod arrival;
 mod assembly;
 mod board;
 mod controller;
@@ -25,11 +27,13 @@ mod lifecycle;
 mod notices;
 mod peripherals;
 mod placement;
+mod receive;
 mod resources;
 mod runtime;
 mod saved;
 mod signals;
 
+pub use arrival::ArrivalOptions;
 pub use assembly::BuildError;
 pub use controller::MigrationMachineError;
 #[cfg(feature = "testing")]
@@ -41,6 +45,7 @@ pub use handle::{LaunchError, LaunchOptions, VmHandle};
 pub use lifecycle::{EndReason, Rejection, Request, Transition, VmState, admit};
 pub use peripherals::PeripheralError;
 pub use placement::PlacementError;
+pub use receive::{ReceiveError, ReceiveOptions, Receiver};
 pub use resources::{ResourceError, Resources};
 pub use runtime::{Machine, MachineError};
 pub use saved::MachineStateError;

@@ -98,17 +98,18 @@ struct Opener<'a> {
     events: Arc<dyn EventSink>,
     locks: DiskLocks,
     found: Peripherals,
+    failed: Vec<(DeviceId, PeripheralError)>,
 }
 
 /// Opens all but the balloon, which needs the guest's memory. Events go to `events`.
 ///
 /// # Errors
-/// The first device that cannot be had, with its name.
+/// Every device that cannot be had, with its name.
 pub(super) fn open(
     config: &VmConfig,
     locks: DiskLocks,
     events: Arc<dyn EventSink>,
-) -> Result<Peripherals, (DeviceId, PeripheralError)> {
+) -> Result<Peripherals, Vec<(DeviceId, PeripheralError)>> {
     let mut opener = Opener {
         vm: &config.name,
         events,
@@ -118,26 +119,30 @@ pub(super) fn open(
             console: None,
             disks: Vec::new(),
         },
+        failed: Vec::new(),
     };
     for (disk, id) in config.disk.iter().zip(config.disk_ids()) {
-        opener.add(&id, disk, Opener::disk)?;
+        opener.add(&id, disk, Opener::disk);
     }
     for (net, id) in config.net.iter().zip(config.net_ids()) {
-        opener.add(&id, net, Opener::net)?;
+        opener.add(&id, net, Opener::net);
     }
     for (fs, id) in config.fs.iter().zip(config.fs_ids()) {
-        opener.add(&id, fs, Opener::fs)?;
+        opener.add(&id, fs, Opener::fs);
     }
     if let Some(console) = &config.console {
-        opener.add("console", console, Opener::console)?;
+        opener.add("console", console, Opener::console);
     }
     if let Some(rng) = &config.rng {
-        opener.add("rng", rng, Opener::rng)?;
+        opener.add("rng", rng, Opener::rng);
     }
     if let Some(vsock) = &config.vsock {
-        opener.add("vsock", vsock, Opener::vsock)?;
+        opener.add("vsock", vsock, Opener::vsock);
     }
-    Ok(opener.found)
+    match opener.failed.is_empty() {
+        true => Ok(opener.found),
+        false => Err(opener.failed),
+    }
 }
 
 type Opened = (&'static str, Box<dyn VirtioDevice>, Arc<dyn Counters>);
@@ -148,17 +153,17 @@ impl Opener<'_> {
         id: &str,
         config: &C,
         open: impl FnOnce(&mut Self, &DeviceId, &C) -> Result<Opened, PeripheralError>,
-    ) -> Result<(), (DeviceId, PeripheralError)> {
+    ) {
         let id = DeviceId::new(id).expect("names were checked with the configuration");
-        let opened = open(self, &id, config);
-        let (kind, device, counters) = opened.map_err(|error| (id.clone(), error))?;
-        self.found.devices.push(Peripheral {
-            id,
-            kind,
-            device,
-            counters,
-        });
-        Ok(())
+        match open(self, &id, config) {
+            Ok((kind, device, counters)) => self.found.devices.push(Peripheral {
+                id,
+                kind,
+                device,
+                counters,
+            }),
+            Err(error) => self.failed.push((id, error)),
+        }
     }
 
     fn reporter(&self, id: &DeviceId) -> Reporter {

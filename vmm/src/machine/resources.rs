@@ -70,6 +70,45 @@ impl Resources {
         locks: DiskLocks,
         events: Arc<dyn EventSink>,
     ) -> Result<Self, ResourceError> {
+        let opened = Self::open_all(config, builtin, locks, events);
+        opened.map_err(|mut errors| errors.remove(0))
+    }
+
+    /// Opens everything.
+    ///
+    /// # Errors
+    /// All that cannot be opened, at least one; nothing stays open.
+    pub(super) fn open_all(
+        config: &VmConfig,
+        builtin: Option<&'static [u8]>,
+        locks: DiskLocks,
+        events: Arc<dyn EventSink>,
+    ) -> Result<Self, Vec<ResourceError>> {
+        let boot = Self::open_boot(config, builtin);
+        let serial = Endpoint::open(&config.serial).map_err(ResourceError::Serial);
+        let peripherals = peripherals::open(config, locks, events);
+        match (boot, serial, peripherals) {
+            (Ok(boot), Ok(serial), Ok(peripherals)) => Ok(Self {
+                boot,
+                serial,
+                peripherals,
+            }),
+            (boot, serial, peripherals) => {
+                let mut errors: Vec<_> = boot.err().into_iter().chain(serial.err()).collect();
+                let peripherals = peripherals.err().into_iter().flatten();
+                errors.extend(
+                    peripherals
+                        .map(|(device, source)| ResourceError::Peripheral { device, source }),
+                );
+                Err(errors)
+            }
+        }
+    }
+
+    fn open_boot(
+        config: &VmConfig,
+        builtin: Option<&'static [u8]>,
+    ) -> Result<BootImage, ResourceError> {
         let kernel = match (&config.boot.kernel, builtin) {
             (Some(path), _) => KernelSource::File {
                 file: open_boot_file("kernel", path)?,
@@ -79,20 +118,12 @@ impl Resources {
             (None, None) => return Err(ResourceError::NoKernel),
         };
         let initrd = config.boot.initrd.as_deref();
-        let boot = BootImage {
+        Ok(BootImage {
             kernel,
             initrd: initrd
                 .map(|path| open_boot_file("initrd", path))
                 .transpose()?,
             command_line: config.boot.cmdline.clone(),
-        };
-        let serial = Endpoint::open(&config.serial).map_err(ResourceError::Serial)?;
-        let peripherals = peripherals::open(config, locks, events)
-            .map_err(|(device, source)| ResourceError::Peripheral { device, source })?;
-        Ok(Self {
-            boot,
-            serial,
-            peripherals,
         })
     }
 

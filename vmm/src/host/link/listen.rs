@@ -168,6 +168,12 @@ impl Listener {
         Ok(Self { source, url, tls })
     }
 
+    /// Whether there is one connection and no other.
+    #[must_use]
+    pub fn is_single(&self) -> bool {
+        matches!(self.source, Source::Connection(_))
+    }
+
     /// Where it listens, with the port that the host chose. The host is as it was given; for one
     /// that a peer can use see [`url_for`](Self::url_for).
     #[must_use]

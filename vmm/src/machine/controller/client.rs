@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use devices::virtio::balloon::TargetError;
 use devices::virtio::console::ConsoleSize;
+use parking_lot::Mutex;
 use tokio::sync::mpsc::Sender;
 use tokio::sync::oneshot;
 
@@ -39,6 +40,9 @@ pub enum CommandError {
     /// A migration is under way.
     #[error("the VM is being moved; cancel the migration first")]
     Migrating,
+    /// The VM is not here yet.
+    #[error("the VM is still on its way in from another process")]
+    Waiting,
     /// No migration is under way.
     #[error("the VM is not being moved")]
     NoMigration,
@@ -86,11 +90,29 @@ pub(super) enum Command {
 pub struct ControllerClient {
     commands: Sender<Command>,
     events: EventHub,
-    config: Arc<VmConfig>,
+    config: ConfigCell,
+}
+
+/// The configuration, which comes with the VM when that comes from another process.
+#[derive(Clone)]
+pub(super) struct ConfigCell(Arc<Mutex<Arc<VmConfig>>>);
+
+impl ConfigCell {
+    pub(super) fn new(config: Arc<VmConfig>) -> Self {
+        Self(Arc::new(Mutex::new(config)))
+    }
+
+    pub(super) fn set(&self, config: Arc<VmConfig>) {
+        *self.0.lock() = config;
+    }
+
+    fn get(&self) -> Arc<VmConfig> {
+        Arc::clone(&self.0.lock())
+    }
 }
 
 impl ControllerClient {
-    pub(super) fn new(commands: Sender<Command>, events: EventHub, config: Arc<VmConfig>) -> Self {
+    pub(super) fn new(commands: Sender<Command>, events: EventHub, config: ConfigCell) -> Self {
         Self {
             commands,
             events,
@@ -193,8 +215,8 @@ impl ControllerClient {
 
     /// The configuration it was started with.
     #[must_use]
-    pub fn config(&self) -> &VmConfig {
-        &self.config
+    pub fn config(&self) -> Arc<VmConfig> {
+        self.config.get()
     }
 
     /// Where its events come from.

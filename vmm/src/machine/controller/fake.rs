@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::channel;
 
+use super::client::ConfigCell;
 use super::{
     BalloonInfo, Command, CommandError, ControllerClient, DeviceInfo, QUEUE, Sample, VmInfo,
 };
@@ -18,7 +19,11 @@ pub fn fake_controller(config: VmConfig) -> (ControllerClient, impl Future<Outpu
     let (commands, mut inbox) = channel(QUEUE);
     let events = EventHub::default();
     let config = Arc::new(config);
-    let client = ControllerClient::new(commands, events.clone(), Arc::clone(&config));
+    let client = ControllerClient::new(
+        commands,
+        events.clone(),
+        ConfigCell::new(Arc::clone(&config)),
+    );
     let mut fake = Fake {
         config,
         state: VmState::Running,

@@ -1,0 +1,287 @@
+//! A machine that comes from another host: built from its description, filled, started.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use migration::Section;
+use migration::handoff::Mark;
+use migration::ports::{Host, Incoming, PageStore, PortError};
+use parking_lot::Mutex;
+
+use super::assembly::{BuildError, Origin, cpu_reasons};
+use super::controller::Terminals;
+use super::notices::Notices;
+use super::peripherals::DiskLocks;
+use super::placement::Placement;
+use super::resources::Resources;
+use super::runtime::Machine;
+use crate::config::{CharTarget, RngConfig, VmConfig, VmName};
+use crate::control::errors::chain;
+use crate::migrate::{RamPages, Skeleton};
+
+/// What is different here from the host that the machine comes from.
+#[derive(Clone, Debug, Default)]
+pub struct ArrivalOptions {
+    /// Serial port.
+    pub serial: Option<CharTarget>,
+    /// Virtio console, if the machine has one.
+    pub console: Option<CharTarget>,
+    /// Disks by id and where they are here.
+    pub disks: Vec<(String, PathBuf)>,
+    /// Network interfaces by id and the name of their TAP here.
+    pub taps: Vec<(String, String)>,
+    /// The socket of vsock, if the machine has one.
+    pub vsock: Option<PathBuf>,
+    /// Directories below which the source may name files; `None`: anywhere.
+    pub allowed_paths: Option<Vec<PathBuf>>,
+}
+
+/// The machine once it is built, for whoever runs it afterwards.
+pub(super) struct Arrived {
+    pub(super) machine: Machine,
+    pub(super) config: VmConfig,
+    pub(super) terminals: Terminals,
+    pub(super) paused: bool,
+}
+
+type Slot = Arc<Mutex<Option<Arrived>>>;
+
+/// This host as the engine sees it.
+pub(super) struct ArrivalHost {
+    pub(super) name: VmName,
+    pub(super) options: ArrivalOptions,
+    pub(super) builtin_kernel: Option<&'static [u8]>,
+    pub(super) notices: Arc<Notices>,
+    /// Where the machine is found after it has come.
+    pub(super) slot: Slot,
+}
+
+impl ArrivalHost {
+    /// The configuration as it is here.
+    fn adapt(&self, config: &mut VmConfig) -> Result<(), Vec<String>> {
+        let mut reasons = Vec::new();
+        config.name = self.name.clone();
+        let disk_ids = config.disk_ids();
+        let net_ids = config.net_ids();
+        let options = &self.options;
+        if let Some(allowed) = &options.allowed_paths {
+            reasons.extend(forbidden(config, options, allowed));
+        }
+        for (id, path) in &options.disks {
+            match disk_ids.iter().position(|known| known == id) {
+                Some(index) => config.disk[index].path = Some(path.clone()),
+                None => reasons.push(format!("the VM has no disk {id} (it has {disk_ids:?})")),
+            }
+        }
+        for (id, tap) in &options.taps {
+            match net_ids.iter().position(|known| known == id) {
+                Some(index) => config.net[index].tap = Some(tap.clone()),
+                None => reasons.push(format!("the VM has no interface {id} (it has {net_ids:?})")),
+            }
+        }
+        if let Some(serial) = &options.serial {
+            config.serial = serial.clone();
+        }
+        if let (Some(console), Some(target)) = (&mut config.console, &options.console) {
+            console.target = target.clone();
+        }
+        if let (Some(vsock), Some(socket)) = (&mut config.vsock, &options.vsock) {
+            vsock.socket = socket.clone();
+        }
+        // Ids as the source has them: here, too, devices are known by them.
+        for (disk, id) in config.disk.iter_mut().zip(disk_ids) {
+            disk.id = Some(id);
+        }
+        for (net, id) in config.net.iter_mut().zip(net_ids) {
+            net.id = Some(id);
+        }
+        if let Err(error) = config.validate() {
+            reasons.push(chain(&error));
+        }
+        match reasons.is_empty() {
+            true => Ok(()),
+            false => Err(reasons),
+        }
+    }
+
+    fn build(&self, skeleton: &Skeleton, config: VmConfig) -> Result<Arrived, Vec<String>> {
+        let one = |error: &dyn std::error::Error| vec![chain(error)];
+        let cpuid = skeleton.cpuid();
+        let placement = Placement::apply(&config.cpus).map_err(|error| one(&error))?;
+        let events = Arc::clone(&self.notices);
+        let opened = Resources::open_all(&config, self.builtin_kernel, DiskLocks::Leave, events);
+        let resources = opened.map_err(|errors| {
+            let mut reasons: Vec<_> = errors.iter().map(|error| chain(error)).collect();
+            // The machine cannot be built to find out; the CPU is looked at all the same.
+            reasons.extend(cpu_reasons(&config, &cpuid));
+            reasons
+        })?;
+        let terminals = resources.terminals();
+        let origin = Origin::Arrival { cpuid: &cpuid };
+        let machine = Machine::build(&config, resources, &self.notices, placement, origin);
+        let machine = machine.map_err(|error| match error {
+            BuildError::Incompatible(reasons) => reasons,
+            error => one(&error),
+        })?;
+        check(skeleton, &machine)?;
+        Ok(Arrived {
+            machine,
+            config,
+            terminals,
+            paused: skeleton.paused,
+        })
+    }
+}
+
+/// Devices and clock are the source's.
+fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
+    let mut reasons = Vec::new();
+    let devices = machine.device_infos().into_iter();
+    let devices: Vec<_> = devices.map(|device| (device.id, device.kind)).collect();
+    for (id, kind) in &skeleton.devices {
+        if !devices.contains(&(id.clone(), kind.clone())) {
+            reasons.push(format!("this build has no {kind} named {id} in this VM"));
+        }
+    }
+    for (id, kind) in &devices {
+        if !skeleton.devices.contains(&(id.clone(), kind.clone())) {
+            reasons.push(format!("the source's VM has no {kind} named {id}"));
+        }
+    }
+    if let (Some(wanted), Some(found)) = (skeleton.tsc_khz, machine.tsc_khz)
+        && !machine.vm.can_scale_tsc()
+        && wanted.abs_diff(found) > wanted / 1000
+    {
+        reasons.push(format!(
+            "the guest's time stamp counter runs at {wanted} kHz, this host's at {found} kHz, and KVM \
+             cannot scale it here"
+        ));
+    }
+    match reasons.is_empty() {
+        true => Ok(()),
+        false => Err(reasons),
+    }
+}
+
+/// Files that the source names and must not.
+fn forbidden(config: &VmConfig, options: &ArrivalOptions, allowed: &[PathBuf]) -> Vec<String> {
+    let is_allowed = |path: &Path| {
+        // Links are followed: what counts is what would be opened.
+        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        allowed.iter().any(|dir| {
+            let dir = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+            real.starts_with(dir) && real.is_absolute()
+        })
+    };
+    let mut named: Vec<(String, &Path)> = Vec::new();
+    let own_disk = |id: &String| options.disks.iter().any(|(own, _)| own == id);
+    for (disk, id) in config.disk.iter().zip(config.disk_ids()) {
+        if !own_disk(&id) {
+            let path = disk.path.iter().chain(&disk.backing_dir);
+            named.extend(path.map(|path| (id.clone(), path.as_path())));
+        }
+    }
+    let boot = [
+        ("kernel", &config.boot.kernel),
+        ("initrd", &config.boot.initrd),
+    ];
+    for (what, path) in boot {
+        named.extend(path.iter().map(|path| (what.to_owned(), path.as_path())));
+    }
+    if options.serial.is_none() {
+        named.extend(config.serial.path().map(|path| ("serial".to_owned(), path)));
+    }
+    if let (Some(console), None) = (&config.console, &options.console) {
+        let path = console.target.path();
+        named.extend(path.map(|path| ("console".to_owned(), path)));
+    }
+    if let (Some(vsock), None) = (&config.vsock, &options.vsock) {
+        named.push(("vsock".to_owned(), &vsock.socket));
+    }
+    if let Some(rng) = &config.rng
+        && rng.source != RngConfig::default().source
+    {
+        named.push(("rng".to_owned(), &rng.source));
+    }
+    // Devices of other processes do not move, but who describes a machine may not know that.
+    let served = config
+        .disk
+        .iter()
+        .filter_map(|disk| disk.vhost_user.as_deref());
+    let served = served.chain(
+        config
+            .net
+            .iter()
+            .filter_map(|net| net.vhost_user.as_deref()),
+    );
+    let served = served.chain(config.fs.iter().map(|fs| fs.socket.as_path()));
+    named.extend(served.map(|path| ("vhost-user".to_owned(), path)));
+    let forbidden = named.into_iter().filter(|(_, path)| !is_allowed(path));
+    forbidden
+        .map(|(what, path)| {
+            let path = path.display();
+            format!("{what}: {path} is not below a directory given by --allow-path")
+        })
+        .collect()
+}
+
+impl Host for ArrivalHost {
+    fn prepare(&mut self, skeleton: &[u8]) -> Result<Box<dyn Incoming>, Vec<String>> {
+        let skeleton = Skeleton::decode(skeleton).map_err(|reason| vec![reason])?;
+        let mut config = skeleton.config.clone();
+        self.adapt(&mut config)?;
+        let arrived = self.build(&skeleton, config)?;
+        let pages = Arc::new(RamPages::new(Arc::clone(arrived.machine.memory())));
+        *self.slot.lock() = Some(arrived);
+        Ok(Box::new(Arrival {
+            slot: Arc::clone(&self.slot),
+            pages,
+        }))
+    }
+}
+
+/// The machine on its way in.
+struct Arrival {
+    slot: Slot,
+    pages: Arc<RamPages>,
+}
+
+impl Arrival {
+    fn with<T, E: std::error::Error + Send + Sync + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce(&mut Arrived) -> Result<T, E>,
+    ) -> Result<T, PortError> {
+        let mut slot = self.slot.lock();
+        let arrived = slot
+            .as_mut()
+            .expect("taken out only after the engine is done");
+        work(arrived).map_err(|error| PortError::Machine {
+            what,
+            source: Box::new(error),
+        })
+    }
+}
+
+impl Incoming for Arrival {
+    fn pages(&self) -> Arc<dyn PageStore> {
+        Arc::clone(&self.pages) as Arc<dyn PageStore>
+    }
+
+    fn restore(&mut self, sections: Vec<Section>) -> Result<(), PortError> {
+        self.with("the state does not fit", |arrived| {
+            arrived.machine.restore(sections)
+        })
+    }
+
+    fn claim(&mut self, mark: Mark) -> Result<(), PortError> {
+        self.with("disks", |arrived| arrived.machine.disks.claim(mark.0))
+    }
+
+    fn start(&mut self) -> Result<(), PortError> {
+        self.with("the VM cannot be started", |arrived| match arrived.paused {
+            true => Ok(()),
+            false => arrived.machine.start(),
+        })
+    }
+}

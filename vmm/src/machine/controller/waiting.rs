@@ -1,0 +1,128 @@
+//! What operators are told while a VM is on its way in.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel};
+
+use super::client::{Command, ConfigCell, QUEUE};
+use super::{CommandError, Controller, ControllerClient, VmInfo};
+use crate::config::{VmConfig, VmName};
+use crate::machine::arrival::Arrived;
+use crate::machine::events::{EventHub, EventKind};
+use crate::machine::lifecycle::{Request, VmState};
+use crate::machine::notices::Notice;
+
+/// Stands where the controller will be.
+pub(in crate::machine) struct Waiting {
+    name: VmName,
+    config: ConfigCell,
+    events: EventHub,
+    commands: Receiver<Command>,
+    notices: UnboundedReceiver<Notice>,
+}
+
+impl Waiting {
+    /// For a VM that will be called `name`.
+    pub(in crate::machine) fn new(
+        name: &VmName,
+        notices: UnboundedReceiver<Notice>,
+    ) -> (Self, ControllerClient) {
+        let (commands, inbox) = channel(QUEUE);
+        let events = EventHub::default();
+        let config = VmConfig {
+            name: name.clone(),
+            ..VmConfig::default()
+        };
+        let config = ConfigCell::new(Arc::new(config));
+        let client = ControllerClient::new(commands, events.clone(), config.clone());
+        let waiting = Self {
+            name: name.clone(),
+            config,
+            events,
+            commands: inbox,
+            notices,
+        };
+        (waiting, client)
+    }
+
+    /// Answers one operator; false when the VM is no longer wanted.
+    pub(in crate::machine) async fn answer(&mut self) -> bool {
+        tokio::select! {
+            Some(notice) = self.notices.recv() => !matches!(notice, Notice::Quit),
+            Some(command) = self.commands.recv() => self.follow(command),
+            else => false,
+        }
+    }
+
+    fn follow(&self, command: Command) -> bool {
+        // The one who asked may no longer wait for the answer.
+        match command {
+            Command::Info(answer) => {
+                let _ = answer.send(Ok(self.info()));
+            }
+            Command::Request(Request::Stop, answer) => {
+                let _ = answer.send(Ok(()));
+                return false;
+            }
+            Command::Request(_, answer)
+            | Command::Migrate(_, answer)
+            | Command::CancelMigration(answer)
+            | Command::TuneMigration(_, answer)
+            | Command::SetBalloon(_, answer)
+            | Command::ResizeConsole(_, answer) => {
+                let _ = answer.send(Err(CommandError::Waiting));
+            }
+            Command::Devices(answer) => {
+                let _ = answer.send(Ok(Vec::new()));
+            }
+            Command::Counters(answer) => {
+                let _ = answer.send(Ok(Vec::new()));
+            }
+            Command::Balloon(answer) => {
+                let _ = answer.send(Err(CommandError::Waiting));
+            }
+            Command::Migration(answer) => {
+                let _ = answer.send(Err(CommandError::Waiting));
+            }
+        }
+        true
+    }
+
+    fn info(&self) -> VmInfo {
+        VmInfo {
+            name: self.name.to_string(),
+            state: VmState::Receiving,
+            pid: std::process::id(),
+            vcpus: 0,
+            memory_bytes: 0,
+            uptime_ms: 0,
+            serial: None,
+            console: None,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// The controller of the machine that has come.
+    pub(in crate::machine) fn into_controller(
+        self,
+        arrived: Arrived,
+        client: &ControllerClient,
+    ) -> Controller {
+        let config = Arc::new(arrived.config);
+        self.config.set(Arc::clone(&config));
+        let state = match arrived.paused {
+            true => VmState::Paused,
+            false => VmState::Running,
+        };
+        let mut controller = Controller::assemble(
+            arrived.machine,
+            config,
+            arrived.terminals,
+            (self.commands, self.notices),
+            client.events().clone(),
+        );
+        controller.state = state;
+        self.events.publish(EventKind::Arrived);
+        controller
+    }
+}

@@ -1,0 +1,348 @@
+//! Waiting for a VM that comes from another process.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+use migration::destination::{DestinationError, DestinationOptions, receive};
+use migration::ports::{Accept, Channel};
+use parking_lot::Mutex;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::arrival::{ArrivalHost, ArrivalOptions, Arrived};
+use super::controller::{Controller, ControllerClient, Waiting};
+use super::handle::{FAREWELL_TIME, LaunchError, LaunchOptions, VmHandle, follow_terminal_size};
+use super::lifecycle::EndReason;
+use super::notices::{Notice, Notices};
+use super::signals::SignalThread;
+use crate::config::VmName;
+use crate::control::{self, NameClaim};
+use crate::host::link::{LinkError, LinkUrl, Listener, PeerInfo, Security};
+
+/// How long a source may be silent.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Data connections at most.
+const MAX_STREAMS: u16 = 16;
+
+/// How often a wait for the source looks whether it is still wanted.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Bytes that data connections show.
+const TOKEN_BYTES: usize = 16;
+
+/// No VM has come.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The VM's place here could not be prepared.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The address cannot be listened on, or no connection could be accepted.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// Randomness for the token.
+    #[error("random bytes cannot be had")]
+    Token(#[source] io::Error),
+    /// The migration has failed; the VM is where it was.
+    #[error("no VM has come over")]
+    Migration(#[source] DestinationError),
+    /// Somebody asked to stop waiting.
+    #[error("the wait was ended")]
+    Stopped,
+}
+
+/// How a VM is waited for.
+#[derive(Clone, Debug)]
+pub struct ReceiveOptions {
+    /// The VM's name here.
+    pub name: VmName,
+    /// Where to listen; `None`: on what the service manager hands over.
+    pub listen: Option<LinkUrl>,
+    /// What protects the connections.
+    pub security: Security,
+    /// What is different here.
+    pub arrival: ArrivalOptions,
+    /// As for a VM that is launched.
+    pub launch: LaunchOptions,
+}
+
+/// A place for a VM that is to come.
+pub struct Receiver {
+    options: ReceiveOptions,
+    listener: Listener,
+    claim: Option<NameClaim>,
+}
+
+impl Receiver {
+    /// Claims the name and listens.
+    ///
+    /// # Errors
+    /// [`ReceiveError::Launch`] when the name is taken, [`ReceiveError::Link`].
+    pub fn listen(options: ReceiveOptions) -> Result<Self, ReceiveError> {
+        let dir = options.launch.runtime_dir.as_ref();
+        let claim = dir.map(|dir| dir.claim(&options.name)).transpose();
+        let claim = claim.map_err(LaunchError::from)?;
+        let listener = match &options.listen {
+            Some(url) => Listener::bind(url, &options.security)?,
+            None => {
+                Listener::from_environment(&options.security)?.ok_or(LinkError::NoCandidates)?
+            }
+        };
+        Ok(Self {
+            options,
+            listener,
+            claim,
+        })
+    }
+
+    /// Where the source finds it.
+    #[must_use]
+    pub fn url(&self) -> &LinkUrl {
+        self.listener.local_url()
+    }
+
+    /// Waits until a VM has come and runs. Meanwhile the control API says so.
+    ///
+    /// # Errors
+    /// [`ReceiveError`]; then the VM is where it was.
+    pub fn receive(self) -> Result<VmHandle, ReceiveError> {
+        let (report, reported) = sync_channel(1);
+        let builder = std::thread::Builder::new().name("ctl".to_owned());
+        let spawned = builder.spawn(move || {
+            let (notices, inbox) = Notices::new();
+            self.serve(&notices, inbox, &report)
+        });
+        let thread = spawned.map_err(LaunchError::Thread)?;
+        let ended = || {
+            let ended = io::Error::other("the controller ended before it began");
+            ReceiveError::from(LaunchError::Thread(ended))
+        };
+        let (client, notices) = reported.recv().map_err(|_| ended())??;
+        Ok(VmHandle::new(client, notices, thread))
+    }
+
+    /// The controller's thread, from the wait to the VM's end.
+    fn serve(
+        mut self,
+        notices: &Arc<Notices>,
+        inbox: UnboundedReceiver<Notice>,
+        report: &std::sync::mpsc::SyncSender<
+            Result<(ControllerClient, Arc<Notices>), ReceiveError>,
+        >,
+    ) -> EndReason {
+        let failed = |error| {
+            // The one who waits is there until it hears.
+            let _ = report.send(Err(error));
+            EndReason::Stopped
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let runtime = match runtime {
+            Ok(runtime) => runtime,
+            Err(error) => return failed(LaunchError::Thread(error).into()),
+        };
+        let signals = self
+            .options
+            .launch
+            .handle_signals
+            .then(|| SignalThread::start(Arc::clone(notices)).map_err(LaunchError::Signals));
+        let signals = match signals.transpose() {
+            Ok(signals) => signals,
+            Err(error) => return failed(error.into()),
+        };
+        let mut claim = self.claim.take();
+        runtime.block_on(async {
+            let (waiting, client) = Waiting::new(&self.options.name, inbox);
+            let (ended, end) = tokio::sync::oneshot::channel::<()>();
+            let listener = claim.as_mut().and_then(NameClaim::take_listener);
+            let api = listener.map(|listener| {
+                let end = async { end.await.unwrap_or(()) };
+                tokio::spawn(control::serve(listener, client.clone(), end))
+            });
+            let reason = match self.arrive(waiting, &client, notices).await {
+                Ok(controller) => {
+                    if signals.is_some() {
+                        tokio::spawn(follow_terminal_size(client.clone()));
+                    }
+                    // As above.
+                    let _ = report.send(Ok((client.clone(), Arc::clone(notices))));
+                    drop(client);
+                    controller.run().await
+                }
+                Err(error) => {
+                    drop(client);
+                    failed(error)
+                }
+            };
+            drop(ended);
+            if let Some(api) = api {
+                let finished = tokio::time::timeout(FAREWELL_TIME, api).await;
+                log::debug!(in_time = finished.is_ok(); "control API closed");
+            }
+            reason
+        })
+    }
+
+    /// Answers operators until the VM has come.
+    async fn arrive(
+        self,
+        mut waiting: Waiting,
+        client: &ControllerClient,
+        notices: &Arc<Notices>,
+    ) -> Result<Controller, ReceiveError> {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let (done, mut arrived) = tokio::sync::oneshot::channel();
+        let take = {
+            let (cancelled, notices) = (Arc::clone(&cancelled), Arc::clone(notices));
+            move || {
+                // The other end is there until this has come.
+                let _ = done.send(self.take(&notices, &cancelled));
+            }
+        };
+        let thread = std::thread::Builder::new().name("mig".to_owned());
+        thread.spawn(take).map_err(LaunchError::Thread)?;
+        let arrived = loop {
+            tokio::select! {
+                biased;
+                arrived = &mut arrived => break arrived,
+                wanted = waiting.answer() => if !wanted {
+                    cancelled.store(true, Ordering::SeqCst);
+                },
+            }
+        };
+        let arrived = arrived.map_err(|_| ReceiveError::Stopped)??;
+        Ok(waiting.into_controller(arrived, client))
+    }
+
+    /// The migration's thread: takes connections until one brings the VM.
+    fn take(
+        &self,
+        notices: &Arc<Notices>,
+        cancelled: &AtomicBool,
+    ) -> Result<Arrived, ReceiveError> {
+        loop {
+            if cancelled.load(Ordering::SeqCst) {
+                return Err(ReceiveError::Stopped);
+            }
+            let (channel, peer) = match self.listener.accept(Instant::now() + TICK) {
+                Ok(accepted) => accepted,
+                Err(error) if error.is_timeout() => continue,
+                Err(error) if error.is_peer_fault() => {
+                    log::warn!(error:% = error; "a connection was turned away");
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            match self.take_from(channel, &peer, notices, cancelled) {
+                // Not a source, or one that tried several of this host's addresses.
+                Err(ReceiveError::Migration(error)) if is_stranger(&error) => {
+                    log::debug!(peer:%, error:% = error; "a connection brought nothing");
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn take_from(
+        &self,
+        channel: Box<dyn Channel>,
+        peer: &PeerInfo,
+        notices: &Arc<Notices>,
+        cancelled: &AtomicBool,
+    ) -> Result<Arrived, ReceiveError> {
+        log::info!(peer:%; "a source has connected");
+        let token = random_bytes().map_err(ReceiveError::Token)?;
+        let options = DestinationOptions {
+            token: token.to_vec(),
+            patience: PATIENCE,
+            max_streams: MAX_STREAMS,
+        };
+        let slot = Arc::new(Mutex::new(None));
+        let mut host = ArrivalHost {
+            name: self.options.name.clone(),
+            options: self.options.arrival.clone(),
+            builtin_kernel: self.options.launch.builtin_kernel,
+            notices: Arc::clone(notices),
+            slot: Arc::clone(&slot),
+        };
+        let mut further = Further::new(self, peer)?;
+        let received = receive(channel, &mut further, &mut host, &options, cancelled);
+        let received = received.map_err(ReceiveError::Migration)?;
+        if let Some(error) = received.start_error {
+            log::error!(error:% = error; "the VM has come over, but does not run: resume it to try again");
+        }
+        let arrived = slot.lock().take();
+        arrived.ok_or(ReceiveError::Stopped)
+    }
+}
+
+/// Whether a connection ended before it had brought anything.
+fn is_stranger(error: &DestinationError) -> bool {
+    use migration::wire::FrameError;
+    matches!(
+        error,
+        DestinationError::Link(
+            FrameError::Closed | FrameError::Invalid(_) | FrameError::Damaged { .. }
+        ) | DestinationError::Protocol(_)
+    )
+}
+
+/// Where data connections come from.
+enum Further<'a> {
+    /// The same listener.
+    Same(&'a Listener),
+    /// One beside it: the service manager has handed over a single connection.
+    Beside(Listener, LinkUrl),
+}
+
+impl<'a> Further<'a> {
+    fn new(receiver: &'a Receiver, peer: &PeerInfo) -> Result<Self, ReceiveError> {
+        if !receiver.listener.is_single() {
+            return Ok(Self::Same(&receiver.listener));
+        }
+        let dir = receiver.options.launch.runtime_dir.as_ref();
+        let dir = dir.map_or_else(std::env::temp_dir, |dir| dir.path().to_owned());
+        let listener = Listener::beside(peer, &receiver.options.security, &dir)?;
+        let url = listener.url_for(peer);
+        Ok(Self::Beside(listener, url))
+    }
+}
+
+impl Accept for Further<'_> {
+    fn url(&self) -> Option<String> {
+        match self {
+            Self::Same(_) => None,
+            Self::Beside(_, url) => Some(url.to_string()),
+        }
+    }
+
+    fn accept(&mut self, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        let deadline = Instant::now() + timeout;
+        let listener = match &*self {
+            Self::Same(listener) => *listener,
+            Self::Beside(listener, _) => listener,
+        };
+        loop {
+            match listener.accept(deadline) {
+                Ok((channel, _)) => return Ok(channel),
+                Err(error) if error.is_peer_fault() => {
+                    log::warn!(error:% = error; "a connection was turned away");
+                }
+                Err(error) if error.is_timeout() => {
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, error));
+                }
+                Err(error) => return Err(io::Error::other(error)),
+            }
+        }
+    }
+}
+
+fn random_bytes() -> io::Result<[u8; TOKEN_BYTES]> {
+    use std::io::Read;
+    let mut bytes = [0; TOKEN_BYTES];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
