@@ -17,6 +17,13 @@ const EXIT_CODES: &str = "Exit codes:
   5  the guest shut down by a triple fault
   6  a vCPU could not go on";
 
+/// Exit codes of `drover migrate`.
+const MIGRATE_EXIT_CODES: &str = "Exit codes:
+  0  the VM has moved
+  1  it has not, and goes on where it was
+  2  the command line is wrong
+  7  in doubt: it is paused here and may run at the destination; somebody has to look";
+
 const KEY_VALUE_HELP: &str =
     "Lists are KEY=VALUE,KEY=VALUE; a key alone means on. A value in \"quotes\" or [brackets] may
 contain commas. The same keys are used in the configuration file; --dry-run shows the result.";
@@ -61,6 +68,14 @@ pub(crate) enum Command {
     Metrics(NameJsonArgs),
     /// Show or change how much memory a VM's guest is asked to give up.
     Balloon(BalloonArgs),
+    /// Move a running VM to a `drover receive` process.
+    #[command(after_help = MIGRATE_EXIT_CODES)]
+    Migrate(Box<MigrateArgs>),
+    /// Wait for one VM that another process sends with `drover migrate`, and run it.
+    #[command(after_help = EXIT_CODES)]
+    Receive(Box<ReceiveArgs>),
+    /// Show, cancel or change a VM's migration.
+    Migration(MigrationArgs),
     /// Connect this terminal to a VM's serial port or console (started with pty or socket=PATH).
     Console(ConsoleArgs),
     /// Tell what this host can do for VMs, and how to mend what it cannot.
@@ -152,6 +167,127 @@ pub(crate) struct DemoArgs {
         default_value = "run=hello,cpuid,clock,mem mem.len=64M"
     )]
     pub(crate) cmdline: String,
+}
+
+/// What protects connections.
+#[derive(Debug, Args)]
+pub(crate) struct SecurityArgs {
+    /// Our certificate for tls://, PEM, with those between it and the authority's.
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// The authority that signs the peer's certificate, PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// Allow tcp:// to leave this host, unencrypted and to whoever answers.
+    #[arg(long)]
+    pub(crate) plaintext: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    /// Name of the VM.
+    pub(crate) name: String,
+    /// Ways to the destination, tried side by side: tcp://HOST:PORT, tls://HOST:PORT or unix:PATH.
+    #[arg(value_name = "URL", required = true)]
+    pub(crate) urls: Vec<vmm::host::link::LinkUrl>,
+    /// Connections for memory: 1 to 16, or auto.
+    #[arg(long, value_name = "N", default_value = "auto")]
+    pub(crate) streams: String,
+    /// Spread them over all URLs that work.
+    #[arg(long)]
+    pub(crate) multipath: bool,
+    /// How memory travels: auto, raw, lz4 or delta.
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub(crate) encoding: String,
+    /// How long the VM may stand still.
+    #[arg(long, value_name = "TIME", default_value = "20ms")]
+    pub(crate) max_downtime: humantime::Duration,
+    /// Limit of all connections together: 2Gbit, 100M (bytes per second).
+    #[arg(long, value_name = "RATE")]
+    pub(crate) bandwidth: Option<vmm::config::LinkRate>,
+    /// How long memory may be copied until the VM can be stopped.
+    #[arg(long, value_name = "TIME", default_value = "10m")]
+    pub(crate) timeout: humantime::Duration,
+    /// What happens then: cancel, or force (stop the VM however long the rest takes).
+    #[arg(long, value_name = "ACTION", default_value = "cancel")]
+    pub(crate) on_timeout: String,
+    /// Memory for pages sent before, which makes deltas possible [default: 1/8 of the VM's].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) cache: Option<vmm::config::ByteSize>,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
+    /// The name that the destination's certificate must be for [default: the URL's host].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tls_server_name: Option<String>,
+    /// Print JSON at the end, and no progress.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArgs {
+    /// Name of the VM here.
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Where to listen: tcp://HOST:PORT (port 0 chooses one), tls://HOST:PORT or unix:PATH
+    /// [default: the socket that the service manager hands over].
+    #[arg(long, value_name = "URL")]
+    pub(crate) listen: Option<vmm::host::link::LinkUrl>,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
+    /// Serial port here, when not as the VM has it: stdio, null, pty, file=PATH or socket=PATH.
+    #[arg(long, value_name = "TARGET")]
+    pub(crate) serial: Option<String>,
+    /// Virtio console here: the same targets.
+    #[arg(long, value_name = "TARGET")]
+    pub(crate) console: Option<String>,
+    /// Where a disk is here: ID=PATH.
+    #[arg(long, value_name = "ID=PATH")]
+    pub(crate) disk: Vec<String>,
+    /// An interface's TAP here: ID=NAME.
+    #[arg(long, value_name = "ID=NAME")]
+    pub(crate) tap: Vec<String>,
+    /// Socket of vsock here.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vsock: Option<PathBuf>,
+    /// Directory below which the source may name files [default: anywhere, but with --plaintext
+    /// nowhere].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) allow_path: Vec<PathBuf>,
+    /// Print the address as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrationArgs {
+    #[command(subcommand)]
+    pub(crate) command: MigrationCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MigrationCommand {
+    /// Show the migration that runs, or the last one.
+    Status(NameJsonArgs),
+    /// Give it up; the VM goes on where it is.
+    Cancel(NameJsonArgs),
+    /// Change it while it runs.
+    Set(MigrationSetArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrationSetArgs {
+    /// Name of the VM.
+    pub(crate) name: String,
+    /// Limit of all connections together: 2Gbit, 100M, or none.
+    #[arg(long, value_name = "RATE")]
+    pub(crate) bandwidth: Option<String>,
+    /// How long the VM may stand still.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) max_downtime: Option<humantime::Duration>,
 }
 
 #[derive(Debug, Args)]

@@ -18,7 +18,7 @@ use crate::table;
 const LIST_TIME: Duration = Duration::from_secs(2);
 
 /// Runs one exchange to its end.
-fn block_on<T>(exchange: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) fn block_on<T>(exchange: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -41,7 +41,7 @@ pub(crate) fn get_info(client: &Client) -> Result<VmInfo> {
     block_on(async { Ok(client.get("/v1/info").await?) })
 }
 
-fn print_json<T: serde::Serialize>(value: &T) -> Result<ExitCode> {
+pub(crate) fn print_json<T: serde::Serialize>(value: &T) -> Result<ExitCode> {
     println!("{}", serde_json::to_string_pretty(value)?);
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@ use vmm::machine::{LaunchOptions, VmHandle};
 use crate::args::DemoArgs;
 
 /// A bare-metal guest: a PVH ELF that runs commands from its command line.
-static GUEST: &[u8] = include_bytes!(env!("DROVER_GUEST_ELF"));
+pub(crate) static GUEST: &[u8] = include_bytes!(env!("DROVER_GUEST_ELF"));
 
 pub(crate) fn demo(args: DemoArgs) -> Result<ExitCode> {
     let mut config = VmConfig::default();

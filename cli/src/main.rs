@@ -6,6 +6,8 @@ mod console;
 mod control;
 mod demo;
 mod doctor;
+mod migrate;
+mod receive;
 mod run;
 mod shell;
 mod table;
@@ -46,6 +48,9 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Events(args) => control::events(&args),
         Command::Metrics(args) => control::metrics(&args.name, args.json),
         Command::Balloon(args) => control::balloon(&args),
+        Command::Migrate(args) => migrate::migrate(*args),
+        Command::Receive(args) => receive::receive(*args),
+        Command::Migration(args) => migrate::migration(args),
         Command::Console(args) => console::console(&args),
         Command::Doctor(args) => doctor::doctor(args.json),
         Command::Completions(args) => shell::completions(args.shell),

@@ -23,6 +23,7 @@ use super::errors::{ApiError, ErrorBody};
 use super::metrics;
 use crate::config::VmConfig;
 use crate::machine::{BalloonInfo, ControllerClient, DeviceInfo, Request, Sample, VmEvent, VmInfo};
+use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning};
 
 /// Largest accepted request body.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -63,6 +64,10 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         get_balloon,
         put_balloon,
         put_console,
+        get_migration,
+        post_migration,
+        put_migration,
+        delete_migration,
         get_events,
         get_metrics,
         get_openapi,
@@ -90,6 +95,13 @@ fn router(client: ControllerClient) -> Router {
         .route("/v1/counters", get(get_counters))
         .route("/v1/balloon", get(get_balloon).put(put_balloon))
         .route("/v1/console", put(put_console))
+        .route(
+            "/v1/migration",
+            get(get_migration)
+                .post(post_migration)
+                .put(put_migration)
+                .delete(delete_migration),
+        )
         .route("/v1/events", get(get_events))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
@@ -201,6 +213,53 @@ async fn put_console(
     let Json(TerminalSize { columns, rows }) = size.map_err(bad_body)?;
     client.resize_console(ConsoleSize { columns, rows }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// The migration that runs, or the last one.
+#[utoipa::path(get, path = "/v1/migration", responses((status = 200, body = MigrationStatus), (status = 404, body = ErrorBody)))]
+async fn get_migration(
+    State(client): State<ControllerClient>,
+) -> Result<Json<MigrationStatus>, ApiError> {
+    Ok(Json(client.migration().await?))
+}
+
+/// Starts to move the VM to another process. Events, and a GET here, tell what becomes of it.
+#[utoipa::path(
+    post,
+    path = "/v1/migration",
+    request_body = MigrationRequest,
+    responses((status = 202), (status = 400, body = ErrorBody), (status = 409, body = ErrorBody)),
+)]
+async fn post_migration(
+    State(client): State<ControllerClient>,
+    request: Result<Json<MigrationRequest>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(request) = request.map_err(bad_body)?;
+    client.migrate(request).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// Changes the migration that runs.
+#[utoipa::path(
+    put,
+    path = "/v1/migration",
+    request_body = MigrationTuning,
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody)),
+)]
+async fn put_migration(
+    State(client): State<ControllerClient>,
+    tuning: Result<Json<MigrationTuning>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(tuning) = tuning.map_err(bad_body)?;
+    client.tune_migration(tuning).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Gives the migration up; the VM goes on here. Too late, it moves all the same.
+#[utoipa::path(delete, path = "/v1/migration", responses((status = 202), (status = 404, body = ErrorBody)))]
+async fn delete_migration(State(client): State<ControllerClient>) -> Result<StatusCode, ApiError> {
+    client.cancel_migration().await?;
+    Ok(StatusCode::ACCEPTED)
 }
 
 /// One status for every way in which a body can be wrong, as documented; the message tells them

@@ -103,6 +103,24 @@ impl Client {
             .map(drop)
     }
 
+    /// Posts JSON to `path`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn post_json<T: Serialize>(&self, path: &str, body: &T) -> Result<(), ClientError> {
+        let body = serde_json::to_vec(body)?.into();
+        self.exchange(Method::POST, path, body).await.map(drop)
+    }
+
+    /// Deletes `path`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
+        let nothing = Bytes::new();
+        self.exchange(Method::DELETE, path, nothing).await.map(drop)
+    }
+
     /// Puts JSON to `path`.
     ///
     /// # Errors

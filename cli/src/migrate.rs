@@ -1,0 +1,423 @@
+//! `drover migrate` and `drover migration`.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::de::DeserializeOwned;
+use vmm::config::{ByteSize, LinkRate};
+use vmm::control::{Client, ClientError};
+use vmm::host::link::{LinkUrl, Security, TlsFiles};
+use vmm::machine::{EventKind, VmEvent};
+use vmm::migrate::progress::{Phase, Progress, RoundReport};
+use vmm::migrate::{
+    MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus, MigrationTuning,
+};
+
+use crate::args::{MigrateArgs, MigrationArgs, MigrationCommand, MigrationSetArgs, SecurityArgs};
+use crate::control::{block_on, find, print_json};
+
+const PATH: &str = "/v1/migration";
+
+/// How often progress is asked for.
+const REFRESH: Duration = Duration::from_millis(200);
+
+/// `drover migrate` when nobody can tell where the VM runs.
+const EXIT_IN_DOUBT: u8 = 7;
+
+pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
+    let client = find(&args.name)?;
+    let (name, json) = (args.name.clone(), args.json);
+    let request = request(args)?;
+    let report = block_on(async { follow(&client, &request, json).await })
+        .with_context(|| format!("VM {name}"))?;
+    if json {
+        print_json(&final_object(&report)?)?;
+    } else {
+        print_report(&report);
+    }
+    Ok(match report.outcome {
+        MigrationOutcome::Migrated => ExitCode::SUCCESS,
+        MigrationOutcome::Resumed => ExitCode::FAILURE,
+        MigrationOutcome::InDoubt => ExitCode::from(EXIT_IN_DOUBT),
+    })
+}
+
+/// One of the words that a type has in JSON.
+fn word<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T> {
+    let value = serde_json::Value::String(text.to_owned());
+    serde_json::from_value(value).with_context(|| format!("{flag} {text}"))
+}
+
+fn request(args: MigrateArgs) -> Result<MigrationRequest> {
+    let streams = match args.streams.as_str() {
+        "auto" => None,
+        text => Some(text.parse().with_context(|| format!("--streams {text}"))?),
+    };
+    let micros = |time: humantime::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let mut security = security(args.security)?;
+    security.server_name = args.tls_server_name;
+    let urls = args.urls.into_iter().map(absolute);
+    Ok(MigrationRequest {
+        urls: urls.collect::<Result<_>>()?,
+        multipath: args.multipath,
+        streams,
+        encoding: word("--encoding", &args.encoding)?,
+        max_downtime_us: micros(args.max_downtime),
+        bandwidth_bytes_per_s: args.bandwidth.map(LinkRate::bytes_per_s),
+        timeout_s: args.timeout.as_secs(),
+        on_timeout: word("--on-timeout", &args.on_timeout)?,
+        cache_bytes: args.cache.map(ByteSize::bytes),
+        security,
+    })
+}
+
+/// The VM's process may be in another directory.
+fn absolute(url: LinkUrl) -> Result<LinkUrl> {
+    Ok(match url {
+        LinkUrl::Unix(path) => LinkUrl::Unix(std::path::absolute(path)?),
+        other => other,
+    })
+}
+
+pub(crate) fn security(args: SecurityArgs) -> Result<Security> {
+    let tls = match (args.tls_cert, args.tls_key, args.tls_ca) {
+        (Some(certificate), Some(key), Some(authority)) => {
+            let absolute = |path: &Path| std::path::absolute(path);
+            Some(TlsFiles {
+                certificate: absolute(&certificate)?,
+                key: absolute(&key)?,
+                authority: absolute(&authority)?,
+            })
+        }
+        _ => None,
+    };
+    Ok(Security {
+        tls,
+        plaintext: args.plaintext,
+        server_name: None,
+    })
+}
+
+/// Starts the migration and watches it to its end.
+async fn follow(
+    client: &Client,
+    request: &MigrationRequest,
+    quiet: bool,
+) -> Result<MigrationReport> {
+    // Events from before do not concern us; there is always one, the start.
+    let mut next = 0;
+    let note = |line: &str| {
+        if let Ok(event) = serde_json::from_str::<VmEvent>(line) {
+            next = event.sequence + 1;
+        }
+        true
+    };
+    client.lines("/v1/events?follow=false", note).await?;
+    client.post_json(PATH, request).await?;
+    let path = format!("/v1/events?since={next}");
+    let mut report = None;
+    let mut display = Display::new(quiet);
+    let watch = client.lines(&path, |line| {
+        match serde_json::from_str::<VmEvent>(line).map(|event| event.kind) {
+            Ok(EventKind::MigrationEnded { report: ended }) => report = Some(*ended),
+            Ok(EventKind::MigrationRound { round }) => display.round(&round),
+            _ => {}
+        }
+        report.is_none()
+    });
+    let bar = Bar::new(quiet);
+    let result = tokio::select! {
+        result = watch => result,
+        () = refresh(client, &bar) => Ok(()),
+    };
+    bar.clear();
+    match (report, result) {
+        (Some(report), _) => Ok(report),
+        (None, Ok(()) | Err(ClientError::Http(_))) => Err(anyhow!(
+            "the VM's process has gone without a word on what became of the migration"
+        )),
+        (None, Err(error)) => Err(error.into()),
+    }
+}
+
+/// Draws progress until the VM no longer answers.
+async fn refresh(client: &Client, bar: &Bar) {
+    loop {
+        tokio::time::sleep(REFRESH).await;
+        match client.get::<MigrationStatus>(PATH).await {
+            Ok(status) if status.active => bar.draw(&status.progress),
+            // The last word comes with the events.
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+/// One line per round, where there is no terminal to draw on.
+struct Display {
+    lines: bool,
+}
+
+impl Display {
+    fn new(quiet: bool) -> Self {
+        Self {
+            lines: !quiet && !std::io::stderr().is_terminal(),
+        }
+    }
+
+    fn round(&mut self, round: &RoundReport) {
+        if self.lines {
+            eprintln!("{}", describe_round(round));
+        }
+    }
+}
+
+fn describe_round(round: &RoundReport) -> String {
+    let mix = round.pages;
+    format!(
+        "round {}: {} pages (zero {}, raw {}, lz4 {}, delta {}), {} in {} ms, {}; {} pages changed \
+         meanwhile, {}",
+        round.number,
+        mix.total(),
+        mix.zero,
+        mix.raw,
+        mix.lz4,
+        mix.delta,
+        size(round.wire_bytes),
+        round.duration_us / 1000,
+        rate(round.link_bytes_per_s()),
+        round.dirty_pages,
+        rate(round.dirty_bytes_per_s()),
+    )
+}
+
+/// A line on the terminal that is drawn anew.
+struct Bar {
+    shown: bool,
+}
+
+impl Bar {
+    fn new(quiet: bool) -> Self {
+        Self {
+            shown: !quiet && std::io::stderr().is_terminal(),
+        }
+    }
+
+    fn draw(&self, progress: &Progress) {
+        if self.shown {
+            let mut err = std::io::stderr();
+            let _ = write!(err, "\r\x1b[K{}", bar_line(progress));
+            let _ = err.flush();
+        }
+    }
+
+    fn clear(&self) {
+        if self.shown {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
+
+fn bar_line(progress: &Progress) -> String {
+    const WIDTH: u64 = 24;
+    let phase = match progress.phase {
+        Phase::Connecting => return "connecting".to_owned(),
+        Phase::Precopy => format!("round {}", progress.round),
+        Phase::Switchover => "switchover".to_owned(),
+        Phase::Postcopy => "post-copy".to_owned(),
+        Phase::Ended => "done".to_owned(),
+    };
+    let all = (progress.memory_bytes / 4096).max(1);
+    let left = progress.remaining_pages.min(all);
+    let full = usize::try_from((all - left) * WIDTH / all).unwrap_or(0);
+    let bar = format!("{:<24}", "#".repeat(full));
+    let mix = progress.pages;
+    let percent = |part: u64| part * 100 / mix.total().max(1);
+    let blackout = match progress.predicted_blackout_us {
+        Some(micros) => format!(", blackout about {}", millis(micros)),
+        None => String::new(),
+    };
+    let throttle = match progress.cpu_percent {
+        100 | 0 => String::new(),
+        percent => format!(", guest at {percent} %"),
+    };
+    format!(
+        "{phase} [{bar}] {} sent, {} left, {}; guest writes {}; zero {} raw {} lz4 {} delta {} %{blackout}{throttle}",
+        size(progress.wire_bytes),
+        size(left * 4096),
+        rate(progress.link_bytes_per_s),
+        rate(progress.dirty_bytes_per_s),
+        percent(mix.zero),
+        percent(mix.raw),
+        percent(mix.lz4),
+        percent(mix.delta),
+    )
+}
+
+/// The report with what scripts ask for first.
+fn final_object(report: &MigrationReport) -> Result<serde_json::Value> {
+    let mut value = serde_json::to_value(report)?;
+    let fields = value.as_object_mut().context("a report is an object")?;
+    let millis = |micros: u64| micros as f64 / 1000.0;
+    let blackout = report.blackout.map(|blackout| millis(blackout.total_us));
+    fields.insert("blackout_ms".to_owned(), serde_json::to_value(blackout)?);
+    let predicted = report.predicted_blackout_us.map(millis);
+    fields.insert(
+        "predicted_blackout_ms".to_owned(),
+        serde_json::to_value(predicted)?,
+    );
+    Ok(value)
+}
+
+fn print_report(report: &MigrationReport) {
+    let name = &report.name;
+    let total = format!("{} ms", report.total_ms);
+    match (report.outcome, &report.error) {
+        (MigrationOutcome::Migrated, _) => {
+            let to = report.to.as_deref().unwrap_or("its destination");
+            println!("{name} has moved to {to} in {total}");
+        }
+        (MigrationOutcome::Resumed, error) => {
+            let why = error.as_deref().unwrap_or("for no reason given");
+            println!("{name} has not moved and goes on here (after {total}): {why}");
+        }
+        (MigrationOutcome::InDoubt, error) => {
+            println!(
+                "{name} is paused here, in doubt: {}",
+                error.as_deref().unwrap_or("")
+            );
+        }
+    }
+    if let Some(blackout) = report.blackout {
+        println!(
+            "blackout {}: stopping {}, last dirty log {}, last {} pages {}, restoring {}, handing over {}",
+            millis(blackout.total_us),
+            millis(blackout.pause_us),
+            millis(blackout.harvest_us),
+            blackout.pages,
+            millis(blackout.pages_us),
+            millis(blackout.prepare_us),
+            millis(blackout.commit_us),
+        );
+    }
+    let mix = report.pages;
+    println!(
+        "{} sent in {} rounds over {} connections: {} zero pages, {} raw, {} lz4, {} delta",
+        size(report.wire_bytes),
+        report.rounds.len(),
+        report.streams,
+        mix.zero,
+        mix.raw,
+        mix.lz4,
+        mix.delta,
+    );
+}
+
+pub(crate) fn migration(args: MigrationArgs) -> Result<ExitCode> {
+    match args.command {
+        MigrationCommand::Status(args) => {
+            let client = find(&args.name)?;
+            let status: MigrationStatus = block_on(async { Ok(client.get(PATH).await?) })
+                .with_context(|| format!("VM {}", args.name))?;
+            if args.json {
+                return print_json(&status);
+            }
+            match &status.report {
+                Some(report) => print_report(report),
+                None => println!("{}", bar_line(&status.progress)),
+            }
+        }
+        MigrationCommand::Cancel(args) => {
+            let client = find(&args.name)?;
+            block_on(async { Ok(client.delete(PATH).await?) })
+                .with_context(|| format!("VM {}", args.name))?;
+            if args.json {
+                return print_json(&serde_json::json!({ "name": args.name, "cancelled": true }));
+            }
+        }
+        MigrationCommand::Set(args) => set(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn set(args: &MigrationSetArgs) -> Result<()> {
+    let bandwidth = match args.bandwidth.as_deref() {
+        Some("none") => Some(0),
+        Some(text) => Some(text.parse::<LinkRate>()?.bytes_per_s()),
+        None => None,
+    };
+    let max_downtime_us = args
+        .max_downtime
+        .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+    if bandwidth.is_none() && max_downtime_us.is_none() {
+        bail!("nothing is to be changed: give --bandwidth or --max-downtime");
+    }
+    let tuning = MigrationTuning {
+        bandwidth_bytes_per_s: bandwidth,
+        max_downtime_us,
+    };
+    let client = find(&args.name)?;
+    block_on(async { Ok(client.put(PATH, &tuning).await?) })
+        .with_context(|| format!("VM {}", args.name))
+}
+
+/// `1.2 GiB`, three digits at most.
+fn size(bytes: u64) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    match units.into_iter().find(|(shift, _)| bytes >> shift > 0) {
+        Some((shift, unit)) => format!("{:.1} {unit}", bytes as f64 / f64::from(1_u32 << shift)),
+        None => format!("{bytes} B"),
+    }
+}
+
+fn rate(bytes_per_s: u64) -> String {
+    format!("{}/s", size(bytes_per_s))
+}
+
+fn millis(micros: u64) -> String {
+    format!("{:.1} ms", micros as f64 / 1000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_one_decimal_and_a_unit() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (5 << 30, "5.0 GiB"),
+        ];
+        for (bytes, text) in cases {
+            assert_eq!(size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn the_bar_fills_up_and_tells_of_throttling() {
+        let mut progress = Progress {
+            phase: Phase::Precopy,
+            round: 2,
+            memory_bytes: 4096 * 100,
+            remaining_pages: 50,
+            cpu_percent: 75,
+            predicted_blackout_us: Some(12_345),
+            ..Progress::default()
+        };
+        let line = bar_line(&progress);
+        assert!(
+            line.contains("round 2 [############            ]"),
+            "{line}"
+        );
+        assert!(
+            line.ends_with("blackout about 12.3 ms, guest at 75 %"),
+            "{line}"
+        );
+        progress.remaining_pages = 5000;
+        assert!(bar_line(&progress).contains("[                        ]"));
+    }
+}
