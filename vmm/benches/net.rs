@@ -369,6 +369,10 @@ impl NetBackend for SinkBackend {
     fn set_queue_open(&self, _pair: u16, _open: bool) -> io::Result<()> {
         Ok(())
     }
+
+    fn announce(&self, _mac: [u8; 6]) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn raw_transmit(tap: &Arc<Tap>, sample: &Sample) -> Figures {

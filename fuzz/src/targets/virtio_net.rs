@@ -98,6 +98,10 @@ impl NetBackend for Backend {
         }
         Ok(())
     }
+
+    fn announce(&self, _mac: [u8; 6]) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 struct Queue {

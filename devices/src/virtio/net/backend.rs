@@ -120,6 +120,13 @@ pub trait NetBackend: Send + Sync {
     /// # Errors
     /// The host refuses.
     fn set_queue_open(&self, pair: u16, open: bool) -> io::Result<()>;
+
+    /// Begins to tell the network behind the host end that `mac` is now here, without waiting and
+    /// whether or not the guest does so itself; ends with the host end at the latest.
+    ///
+    /// # Errors
+    /// The host has no means left for it.
+    fn announce(&self, mac: [u8; 6]) -> io::Result<()>;
 }
 
 /// One queue of a host end. Its descriptor is readable when a packet waits, and writable when

@@ -166,7 +166,7 @@ pub enum Announcement {
     Asked,
     /// The device is not active; a driver that can is asked when it is.
     Deferred,
-    /// The driver cannot: others must find out by themselves where the guest is.
+    /// The driver cannot: the host end alone tells others where the guest is.
     Unsupported,
 }
 
@@ -195,9 +195,18 @@ impl NetHandle {
         self.shared.registers().active_pairs
     }
 
-    /// Asks the driver to tell the network where it is, after the machine has moved
-    /// (section 5.1.6.5.4).
+    /// Tells the network where the guest is, after the machine has moved and was started: the host
+    /// end does so at once, and the driver is asked to do it as well (section 5.1.6.5.4), who
+    /// alone knows all of the guest's addresses. Does not wait for either. The answer is about
+    /// the driver.
     pub fn announce(&self) -> Announcement {
+        if let Err(error) = self.shared.backend.announce(self.mac()) {
+            self.shared.report("announce", &error, false);
+        }
+        self.ask_driver()
+    }
+
+    fn ask_driver(&self) -> Announcement {
         let mut registers = self.shared.registers();
         let Some(driver) = &registers.driver else {
             registers.announce_deferred = true;

@@ -7,8 +7,11 @@
 //! Sending never waits here: a TAP hands packets to the host's network stack within the call. One
 //! that comes with a limited send buffer (an inherited descriptor may) reports when it is full.
 //!
+//! After a migration the TAP tells the network behind it, too, where the guest now is (`announce`).
+//!
 //! See Documentation/networking/tuntap.rst in the kernel.
 
+mod announce;
 mod error;
 mod interface;
 mod open;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use devices::virtio::net::{HEADER_BYTES, NetBackend, NetInfo, NetQueue, Offloads};
 use parking_lot::Mutex;
 
+use super::announce::Announcer;
 use super::error::TapError;
 use super::interface::Interface;
 use super::queue::TapQueue;
@@ -40,6 +41,8 @@ pub struct Tap {
     queues: Vec<Arc<OwnedFd>>,
     /// Which of them the kernel gives packets to.
     open: Mutex<Vec<bool>>,
+    /// The last announcement; it ends with the TAP. Never locked together with `open`.
+    announcer: Mutex<Option<Announcer>>,
     offloads: Offloads,
     created: bool,
 }
@@ -109,6 +112,7 @@ impl Tap {
         Ok(Self {
             name,
             open: Mutex::new(vec![true; queues.len()]),
+            announcer: Mutex::new(None),
             queues: queues.into_iter().map(Arc::new).collect(),
             offloads,
             created,
@@ -201,6 +205,18 @@ impl NetBackend for Tap {
             sys::request(queue, libc::TUNSETQUEUE, &mut request)?;
             *state = open;
         }
+        Ok(())
+    }
+
+    /// Any queue will do, and the first is always there.
+    fn announce(&self, mac: [u8; 6]) -> io::Result<()> {
+        let Some(queue) = self.queues.first() else {
+            return Ok(());
+        };
+        let mut announcer = self.announcer.lock();
+        // One that still runs makes way.
+        *announcer = None;
+        *announcer = Some(Announcer::start(queue, &self.name, mac)?);
         Ok(())
     }
 }

@@ -439,6 +439,55 @@ fn announcement_is_asked_for_and_acknowledged() {
 }
 
 #[test]
+fn host_end_announces_the_drivers_address_whatever_the_driver_can() {
+    let mut guest = Guest::new(1);
+    let handle = guest.net.handle();
+    assert_eq!(handle.announce(), Announcement::Deferred);
+    assert_eq!(guest.host.calls(), [Call::Announce(MAC)]);
+    guest.activate(1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR);
+    let own = [2, 0, 0, 0, 0, 9];
+    assert_eq!(guest.command(2, &[&[1, 1][..], &own].concat()), 0);
+    guest.host.calls();
+    assert_eq!(handle.announce(), Announcement::Unsupported);
+    assert_eq!(guest.host.calls(), [Call::Announce(own)]);
+    // The driver is asked even where the host end cannot, and the operator hears of that.
+    guest.deactivate();
+    guest.activate(1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE);
+    guest.host.fail(24);
+    assert_eq!(handle.announce(), Announcement::Asked);
+    assert_eq!(guest.status(), 3);
+    let events = guest.events.taken();
+    assert!(
+        matches!(
+            events.as_slice(),
+            [DeviceEvent::IoError {
+                operation: "announce",
+                ..
+            }]
+        ),
+        "{events:?}"
+    );
+}
+
+/// A move between the request and its answer: the destination's driver still has to answer.
+#[test]
+fn unanswered_announcement_moves_with_the_device() {
+    let features = 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+    let mut guest = Guest::new(1);
+    guest.activate(features);
+    guest.net.handle().announce();
+    guest.deactivate();
+    let mut other = Guest::new(1);
+    other.net.restore(&guest.net.save().unwrap()).unwrap();
+    other.activate(features);
+    assert_eq!(other.status(), 3);
+    assert_eq!(other.net.handle().announce(), Announcement::Asked);
+    assert_eq!(other.route.delivered().len(), 1, "interrupted once more");
+    assert_eq!(other.command(2, &[3, 0]), 0);
+    assert_eq!(other.status(), 1);
+}
+
+#[test]
 fn configuration_is_read_only() {
     let mut guest = Guest::new(2);
     let before = guest.config::<16>(0);

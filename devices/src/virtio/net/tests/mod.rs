@@ -41,6 +41,7 @@ pub(super) const RAM_BYTES: usize = 0x100_0000;
 pub(super) enum Call {
     Offloads(Offloads),
     Open(u16, bool),
+    Announce([u8; 6]),
 }
 
 /// A host end whose network is the other end of a socket pair per queue.
@@ -119,6 +120,11 @@ impl NetBackend for FakeNet {
 
     fn set_queue_open(&self, pair: u16, open: bool) -> io::Result<()> {
         self.calls.lock().push(Call::Open(pair, open));
+        self.check()
+    }
+
+    fn announce(&self, mac: [u8; 6]) -> io::Result<()> {
+        self.calls.lock().push(Call::Announce(mac));
         self.check()
     }
 }

@@ -2,6 +2,7 @@
 #![expect(unsafe_code)]
 #![allow(clippy::cast_possible_truncation)]
 
+mod announce;
 mod frame;
 mod guest;
 mod inherited;
