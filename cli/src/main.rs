@@ -8,6 +8,7 @@ mod demo;
 mod doctor;
 mod migrate;
 mod receive;
+mod report;
 mod run;
 mod shell;
 mod table;
