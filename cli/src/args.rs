@@ -219,6 +219,9 @@ pub(crate) struct MigrateArgs {
     pub(crate) cache: Option<vmm::config::ByteSize>,
     #[command(flatten)]
     pub(crate) security: SecurityArgs,
+    /// Write a page that shows how it went.
+    #[arg(long, value_name = "FILE.html")]
+    pub(crate) report: Option<PathBuf>,
     /// The name that the destination's certificate must be for [default: the URL's host].
     #[arg(long, value_name = "NAME")]
     pub(crate) tls_server_name: Option<String>,

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
@@ -18,6 +18,7 @@ use vmm::migrate::{
 
 use crate::args::{MigrateArgs, MigrationArgs, MigrationCommand, MigrationSetArgs, SecurityArgs};
 use crate::control::{block_on, find, print_json};
+use crate::report::{Page, render};
 
 const PATH: &str = "/v1/migration";
 
@@ -29,10 +30,17 @@ const EXIT_IN_DOUBT: u8 = 7;
 
 pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
     let client = find(&args.name)?;
-    let (name, json) = (args.name.clone(), args.json);
+    let (name, json, page) = (args.name.clone(), args.json, args.report.clone());
     let request = request(args)?;
     let report = block_on(async { follow(&client, &request, json).await })
         .with_context(|| format!("VM {name}"))?;
+    if let Some(path) = page {
+        let text = render(&Page::of(&report), SystemTime::now());
+        // The VM has moved, or not: that is told all the same.
+        if let Err(error) = std::fs::write(&path, text) {
+            eprintln!("drover: {} cannot be written: {error}", path.display());
+        }
+    }
     if json {
         print_json(&final_object(&report)?)?;
     } else {

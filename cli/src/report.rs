@@ -17,12 +17,13 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use vmm::migrate::progress::{Blackout, PageMix, RoundReport};
+use vmm::migrate::{MigrationOutcome, MigrationReport};
 
 use units::{count, escape, percent, rate, size, time};
 
 /// What is known of a migration that is over.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct MigrationReport {
+pub(crate) struct Page {
     /// The VM.
     pub(crate) name: String,
     /// The host that it left, and the one that it went to.
@@ -50,10 +51,46 @@ pub(crate) struct MigrationReport {
     pub(crate) bottleneck: String,
 }
 
+impl Page {
+    /// The page of `report`.
+    pub(crate) fn of(report: &MigrationReport) -> Self {
+        let word = |value: serde_json::Result<serde_json::Value>| {
+            let value = value.unwrap_or_default();
+            value.as_str().unwrap_or_default().to_owned()
+        };
+        let outcome = match report.outcome {
+            MigrationOutcome::Migrated => "migrated",
+            MigrationOutcome::Resumed => "failed, the VM goes on where it was",
+            MigrationOutcome::InDoubt => "in doubt",
+        };
+        Self {
+            name: report.name.clone(),
+            from: host_name(),
+            to: report.to.clone().unwrap_or_default(),
+            outcome: outcome.to_owned(),
+            error: report.error.clone(),
+            total_ms: report.total_ms,
+            blackout: report.blackout,
+            predicted_blackout_us: report.predicted_blackout_us,
+            rounds: report.rounds.clone(),
+            pages: report.pages,
+            wire_bytes: report.wire_bytes,
+            memory_bytes: report.memory_bytes,
+            streams: report.streams,
+            bottleneck: word(serde_json::to_value(report.bottleneck)),
+        }
+    }
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    name.unwrap_or_default().trim().to_owned()
+}
+
 const STYLE: &str = include_str!("report/style.css");
 
 /// The page. `written` is the time that it shows.
-pub(crate) fn render(report: &MigrationReport, written: SystemTime) -> String {
+pub(crate) fn render(report: &Page, written: SystemTime) -> String {
     let parts = [
         head(report, written),
         error(report),
@@ -78,7 +115,7 @@ fn name(text: &str) -> String {
     }
 }
 
-fn head(report: &MigrationReport, written: SystemTime) -> String {
+fn head(report: &Page, written: SystemTime) -> String {
     let date = humantime::format_rfc3339_seconds(written).to_string();
     // As in RFC 3339, but for people.
     let date = date.replace('T', " ").replace('Z', " UTC");
@@ -110,7 +147,7 @@ fn head(report: &MigrationReport, written: SystemTime) -> String {
     )
 }
 
-fn error(report: &MigrationReport) -> String {
+fn error(report: &Page) -> String {
     let Some(error) = &report.error else {
         return String::new();
     };
@@ -118,7 +155,7 @@ fn error(report: &MigrationReport) -> String {
     format!("<p class=\"error\" role=\"alert\"><strong>It did not succeed:</strong> {error}</p>\n")
 }
 
-fn figures(report: &MigrationReport) -> String {
+fn figures(report: &Page) -> String {
     let unknown = || "–".to_owned();
     let blackout = report.blackout.map(|blackout| time(blackout.total_us));
     let predicted = report.predicted_blackout_us.map(time);
@@ -176,7 +213,7 @@ fn per_second(amount: u64, micros: u64) -> u64 {
 }
 
 /// What held it up and what helps, in a sentence or two.
-fn advice(report: &MigrationReport) -> String {
+fn advice(report: &Page) -> String {
     let last = report.rounds.last().copied().unwrap_or_default();
     let link = rate(last.link_bytes_per_s());
     let dirty = rate(last.dirty_bytes_per_s());

@@ -2,7 +2,7 @@
 
 use vmm::migrate::progress::Blackout;
 
-use super::MigrationReport;
+use super::Page;
 use super::chart::{Series, legend, strip};
 use super::rounds::card;
 use super::units::{count, percent, size, time};
@@ -57,7 +57,7 @@ fn parts(blackout: &Blackout) -> Vec<Part> {
 }
 
 /// A card with one bar.
-pub(super) fn chart(report: &MigrationReport) -> String {
+pub(super) fn chart(report: &Page) -> String {
     let Some(blackout) = &report.blackout else {
         return card("Blackout", "<p>The VM was never stopped.</p>\n");
     };
@@ -86,7 +86,7 @@ pub(super) fn chart(report: &MigrationReport) -> String {
 }
 
 /// The same in figures, with what runs beside and within the parts.
-pub(super) fn table(report: &MigrationReport) -> String {
+pub(super) fn table(report: &Page) -> String {
     let Some(blackout) = &report.blackout else {
         return String::new();
     };

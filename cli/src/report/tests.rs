@@ -22,13 +22,13 @@ fn round(number: u32) -> RoundReport {
     }
 }
 
-fn good() -> MigrationReport {
+fn good() -> Page {
     let rounds: Vec<RoundReport> = (1..=7).map(round).collect();
     let mut pages = PageMix::default();
     for round in &rounds {
         pages.add(&round.pages);
     }
-    MigrationReport {
+    Page {
         name: "web-1".to_owned(),
         from: "alpha".to_owned(),
         to: "tls:beta.example:7000".to_owned(),
@@ -57,16 +57,16 @@ fn good() -> MigrationReport {
     }
 }
 
-fn failed() -> MigrationReport {
-    MigrationReport {
+fn failed() -> Page {
+    Page {
         name: "web-1".to_owned(),
         outcome: "resumed".to_owned(),
         error: Some("the destination has no CPU feature \"avx512f\"".to_owned()),
-        ..MigrationReport::default()
+        ..Page::default()
     }
 }
 
-fn page(report: &MigrationReport) -> String {
+fn page(report: &Page) -> String {
     let page = render(report, UNIX_EPOCH + Duration::from_secs(1_800_000_000));
     assert_well_formed(&page);
     assert_self_contained(&page);
@@ -210,7 +210,7 @@ fn drawings_stay_within_their_frames() {
 #[test]
 fn names_and_errors_cannot_become_markup() {
     let evil = "</title><script>alert('x')</script>&\"\0";
-    let report = MigrationReport {
+    let report = Page {
         name: evil.to_owned(),
         from: evil.to_owned(),
         to: evil.to_owned(),
@@ -242,14 +242,14 @@ fn failure_before_the_first_round_is_a_sensible_page() {
 
 #[test]
 fn zeroes_and_the_largest_numbers_are_borne() {
-    let nothing = MigrationReport {
+    let nothing = Page {
         blackout: Some(Blackout::default()),
         rounds: vec![RoundReport::default(); 3],
-        ..MigrationReport::default()
+        ..Page::default()
     };
     assert!(page(&nothing).contains("No part took measurable time."));
     let most = u64::MAX;
-    let all = MigrationReport {
+    let all = Page {
         total_ms: most,
         blackout: Some(Blackout {
             total_us: 1,
@@ -280,7 +280,7 @@ fn every_bottleneck_has_its_advice() {
         "dirty-rate",
         "a loose cable",
     ] {
-        let report = MigrationReport {
+        let report = Page {
             bottleneck: bottleneck.to_owned(),
             ..good()
         };

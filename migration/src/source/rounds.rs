@@ -113,6 +113,8 @@ impl<'a> Rounds<'a> {
         parts: &mut Parts<'_>,
         control: &mut Control,
     ) -> Result<Vec<DirtyBitmap>, SourceError> {
+        // What a tracker may report at first is re-armed with everything else.
+        drop(self.harvest());
         let mut dirty = self.bitmaps(true);
         loop {
             let report = self.round(dirty, control)?;

@@ -14,7 +14,7 @@ use super::notices::Notices;
 use super::peripherals::DiskLocks;
 use super::placement::Placement;
 use super::resources::Resources;
-use super::runtime::Machine;
+use super::runtime::{Machine, MachineError};
 use crate::config::{CharTarget, RngConfig, VmConfig, VmName};
 use crate::control::errors::chain;
 use crate::migrate::{RamPages, Skeleton};
@@ -279,9 +279,12 @@ impl Incoming for Arrival {
     }
 
     fn start(&mut self) -> Result<(), PortError> {
-        self.with("the VM cannot be started", |arrived| match arrived.paused {
-            true => Ok(()),
-            false => arrived.machine.start(),
+        self.with("the VM cannot be started", |arrived| {
+            if !arrived.paused {
+                arrived.machine.start()?;
+                arrived.machine.announce();
+            }
+            Ok::<_, MachineError>(())
         })
     }
 }

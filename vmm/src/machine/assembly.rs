@@ -200,6 +200,7 @@ impl Machine {
             cpuid,
             tsc_khz,
             disks: DiskHandover::new(resources.peripherals.disks),
+            nets: resources.peripherals.nets,
             stopped: None,
             has_run: false,
         })

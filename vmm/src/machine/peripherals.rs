@@ -11,7 +11,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonError, BalloonHandle, BalloonOptions, RamReclaim};
 use devices::virtio::block::{Block, BlockOptions};
 use devices::virtio::console::{Console, ConsolePort};
-use devices::virtio::net::Net;
+use devices::virtio::net::{Net, NetHandle};
 use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::VhostUser;
 use devices::virtio::vsock::{Vsock, VsockError, VsockOptions};
@@ -81,6 +81,8 @@ pub(super) struct Peripherals {
     pub(super) console: Option<ConsoleEnds>,
     /// What is behind the block devices.
     pub(super) disks: Vec<Disk>,
+    /// Interfaces that can tell the network where they are.
+    pub(super) nets: Vec<NetHandle>,
 }
 
 /// Whether disks are locked when they are opened.
@@ -118,6 +120,7 @@ pub(super) fn open(
             devices: Vec::new(),
             console: None,
             disks: Vec::new(),
+            nets: Vec::new(),
         },
         failed: Vec::new(),
     };
@@ -200,6 +203,7 @@ impl Opener<'_> {
         }
         let device = Net::new(net::open(config)?, options, self.reporter(id));
         let counters = device.handle().counters();
+        self.found.nets.push(device.handle());
         Ok(("virtio-net", Box::new(device), counters))
     }
 

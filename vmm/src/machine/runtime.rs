@@ -8,6 +8,7 @@ use devices::pci::PciRoot;
 use devices::virtio::VirtioInterrupt;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::console::ConsolePort;
+use devices::virtio::net::NetHandle;
 use devices::{Device, DeviceError, GuestRam, Migratability};
 
 use super::assembly::{self, BuildError};
@@ -66,6 +67,7 @@ pub struct Machine {
     /// What all vCPUs see in common.
     pub(super) cpuid: CpuidTemplate,
     pub(super) disks: DiskHandover,
+    pub(super) nets: Vec<NetHandle>,
     /// Frequency of the time stamp counter, if the host tells.
     pub(super) tsc_khz: Option<u32>,
     /// When it was paused, or has been paused on the host that it comes from.
@@ -191,6 +193,14 @@ impl Machine {
     /// [`KvmError`].
     pub fn dirty_log(&self) -> Result<DirtyLog, KvmError> {
         self.vm.dirty_log()
+    }
+
+    /// Tells the network that the guest's interfaces are here now.
+    pub(super) fn announce(&self) {
+        for net in &self.nets {
+            let answer = net.announce();
+            log::debug!(answer:?; "interface announced");
+        }
     }
 
     /// Presses the power button.

@@ -7,7 +7,6 @@ mod session;
 mod skeleton;
 mod write_log;
 
-
 pub use kvm_log::{KvmLogTracker, UnionTracker};
 pub use migration::progress;
 pub use migration::source::{EncodingChoice, OnTimeout};
