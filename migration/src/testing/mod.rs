@@ -1,0 +1,26 @@
+//! Fakes of the ports.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | `memory`, `tracker`, `clock` | guest memory, the log of writes to it, the time |
+//! | [`channel`] | connections within the process, which can be told to go wrong |
+//! | [`machine`] | a machine that moves, and the host that it moves to |
+//! | [`disk`] | the disk that only one copy of a machine may hold, and who runs |
+
+pub mod channel;
+mod clock;
+pub mod disk;
+mod frames;
+pub mod machine;
+mod memory;
+mod tracker;
+
+pub use channel::{FakeAccept, FakeChannel, FakeDial, Fault, FaultKind, Wire, network, pair};
+pub use clock::FakeClock;
+pub use disk::{Copies, FakeDisk, Side};
+pub use machine::{Failures, FakeHost, FakeMachine, Step};
+pub use memory::FakeMemory;
+pub use tracker::FakeTracker;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,107 @@
+//! Somebody changes their mind, at any moment.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use migration::PageIndex;
+use migration::destination::DestinationError;
+use migration::handoff::Outcome;
+use migration::source::SourceError;
+use proptest::prelude::*;
+
+use crate::world::{Wiring, World, fill};
+
+/// A migration of some milliseconds.
+fn slow(lockable: bool) -> (World, Wiring) {
+    let world = World::small(lockable);
+    world.write_at_first_harvest();
+    for page in 0..70 {
+        let guest = world.guest();
+        guest.write(PageIndex(page), |bytes| fill(bytes, page * 4));
+    }
+    let mut wiring = Wiring::clean();
+    wiring.control.0.latency = Duration::from_millis(1);
+    wiring.control.1.latency = Duration::from_millis(1);
+    for wire in &mut wiring.data {
+        wire.0.latency = Duration::from_millis(1);
+    }
+    (world, wiring)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 60,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn a_cancelled_migration_moves_all_or_nothing(
+        micros in 0_u64..30_000,
+        lockable: bool,
+        at_source: bool,
+    ) {
+        let (mut world, wiring) = slow(lockable);
+        let handle = Arc::clone(&world.handle);
+        let destination = Arc::clone(&world.destination_cancelled);
+        let end = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_micros(micros));
+                match at_source {
+                    true => handle.cancel(),
+                    false => destination.store(true, Ordering::SeqCst),
+                }
+            });
+            world.migrate(&wiring)
+        });
+        let what = format!("cancelled after {micros} us");
+        world.check(&end, &what);
+        prop_assert!(!matches!(end.report.outcome, Outcome::InDoubt(_)), "{}", what);
+        prop_assert!(end.took < Duration::from_secs(3), "{}: {:?}", what, end.took);
+        if let Outcome::Resumed(_) = end.report.outcome {
+            world.retry(&what);
+        }
+    }
+}
+
+#[test]
+fn a_cancel_before_the_first_byte_ends_it() {
+    let mut world = World::small(true);
+    world.handle.cancel();
+    let end = world.migrate(&Wiring::clean());
+    world.check(&end, "cancelled at once");
+    assert!(matches!(end.report.error, Some(SourceError::Cancelled)));
+    world.retry("cancelled at once");
+}
+
+#[test]
+fn a_destination_that_is_cancelled_says_so() {
+    let mut world = World::small(true);
+    world.destination_cancelled.store(true, Ordering::SeqCst);
+    let mut wiring = Wiring::clean();
+    wiring.control.0.latency = Duration::from_millis(50);
+    let end = world.migrate(&wiring);
+    world.check(&end, "cancelled there");
+    assert!(matches!(end.received, Err(DestinationError::Cancelled)));
+    assert!(matches!(end.report.error, Some(SourceError::Peer(_))));
+}
+
+/// A stream that waits for room is woken up.
+#[test]
+fn a_cancel_does_not_wait_for_a_full_connection() {
+    let (mut world, mut wiring) = slow(true);
+    wiring.data[0].0.capacity = 1000;
+    wiring.data[0].0.latency = Duration::from_millis(200);
+    let handle = Arc::clone(&world.handle);
+    let end = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            handle.cancel();
+        });
+        world.migrate(&wiring)
+    });
+    world.check(&end, "cancelled while full");
+    assert!(matches!(end.report.error, Some(SourceError::Cancelled)));
+    assert!(end.took < Duration::from_secs(2), "{:?}", end.took);
+}

@@ -1,0 +1,7 @@
+//! Whole migrations, both sides in this process, over fakes of everything else.
+
+mod cancel;
+mod failures;
+mod faults;
+mod good;
+mod world;
