@@ -208,7 +208,7 @@ fn attach(
                 expected: offer.streams,
                 source,
             })?;
-        channel.set_timeout(ATTACH_TIME)?;
+        channel.set_timeout(ATTACH_TIME.min(options.patience))?;
         let mut reader = FrameReader::default();
         let shown = Message::receive(&mut reader, &mut *channel);
         let Ok(Message::Attach(attach)) = shown else {

@@ -10,7 +10,7 @@ use migration::testing::{Fault, FaultKind, Wire};
 use crate::world::{Wiring, World};
 
 /// What "nothing hangs" means: some patiences, and a busy machine.
-const LIMIT: Duration = Duration::from_secs(3);
+const LIMIT: Duration = Duration::from_millis(1500);
 
 const PATIENCE: Duration = Duration::from_millis(100);
 
