@@ -117,7 +117,11 @@ impl<'a> Rounds<'a> {
         drop(self.harvest());
         let mut dirty = self.bitmaps(true);
         loop {
-            let report = self.round(dirty, control)?;
+            let report = self.round(dirty, control);
+            let report = report.map_err(|error| Self::explain(control, error))?;
+            if self.handle.is_cancelled() {
+                return Err(SourceError::Cancelled);
+            }
             dirty = self.harvest();
             let dirty_pages = dirty.iter().map(DirtyBitmap::count).sum();
             self.reports.push(RoundReport {
@@ -138,6 +142,8 @@ impl<'a> Rounds<'a> {
                 _ if self.is_late() && self.options.on_timeout == OnTimeout::Force => {
                     return Ok(dirty);
                 }
+                // Rounds may be shorter than the time between two looks at the clock.
+                _ if self.is_late() => return Err(SourceError::Timeout(self.options.timeout)),
                 Decision::Continue | Decision::Diverges => {}
                 Decision::Throttle(percent) => {
                     log::info!(percent; "the guest is slowed down: it writes faster than the link carries");

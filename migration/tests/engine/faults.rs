@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use migration::PageIndex;
 use migration::handoff::Outcome;
 use migration::testing::{Fault, FaultKind, Wire};
 
-use crate::world::{Wiring, World};
+use crate::world::{Wiring, World, fill, run};
 
 /// What "nothing hangs" means: some patiences, and a busy machine.
 const LIMIT: Duration = Duration::from_millis(1500);
@@ -231,4 +232,32 @@ fn a_source_that_dies_after_commit_is_survived() {
         ends.push(end.received.is_ok());
     }
     assert_eq!(ends, [false, false, false, true]);
+}
+
+/// The stream breaks first, the destination's words follow.
+#[test]
+fn the_source_hears_what_arrived_damaged() {
+    let (mut wiring, _) = wiring(
+        Line::DataThere(0),
+        Fault {
+            frame: 1,
+            offset: 40,
+            kind: FaultKind::Flip,
+        },
+    );
+    wiring.control.1.latency = Duration::from_millis(40);
+    // The source is still sending when the destination notices.
+    wiring.data[0].0.capacity = 3000;
+    let mut world = World::new(&[run(0, 500)], true);
+    for page in 0..500 {
+        let guest = world.guest();
+        guest.write(PageIndex(page), |bytes| fill(bytes, page));
+    }
+    let end = world.migrate(&wiring);
+    world.check(&end, "damaged");
+    let words = end.report.error.map(|error| error.to_string());
+    assert!(
+        words.as_ref().is_some_and(|w| w.contains("damaged")),
+        "{words:?}"
+    );
 }

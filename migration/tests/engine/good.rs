@@ -182,3 +182,29 @@ fn a_slow_commit_is_waited_for() {
     assert_eq!(end.report.outcome, Outcome::Surrendered);
     assert!(world.copies.runs(Side::Destination));
 }
+
+/// No round takes long enough for a watcher to be called in the middle of it.
+#[test]
+fn the_time_is_up_also_between_short_rounds() {
+    let mut world = World::new(&[run(0, 8)], true);
+    world.options.timeout = Duration::from_millis(100);
+    // Less than a switchover takes with nothing to send.
+    world.handle = new_handle(Duration::from_micros(10));
+    let guest = world.guest();
+    let done = std::sync::Arc::clone(&world.handle);
+    let end = std::thread::scope(|scope| {
+        // Lest the test hangs: what is not in time is cancelled.
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_secs(2));
+            done.cancel();
+        });
+        beside_a_guest(&guest, &[1, 2, 3], Duration::from_micros(50), || {
+            world.migrate(&Wiring::clean())
+        })
+    });
+    world.check(&end, "short rounds");
+    let error = end.report.error.unwrap();
+    assert!(error.to_string().contains("converge"), "{error}");
+    assert!(end.took < Duration::from_secs(1), "{:?}", end.took);
+    assert!(world.machine.throttled.ends_with(&[100]));
+}
