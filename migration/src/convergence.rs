@@ -74,6 +74,10 @@ pub fn decide(rounds: &[RoundReport], limits: &Limits) -> Decision {
     let Some((last, earlier)) = rounds.split_last() else {
         return Decision::Continue;
     };
+    if last.dirty_pages == 0 {
+        // No round makes the rest shorter, whatever it takes.
+        return Decision::Switchover;
+    }
     if predicted <= limits.max_downtime {
         let variable = predicted.saturating_sub(limits.fixed);
         let fits = |round: &RoundReport| {
@@ -90,18 +94,7 @@ pub fn decide(rounds: &[RoundReport], limits: &Limits) -> Decision {
             false => Decision::Switchover,
         };
     }
-    let idle = rounds
-        .windows(2)
-        .rev()
-        .take_while(|pair| match pair {
-            [before, after] => {
-                before.cpu_percent == last.cpu_percent
-                    && after.cpu_percent == last.cpu_percent
-                    && !has_progress(before, after)
-            }
-            _ => false,
-        })
-        .count();
+    let idle = rounds_without_progress(rounds, last.cpu_percent);
     if idle < PATIENCE_ROUNDS {
         return Decision::Continue;
     }
@@ -109,6 +102,26 @@ pub fn decide(rounds: &[RoundReport], limits: &Limits) -> Decision {
         .into_iter()
         .find(|percent| *percent < last.cpu_percent);
     slower.map_or(Decision::Diverges, Decision::Throttle)
+}
+
+/// Rounds at this speed, the last ones, since one left clearly less than all before. What goes up
+/// and down makes no progress.
+fn rounds_without_progress(rounds: &[RoundReport], cpu_percent: u8) -> usize {
+    let at_this_speed = |round: &&RoundReport| round.cpu_percent == cpu_percent;
+    let count = rounds.iter().rev().take_while(at_this_speed).count();
+    let mut at_this_speed = rounds.iter().skip(rounds.len() - count);
+    let Some(mut best) = at_this_speed.next() else {
+        return 0;
+    };
+    let mut idle = 0;
+    for round in at_this_speed {
+        if has_progress(best, round) {
+            (best, idle) = (round, 0);
+        } else {
+            idle += 1;
+        }
+    }
+    idle
 }
 
 fn has_progress(before: &RoundReport, after: &RoundReport) -> bool {
@@ -184,6 +197,25 @@ mod tests {
         assert_eq!(decide(&rounds, &LIMITS), Decision::Throttle(50));
         let slowest = vec![round(5000, 5000, 5); 3];
         assert_eq!(decide(&slowest, &LIMITS), Decision::Diverges);
+    }
+
+    #[test]
+    fn what_goes_up_and_down_makes_no_progress() {
+        let bursts = [(100_000, 5000), (5000, 8000), (8000, 5000), (5000, 8000)];
+        assert_eq!(decided(&bursts[..2]), Decision::Continue);
+        assert_eq!(decided(&bursts[..3]), Decision::Throttle(75));
+        assert_eq!(decided(&bursts), Decision::Throttle(75));
+    }
+
+    #[test]
+    fn with_nothing_left_no_limit_is_too_low() {
+        let limits = Limits {
+            max_downtime: Duration::ZERO,
+            ..LIMITS
+        };
+        let decided = |dirty| decide(&[round(100_000, dirty, 100)], &limits);
+        assert_eq!(decided(0), Decision::Switchover);
+        assert_eq!(decided(1), Decision::Continue);
     }
 
     #[test]

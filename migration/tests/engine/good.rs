@@ -49,6 +49,15 @@ fn beside_a_guest<T>(guest: &Guest, pages: &[u64], pause: Duration, work: impl F
     })
 }
 
+/// No harvest finds nothing.
+fn write_at_every_harvest(guest: Guest) {
+    let tracker = std::sync::Arc::clone(&guest.tracker);
+    tracker.before_harvest(move || {
+        guest.write(PageIndex(1), |bytes| bytes[0] ^= 1);
+        write_at_every_harvest(guest);
+    });
+}
+
 #[test]
 fn memory_arrives_whatever_the_streams_and_the_encoding() {
     let regions = [run(3, 700), run(5000, 64), run(9000, 1), run(9001, 130)];
@@ -190,7 +199,6 @@ fn the_time_is_up_also_between_short_rounds() {
     world.options.timeout = Duration::from_millis(100);
     // Less than a switchover takes with nothing to send.
     world.handle = new_handle(Duration::from_micros(10));
-    let guest = world.guest();
     let done = std::sync::Arc::clone(&world.handle);
     let end = std::thread::scope(|scope| {
         // Lest the test hangs: what is not in time is cancelled.
@@ -198,13 +206,24 @@ fn the_time_is_up_also_between_short_rounds() {
             std::thread::sleep(Duration::from_secs(2));
             done.cancel();
         });
-        beside_a_guest(&guest, &[1, 2, 3], Duration::from_micros(50), || {
-            world.migrate(&Wiring::clean())
-        })
+        write_at_every_harvest(world.guest());
+        world.migrate(&Wiring::clean())
     });
     world.check(&end, "short rounds");
     let error = end.report.error.unwrap();
     assert!(error.to_string().contains("converge"), "{error}");
     assert!(end.took < Duration::from_secs(1), "{:?}", end.took);
     assert!(world.machine.throttled.ends_with(&[100]));
+}
+
+/// Nothing is left to send; no further round can make the switchover shorter.
+#[test]
+fn an_idle_guest_moves_whatever_the_limit() {
+    let mut world = World::small(true);
+    world.options.timeout = Duration::from_secs(1);
+    world.handle = new_handle(Duration::ZERO);
+    let end = world.migrate(&Wiring::clean());
+    world.check(&end, "idle, no downtime");
+    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    assert!(world.machine.throttled.is_empty());
 }
