@@ -21,7 +21,13 @@ impl Stream {
         let mut decoder = Decoder::new(regions);
         let mut payload = Vec::new();
         loop {
-            match self.reader.read(&mut *self.channel, &mut payload)? {
+            let kind = match self.reader.read(&mut *self.channel, &mut payload) {
+                // Nothing may have changed in this stream's memory for long. A source that is gone
+                // is noticed by its silence on the control connection, which breaks this one off.
+                Err(error) if error.is_timeout() => continue,
+                kind => kind?,
+            };
+            match kind {
                 FrameKind::Pages => {
                     let from = (&mut self.reader, &mut *self.channel);
                     decoder.decode(&payload, from, pages)?;

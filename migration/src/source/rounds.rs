@@ -247,16 +247,26 @@ impl<'a> Rounds<'a> {
             return Err(SourceError::Timeout(self.options.timeout));
         }
         listen(control, Duration::ZERO)?;
-        if self.sign_of_life.elapsed() >= SIGN_OF_LIFE {
-            let number = self.number;
-            control.send(&Message::Round(Round { number, pages }))?;
-            self.sign_of_life = Instant::now();
-        }
+        self.show_life(control, pages)?;
         if self.refreshed.at.elapsed() >= REFRESH {
             let done = self.shared.totals.done_pages.load(Ordering::Relaxed);
             self.handle
                 .update(|progress| progress.remaining_pages = pages.saturating_sub(done));
             self.refresh();
+        }
+        Ok(())
+    }
+
+    /// The peer waits on the control connection, where nothing comes while pages are sent.
+    pub(super) fn show_life(
+        &mut self,
+        control: &mut Control,
+        pages: u64,
+    ) -> Result<(), SourceError> {
+        if self.sign_of_life.elapsed() >= SIGN_OF_LIFE {
+            let number = self.number;
+            control.send(&Message::Round(Round { number, pages }))?;
+            self.sign_of_life = Instant::now();
         }
         Ok(())
     }

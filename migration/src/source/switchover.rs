@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, TICK};
 use super::migrate::{Parts, resume};
-use super::options::{SourceError, SourceOptions};
+use super::options::{OnTimeout, SourceError, SourceOptions};
 use super::rounds::{Rounds, micros};
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::{
@@ -26,6 +26,8 @@ pub(super) struct Switchover<'r, 'a> {
     control: &'r mut Control,
     handle: &'a MigrationHandle,
     patience: Duration,
+    /// However long the last pages take: a stream that makes no progress still ends it.
+    forced: bool,
     blackout: Blackout,
     sections: u32,
     /// What the peer said last, when it gave up.
@@ -44,6 +46,7 @@ impl<'r, 'a> Switchover<'r, 'a> {
             control,
             handle,
             patience: options.patience,
+            forced: options.on_timeout == OnTimeout::Force,
             blackout: Blackout::default(),
             sections: 0,
             words: None,
@@ -94,15 +97,17 @@ impl<'r, 'a> Switchover<'r, 'a> {
         // Meanwhile the streams are at work.
         let frames = self.save(parts)?;
         self.control.send_bytes(&frames)?;
-        let (handle, deadline) = (self.handle, Instant::now() + self.patience * 10);
-        self.rounds.await_streams(|_| {
+        let (handle, pages) = (self.handle, self.blackout.pages);
+        let deadline = Instant::now() + self.patience * 10;
+        let (control, forced) = (&mut *self.control, self.forced);
+        self.rounds.await_streams(|rounds| {
             if handle.is_cancelled() {
                 return Err(SourceError::Cancelled);
             }
-            match Instant::now() > deadline {
-                true => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
-                false => Ok(()),
+            if Instant::now() > deadline && !forced {
+                return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
             }
+            rounds.show_life(control, pages)
         })?;
         self.blackout.pages_us = micros(begin.elapsed());
         self.blackout.wire_bytes = sent(self.rounds) - before;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use migration::PageIndex;
 use migration::handoff::Outcome;
 use migration::progress::Phase;
-use migration::source::EncodingChoice;
+use migration::source::{EncodingChoice, OnTimeout};
 use migration::testing::machine::Guest;
 use migration::testing::{Side, Wire};
 
@@ -226,4 +226,31 @@ fn an_idle_guest_moves_whatever_the_limit() {
     world.check(&end, "idle, no downtime");
     assert_eq!(end.report.outcome, Outcome::Surrendered);
     assert!(world.machine.throttled.is_empty());
+}
+
+/// The last round takes longer than the peer's patience; bytes flow all the time.
+#[test]
+fn a_forced_switchover_may_take_longer_than_the_patience() {
+    let mut world = World::new(&[run(0, 600)], true);
+    world.options.encoding = EncodingChoice::Raw;
+    world.options.streams = 2;
+    world.options.on_timeout = OnTimeout::Force;
+    world.options.timeout = Duration::ZERO;
+    world.set_patience(Duration::from_millis(1300));
+    world.handle = new_handle(Duration::ZERO);
+    let guest = world.guest();
+    guest.tracker.before_harvest({
+        let (guest, handle) = (guest.clone(), std::sync::Arc::clone(&world.handle));
+        move || {
+            for page in 0..512 {
+                guest.write(PageIndex(page), |bytes| bytes.fill(1));
+            }
+            // Two seconds for these, all of them on the first stream.
+            handle.retune(|tuning| tuning.bandwidth_bytes_per_s = Some(1 << 20));
+        }
+    });
+    let end = world.migrate(&Wiring::clean());
+    world.check(&end, "forced");
+    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    assert!(end.took > Duration::from_millis(1500), "{:?}", end.took);
 }
