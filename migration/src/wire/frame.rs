@@ -309,3 +309,33 @@ impl FrameReader {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A peer says how long a payload is before it sends any of it.
+    #[test]
+    fn a_header_alone_does_not_make_room_for_its_payload() {
+        let header = FrameHeader {
+            kind: FrameKind::Section,
+            payload_bytes: MAX_CONTROL_BYTES,
+            payload_crc: 0,
+        };
+        for sent in [0, 100_000] {
+            let mut wire = header.encode().to_vec();
+            wire.resize(HEADER_BYTES + sent, 0);
+            let mut reader = FrameReader::default();
+            let cut = reader.read(&mut wire.as_slice(), &mut Vec::new());
+            assert!(matches!(cut, Err(FrameError::Io(_))), "{cut:?}");
+            let room = reader.buffer.capacity();
+            assert!(room <= 4 * (sent + READ_AHEAD_BYTES), "{room} for {sent}");
+        }
+        let header = FrameHeader {
+            payload_bytes: MAX_CONTROL_BYTES + 1,
+            ..header
+        };
+        let refused = FrameHeader::decode(&header.encode());
+        assert!(matches!(refused, Err(FrameError::Invalid(_))));
+    }
+}
