@@ -73,16 +73,16 @@ impl FakeDisk {
         Some(Mark(disk.mark))
     }
 
-    pub(super) fn reclaim(&self) -> Reclaim {
+    pub(super) fn reclaim(&self) -> Option<Reclaim> {
         let mut disk = self.disk();
         match disk.holder {
-            _ if !disk.lockable || disk.source_is_dead => Reclaim::Unknown,
-            Some(Side::Destination) => Reclaim::HeldByPeer,
-            None if disk.mark != disk.released => Reclaim::Unknown,
+            _ if !disk.lockable || disk.source_is_dead => Some(Reclaim::Unknown),
+            Some(Side::Destination) => Some(Reclaim::HeldByPeer),
+            None if disk.mark != disk.released => None,
             Some(Side::Source) | None => {
                 disk.holder = Some(Side::Source);
                 disk.mark += 1;
-                Reclaim::Reclaimed
+                Some(Reclaim::Reclaimed)
             }
         }
     }

@@ -188,8 +188,9 @@ impl Machine for FakeMachine {
         mark.ok_or_else(|| refusal("the process is gone".to_owned()))
     }
 
-    fn reclaim(&mut self) -> Reclaim {
-        self.disk.reclaim()
+    fn reclaim(&mut self) -> Result<Reclaim, PortError> {
+        let reclaimed = self.disk.reclaim();
+        reclaimed.ok_or_else(|| refusal("somebody else has had the disk".to_owned()))
     }
 }
 

@@ -22,6 +22,8 @@ pub struct FakeTracker {
     logging: AtomicBool,
     broken: AtomicBool,
     start_fails: AtomicBool,
+    /// A round has begun.
+    rearmed: AtomicBool,
 }
 
 #[derive(Default)]
@@ -62,7 +64,7 @@ impl FakeTracker {
         self.start_fails.store(fails, Ordering::SeqCst);
     }
 
-    /// Calls `hook` right before the next harvest.
+    /// Calls `hook` right before the next harvest that follows a round.
     ///
     /// # Panics
     /// When a test thread panicked while holding the log.
@@ -88,14 +90,17 @@ impl DirtyTracker for FakeTracker {
             return Err(refusal("dirty log cannot be started"));
         }
         *self.state() = Log::default();
+        self.rearmed.store(false, Ordering::SeqCst);
         self.logging.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     fn harvest(&self, bitmap: &mut DirtyBitmap) -> Result<(), PortError> {
-        let hook = self.hook.lock().expect("no test thread panicked").take();
-        if let Some(hook) = hook {
-            hook();
+        if self.rearmed.load(Ordering::SeqCst) {
+            let hook = self.hook.lock().expect("no test thread panicked").take();
+            if let Some(hook) = hook {
+                hook();
+            }
         }
         self.harvests.fetch_add(1, Ordering::SeqCst);
         if self.broken.load(Ordering::SeqCst) {
@@ -115,6 +120,7 @@ impl DirtyTracker for FakeTracker {
     }
 
     fn rearm(&self, run: PageRun) -> Result<(), PortError> {
+        self.rearmed.store(true, Ordering::SeqCst);
         let armed = |page: &u64| !(run.start.0..run.end().0).contains(page);
         self.state().unarmed.retain(armed);
         Ok(())
