@@ -5,6 +5,7 @@
 
 mod disk;
 mod input;
+mod peer;
 mod quiet;
 mod rig;
 mod targets;
@@ -34,6 +35,7 @@ targets! {
     serial, platform, msix, ioapic,
     pci, virtio_pci, virtio_block, virtio_net, virtio_console, virtio_rng, virtio_balloon,
     virtio_vsock, restore,
+    wire_frames, wire_pages, wire_peer,
 }
 
 /// The target named `name`.

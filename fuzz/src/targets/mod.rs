@@ -19,3 +19,6 @@ pub mod virtio_net;
 pub mod virtio_pci;
 pub mod virtio_rng;
 pub mod virtio_vsock;
+pub mod wire_frames;
+pub mod wire_pages;
+pub mod wire_peer;

@@ -1,0 +1,143 @@
+//! A migration's peer that reads a script out.
+
+use std::io::{self, Cursor, ErrorKind, Read, Write};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migration::ports::{Accept, Breaker, Channel, Dial};
+use migration::wire::frame::{FrameHeader, FrameKind, HEADER_BYTES};
+
+macro_rules! golden {
+    ($($name:literal),* $(,)?) => {
+        &[$(include_bytes!(concat!("../../migration/tests/golden/v1/", $name, ".bin"))),*]
+    };
+}
+
+/// A frame of each kind.
+pub const GOLDEN: &[&[u8]] = golden![
+    "hello",
+    "welcome",
+    "offer",
+    "accept",
+    "refuse",
+    "attach",
+    "stream-end",
+    "round",
+    "section",
+    "prepare",
+    "prepared",
+    "abort",
+    "commit",
+    "committed",
+    "declined",
+];
+
+/// Frames of pages.
+pub const PAGE_FRAMES: &[&[u8]] = golden!["pages-lz4", "pages-raw", "pages-zero", "pages-delta"];
+
+const KINDS: [FrameKind; 16] = [
+    FrameKind::Hello,
+    FrameKind::Welcome,
+    FrameKind::Offer,
+    FrameKind::Accept,
+    FrameKind::Refuse,
+    FrameKind::Attach,
+    FrameKind::Pages,
+    FrameKind::StreamEnd,
+    FrameKind::Round,
+    FrameKind::Section,
+    FrameKind::Prepare,
+    FrameKind::Prepared,
+    FrameKind::Abort,
+    FrameKind::Commit,
+    FrameKind::Committed,
+    FrameKind::Declined,
+];
+
+/// A frame with right check sums; a kind that is unknown becomes one that is known.
+pub fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let index = usize::from(kind.wrapping_sub(1)) % KINDS.len();
+    let header = FrameHeader::of(KINDS[index], payload);
+    let mut frame = Vec::with_capacity(HEADER_BYTES + payload.len());
+    frame.extend(header.expect("inputs are short").encode());
+    frame.extend(payload);
+    frame
+}
+
+/// A connection on which these bytes come, then its end. What is written goes nowhere.
+pub struct Scripted(Cursor<Vec<u8>>);
+
+impl Scripted {
+    pub fn new(bytes: &[u8]) -> Self {
+        Self(Cursor::new(bytes.to_vec()))
+    }
+}
+
+struct Unbreakable;
+
+impl Breaker for Unbreakable {
+    fn break_off(&self) {}
+}
+
+impl Read for Scripted {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+impl Write for Scripted {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Channel for Scripted {
+    fn set_timeout(&mut self, _: Duration) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn breaker(&self) -> Arc<dyn Breaker> {
+        Arc::new(Unbreakable)
+    }
+
+    fn is_congested(&self) -> bool {
+        false
+    }
+
+    fn plain_socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// Data connections: accepted, these and no more; dialled, silent ones.
+pub struct ScriptedPeers(Vec<Scripted>);
+
+impl ScriptedPeers {
+    pub fn new(wires: &[Vec<u8>]) -> Self {
+        let wires = wires.iter().rev();
+        Self(wires.map(|bytes| Scripted::new(bytes)).collect())
+    }
+}
+
+impl Accept for ScriptedPeers {
+    fn url(&self) -> Option<String> {
+        None
+    }
+
+    fn accept(&mut self, _: Duration) -> io::Result<Box<dyn Channel>> {
+        let next = self.0.pop();
+        let next = next.ok_or_else(|| io::Error::from(ErrorKind::TimedOut))?;
+        Ok(Box::new(next))
+    }
+}
+
+impl Dial for ScriptedPeers {
+    fn dial(&mut self, _: Option<&str>) -> io::Result<Box<dyn Channel>> {
+        Ok(Box::new(Scripted::new(&[])))
+    }
+}
