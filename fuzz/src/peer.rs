@@ -131,7 +131,7 @@ impl Accept for ScriptedPeers {
 
     fn accept(&mut self, _: Duration) -> io::Result<Box<dyn Channel>> {
         let next = self.0.pop();
-        let next = next.ok_or_else(|| io::Error::from(ErrorKind::TimedOut))?;
+        let next = next.ok_or_else(|| io::Error::from(ErrorKind::ConnectionAborted))?;
         Ok(Box::new(next))
     }
 }

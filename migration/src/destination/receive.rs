@@ -1,5 +1,6 @@
 //! A migration from beginning to end, as the destination sees it.
 
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -130,7 +131,7 @@ fn take(
     let machine = prepare(&offer, host, options)?;
     let regions = machine.pages().regions();
     control.send(&Message::Accept)?;
-    let streams = attach(accept, &offer, options)?;
+    let streams = attach(control, accept, &offer, options)?;
     transfer(control, streams, &regions, machine)
 }
 
@@ -192,6 +193,7 @@ fn prepare(
 
 /// Waits for the data connections. Strangers are turned away.
 fn attach(
+    control: &Control<'_>,
     accept: &mut dyn Accept,
     offer: &Offer,
     options: &DestinationOptions,
@@ -201,13 +203,18 @@ fn attach(
     let mut found = 0;
     while found < offer.streams {
         let left = deadline.saturating_duration_since(Instant::now());
-        let mut channel = accept
-            .accept(left)
-            .map_err(|source| DestinationError::Attach {
-                found,
-                expected: offer.streams,
-                source,
-            })?;
+        let mut channel = match accept.accept(left.min(TICK)) {
+            Ok(channel) => channel,
+            Err(_) if control.is_cancelled() => return Err(DestinationError::Cancelled),
+            Err(error) if error.kind() == ErrorKind::TimedOut && !left.is_zero() => continue,
+            Err(source) => {
+                return Err(DestinationError::Attach {
+                    found,
+                    expected: offer.streams,
+                    source,
+                });
+            }
+        };
         channel.set_timeout(ATTACH_TIME.min(options.patience))?;
         let mut reader = FrameReader::default();
         let shown = Message::receive(&mut reader, &mut *channel);

@@ -320,6 +320,8 @@ pub struct FakeDial {
     wiring: Wiring,
     opened: u16,
     listener: Sender<FakeChannel>,
+    /// How long opening one takes.
+    pub pause: Duration,
     /// The addresses that were asked for.
     pub urls: Vec<Option<String>>,
     /// Break off what was opened.
@@ -340,6 +342,7 @@ pub fn network(url: Option<&str>, wiring: Wiring) -> (FakeDial, FakeAccept) {
         wiring,
         opened: 0,
         listener,
+        pause: Duration::ZERO,
         urls: Vec::new(),
         breakers: Arc::default(),
     };
@@ -349,6 +352,7 @@ pub fn network(url: Option<&str>, wiring: Wiring) -> (FakeDial, FakeAccept) {
 
 impl Dial for FakeDial {
     fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
+        std::thread::sleep(self.pause);
         self.urls.push(url.map(str::to_owned));
         let (there, back) = (self.wiring)(self.opened);
         self.opened += 1;

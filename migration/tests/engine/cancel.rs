@@ -105,3 +105,22 @@ fn a_cancel_does_not_wait_for_a_full_connection() {
     assert!(matches!(end.report.error, Some(SourceError::Cancelled)));
     assert!(end.took < Duration::from_secs(2), "{:?}", end.took);
 }
+
+#[test]
+fn a_destination_that_waits_for_data_connections_can_be_cancelled() {
+    let mut world = World::small(true);
+    let mut wiring = Wiring::clean();
+    wiring.pause = Duration::from_millis(600);
+    let cancelled = Arc::clone(&world.destination_cancelled);
+    let end = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            cancelled.store(true, Ordering::SeqCst);
+        });
+        world.migrate(&wiring)
+    });
+    world.check(&end, "cancelled while it attaches");
+    assert!(matches!(end.received, Err(DestinationError::Cancelled)));
+    let took = end.destination_took;
+    assert!(took < Duration::from_millis(500), "{took:?}");
+}

@@ -22,6 +22,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Wiring {
     pub(crate) control: (Wire, Wire),
     pub(crate) data: Vec<(Wire, Wire)>,
+    /// How long it takes to open a data connection.
+    pub(crate) pause: Duration,
     /// Breaks everything off when something is told to.
     pub(crate) breakers: Arc<Mutex<Vec<Arc<dyn Breaker>>>>,
 }
@@ -31,6 +33,7 @@ impl Wiring {
         Self {
             control: Default::default(),
             data: vec![Default::default(); 4],
+            pause: Duration::ZERO,
             breakers: Arc::default(),
         }
     }
@@ -54,6 +57,7 @@ pub(crate) struct End {
     pub(crate) report: SourceReport,
     pub(crate) received: Result<Received, DestinationError>,
     pub(crate) took: Duration,
+    pub(crate) destination_took: Duration,
     starts: u32,
 }
 
@@ -148,6 +152,7 @@ impl World {
             .lock()
             .expect("no panic")
             .push(ours.breaker());
+        dial.pause = wiring.pause;
         dial.breakers = Arc::clone(&wiring.breakers);
         let options = DestinationOptions {
             token: b"a token".to_vec(),
@@ -162,9 +167,11 @@ impl World {
             pages: &*memory,
             tracker: &*tracker,
         };
-        let (report, received) = std::thread::scope(|scope| {
-            let destination = scope
-                .spawn(move || receive(Box::new(theirs), &mut accept, host, &options, &cancelled));
+        let (report, (received, destination_took)) = std::thread::scope(|scope| {
+            let destination = scope.spawn(move || {
+                let received = receive(Box::new(theirs), &mut accept, host, &options, &cancelled);
+                (received, begin.elapsed())
+            });
             let channel = Box::new(ours);
             let report = migrate(&mut parts, channel, &mut dial, &self.options, &self.handle);
             // A process that ends takes its connections with it.
@@ -175,6 +182,7 @@ impl World {
             report,
             received,
             took: begin.elapsed(),
+            destination_took,
             starts: self.copies.destination_starts() - starts,
         }
     }
