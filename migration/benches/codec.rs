@@ -4,6 +4,8 @@
 //! `cargo bench -p migration`. The best of several rounds, so that other work on the machine
 //! matters little.
 
+#![expect(clippy::cast_possible_truncation, reason = "constants of this file")]
+
 use std::hint::black_box;
 use std::sync::Mutex;
 use std::time::Instant;

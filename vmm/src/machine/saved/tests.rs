@@ -2,7 +2,9 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::super::assembly::Origin;
 use super::super::notices::Notices;
+use super::super::peripherals::DiskLocks;
 use super::super::placement::Placement;
 use super::super::resources::Resources;
 use super::*;
@@ -62,9 +64,15 @@ fn machine() -> Machine {
         .note(&pvh_note(0x10_0000))
         .build();
     let (notices, _) = Notices::new();
-    let resources = Resources::open(&config, Some(kernel.leak()), notices.clone()).unwrap();
+    let resources = Resources::open(
+        &config,
+        Some(kernel.leak()),
+        DiskLocks::Take,
+        notices.clone(),
+    )
+    .unwrap();
     let placement = Placement::apply(&config.cpus).unwrap();
-    Machine::build(&config, resources, &notices, placement).unwrap()
+    Machine::build(&config, resources, &notices, placement, Origin::Boot).unwrap()
 }
 
 fn word(machine: &Machine, at: GuestAddress) -> u32 {
