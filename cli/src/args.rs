@@ -44,7 +44,7 @@ pub(crate) enum Command {
     /// Run a VM in this process until it ends.
     #[command(after_help = EXIT_CODES, after_long_help = format!("{KEY_VALUE_HELP}\n\n{EXIT_CODES}"))]
     Run(Box<RunArgs>),
-    /// Run the built-in guest.
+    /// Run the built-in guest under load and move it, live, to a second process.
     Demo(DemoArgs),
     /// List the VMs that run on this host.
     List(JsonArgs),
@@ -160,13 +160,10 @@ pub(crate) struct RunArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// Commands for the guest, see tests/guest/README.md.
-    #[arg(
-        long,
-        value_name = "TEXT",
-        default_value = "run=hello,cpuid,clock,mem mem.len=64M"
-    )]
-    pub(crate) cmdline: String,
+    /// Run these commands of the guest (see tests/guest/README.md) in this process alone, and
+    /// move nothing.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) cmdline: Option<String>,
 }
 
 /// What protects connections.

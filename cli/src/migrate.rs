@@ -110,7 +110,7 @@ pub(crate) fn security(args: SecurityArgs) -> Result<Security> {
 }
 
 /// Starts the migration and watches it to its end.
-async fn follow(
+pub(crate) async fn follow(
     client: &Client,
     request: &MigrationRequest,
     quiet: bool,
@@ -279,7 +279,7 @@ fn final_object(report: &MigrationReport) -> Result<serde_json::Value> {
     Ok(value)
 }
 
-fn print_report(report: &MigrationReport) {
+pub(crate) fn print_report(report: &MigrationReport) {
     let name = &report.name;
     let total = format!("{} ms", report.total_ms);
     match (report.outcome, &report.error) {

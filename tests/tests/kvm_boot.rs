@@ -50,7 +50,14 @@ fn demo_needs_no_arguments_and_no_runtime_directory() -> Outcome {
     let mut command = ground.drover();
     let output = tests::harness::process::run(command.arg("demo"), LATER)?.success()?;
     assert!(
-        output.contains("drover-guest: done commands=4 failed=0"),
+        output.contains("all as it had written them"),
+        "{output}"
+    );
+    let mut command = ground.drover();
+    command.args(["demo", "--cmdline", "run=hello"]);
+    let output = tests::harness::process::run(&mut command, LATER)?.success()?;
+    assert!(
+        output.contains("drover-guest: done commands=1 failed=0"),
         "{output}"
     );
     assert!(!ground.runtime_dir().exists());

@@ -44,6 +44,25 @@ pub struct MigrationRequest {
     pub security: Security,
 }
 
+impl MigrationRequest {
+    /// To the destination at `urls`, with everything else as it is by default.
+    #[must_use]
+    pub fn to(urls: Vec<LinkUrl>) -> Self {
+        Self {
+            urls,
+            multipath: false,
+            streams: None,
+            encoding: EncodingChoice::default(),
+            max_downtime_us: default_max_downtime_us(),
+            bandwidth_bytes_per_s: None,
+            timeout_s: default_timeout_s(),
+            on_timeout: OnTimeout::default(),
+            cache_bytes: None,
+            security: Security::default(),
+        }
+    }
+}
+
 /// The default of [`MigrationRequest::max_downtime_us`].
 #[must_use]
 pub fn default_max_downtime_us() -> u64 {
