@@ -4,6 +4,7 @@ mod discard;
 mod holes;
 mod layout;
 mod ram;
+mod userfault;
 
 pub use discard::RamDiscard;
 pub use holes::data_ranges;
@@ -12,3 +13,4 @@ pub(crate) use layout::{
 };
 pub use layout::{Layout, LayoutError, RamRange};
 pub use ram::{HugePages, MemoryError, RamOptions, allocate};
+pub use userfault::{Userfault, UserfaultError, check_userfault};
