@@ -1,4 +1,12 @@
-//! Adapters: the machine's parts as the migration engine's ports.
+//! Adapters: the machine's parts as the migration engine's ports; requests, reports.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `page_store` | guest RAM by pages |
+//! | `kvm_log`, `write_log` | who has written to it |
+//! | `skeleton` | what a destination needs to build the machine |
+//! | `session` | a migration's thread on the source |
+//! | `report` | what operators ask for and are told |
 
 mod kvm_log;
 mod page_store;
