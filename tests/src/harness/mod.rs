@@ -11,6 +11,7 @@
 //!
 //! - What a test stands on: [`ground`], [`binaries`], [`scratch`].
 //! - A VM: [`vm`], [`control`] (requests to it), [`curl`], [`events`].
+//! - A VM that moves: [`moving`], [`watch`] (where it runs), [`relay`], [`certificates`].
 //! - What it says: [`follower`], [`report`].
 //! - What is seen from outside: [`proc`] (memory, threads, descriptors), [`ram`] (the guest's memory).
 //! - Kernels: [`elf`], [`bzimage`], [`probe`].
@@ -20,6 +21,7 @@
 
 pub mod binaries;
 pub mod bzimage;
+pub mod certificates;
 pub mod control;
 pub mod curl;
 pub mod elf;
@@ -29,12 +31,15 @@ pub mod ground;
 pub mod image;
 pub mod json_schema;
 pub mod metrics;
+pub mod moving;
 pub mod netns;
 pub mod probe;
 pub mod proc;
 pub mod process;
 pub mod pty;
 pub mod ram;
+pub mod relay;
 pub mod report;
 pub mod scratch;
 pub mod vm;
+pub mod watch;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use drover_guest::heartbeat;
 
 use super::process;
@@ -12,6 +12,8 @@ use super::process;
 /// Addresses from here on lie above the hole (docs/boot.md); the file has no hole.
 const HIGH_RAM_START: u64 = 4 << 30;
 const LOW_RAM_END: u64 = 3 << 30;
+
+const PAGE_BYTES: usize = 4096;
 
 /// A VM's memory. It stays readable after the VM has ended.
 #[derive(Debug)]
@@ -26,6 +28,10 @@ pub struct Heartbeat {
     pub alive: bool,
     /// One more at each update.
     pub counter: u64,
+    /// The time stamp counter at the update.
+    pub tsc: u64,
+    /// Its frequency, as far as the guest knows it.
+    pub tsc_khz: u64,
     /// Number of the current command, from 1.
     pub command: u32,
     /// See [`heartbeat::State`].
@@ -82,6 +88,29 @@ impl GuestMemory {
         Ok(self.file.metadata()?.blocks() * 512)
     }
 
+    /// Where it differs from another VM's, as offsets in the file of words of 8 bytes; both stand
+    /// still.
+    ///
+    /// # Errors
+    /// When memory cannot be read, or their sizes differ.
+    pub fn differences(&self, other: &Self) -> anyhow::Result<Vec<u64>> {
+        let size = self.size_bytes()?;
+        ensure!(other.size_bytes()? == size, "their sizes differ");
+        let mut found = Vec::new();
+        let mut pages = [[0; PAGE_BYTES]; 2];
+        for offset in (0..size).step_by(PAGE_BYTES) {
+            for (memory, page) in [self, other].into_iter().zip(&mut pages) {
+                memory.file.read_exact_at(page, offset)?;
+            }
+            let [one, two] = &pages;
+            if one != two {
+                let words = one.chunks(8).zip(two.chunks(8)).zip((offset..).step_by(8));
+                found.extend(words.filter(|((a, b), _)| a != b).map(|(_, at)| at));
+            }
+        }
+        Ok(found)
+    }
+
     /// The guest's heartbeat record.
     ///
     /// # Errors
@@ -99,6 +128,8 @@ impl GuestMemory {
         Ok(Heartbeat {
             alive: word(heartbeat::MAGIC_OFFSET)? == heartbeat::MAGIC,
             counter: word(heartbeat::COUNTER_OFFSET)?,
+            tsc: word(heartbeat::TSC_OFFSET)?,
+            tsc_khz: word(heartbeat::TSC_KHZ_OFFSET)?,
             command: u32::try_from(word(heartbeat::STATE_OFFSET)? >> 32)?,
             state: u32::try_from(low(word(heartbeat::STATE_OFFSET)?))?,
             progress: word(heartbeat::PROGRESS_OFFSET)?,

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -137,23 +137,8 @@ impl<'a> VmSpec<'a> {
     /// When the process cannot be started.
     pub fn start_with(&self, wrapper: &[&str]) -> anyhow::Result<Vm> {
         let mut command = self.ground.wrapped(wrapper);
-        command
-            .args(self.arguments())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        process::die_with_parent(&mut command, libc::SIGKILL);
-        let mut child = command.spawn().context("cannot start drover")?;
-        let stdin = child.stdin.take();
-        let console = Follower::follow(child.stdout.take().context("piped")?);
-        let messages = Follower::follow(child.stderr.take().context("piped")?);
-        Ok(Vm {
-            control: Control::new(self.ground, &self.name),
-            child,
-            stdin,
-            console,
-            messages,
-        })
+        command.args(self.arguments());
+        Vm::spawn(command, Control::new(self.ground, &self.name))
     }
 
     /// Starts the VM and waits until its control socket answers.
@@ -236,6 +221,26 @@ pub struct Ended {
 }
 
 impl Vm {
+    /// Starts a `drover` that is one VM's process.
+    pub(super) fn spawn(mut command: Command, control: Control) -> anyhow::Result<Self> {
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        process::die_with_parent(&mut command, libc::SIGKILL);
+        let mut child = command.spawn().context("cannot start drover")?;
+        let stdin = child.stdin.take();
+        let console = Follower::follow(child.stdout.take().context("piped")?);
+        let messages = Follower::follow(child.stderr.take().context("piped")?);
+        Ok(Self {
+            control,
+            child,
+            stdin,
+            console,
+            messages,
+        })
+    }
+
     /// Requests to the VM.
     #[must_use]
     pub fn control(&self) -> &Control {
