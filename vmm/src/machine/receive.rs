@@ -236,23 +236,21 @@ impl Receiver {
                 }
                 Err(error) => return Err(error.into()),
             };
-            match self.take_from(channel, &peer, notices, cancelled) {
-                // Not a source, or one that tried several of this host's addresses.
-                Err(ReceiveError::Migration(error)) if is_stranger(&error) => {
-                    log::debug!(peer:%, error:% = error; "a connection brought nothing");
-                }
-                result => return result,
+            // Nothing from one that is no source, or that tried several of this host's addresses.
+            if let Some(arrived) = self.take_from(channel, &peer, notices, cancelled)? {
+                return Ok(arrived);
             }
         }
     }
 
+    /// The VM that a connection brings; `None` when it brings nothing.
     fn take_from(
         &self,
         channel: Box<dyn Channel>,
         peer: &PeerInfo,
         notices: &Arc<Notices>,
         cancelled: &AtomicBool,
-    ) -> Result<Arrived, ReceiveError> {
+    ) -> Result<Option<Arrived>, ReceiveError> {
         log::info!(peer:%; "a source has connected");
         let token = random_bytes().map_err(ReceiveError::Token)?;
         let options = DestinationOptions {
@@ -270,12 +268,20 @@ impl Receiver {
         };
         let mut further = Further::new(self, peer)?;
         let received = receive(channel, &mut further, &mut host, &options, cancelled);
-        let received = received.map_err(ReceiveError::Migration)?;
+        let received = match received {
+            Ok(received) => received,
+            // A source that has described its VM is one, also when it dies without a word.
+            Err(error) if is_stranger(&error) && slot.lock().is_none() => {
+                log::debug!(peer:%, error:% = error; "a connection brought nothing");
+                return Ok(None);
+            }
+            Err(error) => return Err(ReceiveError::Migration(error)),
+        };
         if let Some(error) = received.start_error {
             log::error!(error:% = error; "the VM has come over, but does not run: resume it to try again");
         }
         let arrived = slot.lock().take();
-        arrived.ok_or(ReceiveError::Stopped)
+        arrived.map(Some).ok_or(ReceiveError::Stopped)
     }
 }
 
