@@ -44,7 +44,10 @@ pub fn main(args: &[String]) -> anyhow::Result<ExitCode> {
     {
         ["serve"] => serve(&read_request()?).map(|()| ExitCode::SUCCESS),
         ["run", name] => run(&read_request()?, find(name)?),
-        _ => bail!("usage: lab_agent serve | lab_agent run SCENARIO (inside the lab's L1)"),
+        ["witness", args @ ..] => super::witness::main(args),
+        _ => bail!(
+            "usage: lab_agent serve | lab_agent run SCENARIO (inside the lab's L1) | lab_agent witness ..."
+        ),
     }
 }
 

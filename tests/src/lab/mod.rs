@@ -19,7 +19,8 @@
 //!   [`crate::harness::process`].
 //! - L1: [`agent`], [`ctx`] (what a scenario gets), [`vm_spec`] and [`vmm`] (a Drover
 //!   process before and after its start), [`console`], [`network`], [`memory`],
-//!   [`image`], [`scenarios`].
+//!   [`image`], [`hosts`] and [`migration`] (a VM that moves), [`scenarios`].
+//! - L1 and L2: [`witness`].
 
 pub mod agent;
 pub mod artefacts;
@@ -27,9 +28,11 @@ pub mod boot;
 pub mod cache;
 pub mod console;
 pub mod ctx;
+pub mod hosts;
 pub mod image;
 pub mod l1;
 pub mod memory;
+pub mod migration;
 pub mod network;
 pub mod options;
 pub mod prerequisites;
@@ -42,3 +45,4 @@ pub mod scenarios;
 pub mod shape;
 pub mod vm_spec;
 pub mod vmm;
+pub mod witness;

@@ -31,6 +31,7 @@ pub struct VmSpec {
     cpus: String,
     memory: String,
     extra: Vec<String>,
+    namespace: Option<String>,
 }
 
 impl VmSpec {
@@ -47,7 +48,22 @@ impl VmSpec {
             cpus: "1".to_owned(),
             memory: "256M".to_owned(),
             extra: Vec::new(),
+            namespace: None,
         }
+    }
+
+    /// Runs it in this network namespace.
+    #[must_use]
+    pub fn namespace(mut self, name: &str) -> Self {
+        self.namespace = Some(name.to_owned());
+        self
+    }
+
+    /// Puts its sockets elsewhere.
+    #[must_use]
+    pub fn run_folder(mut self, folder: PathBuf) -> Self {
+        self.run_folder = folder;
+        self
     }
 
     /// The kernel to boot.
@@ -136,11 +152,17 @@ impl VmSpec {
     /// # Errors
     /// When the process cannot be started.
     pub fn start(&self) -> anyhow::Result<Vmm> {
+        self.start_with(&self.args())
+    }
+
+    /// Starts Drover with these arguments.
+    pub(super) fn start_with(&self, args: &[String]) -> anyhow::Result<Vmm> {
         std::fs::create_dir_all(&self.run_folder)?;
         let stem = self.unused_log_stem();
         let messages = self.logs.join(format!("{stem}.vmm.log"));
-        let mut child = Command::new(DROVER)
-            .args(self.args())
+        let mut child = self
+            .command()
+            .args(args)
             .env("DROVER_RUNTIME_DIR", &self.run_folder)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -153,6 +175,16 @@ impl VmSpec {
             .context("drover has no standard output")?;
         let console = console::follow(source, &self.logs.join(format!("{stem}.console.log")))?;
         Ok(Vmm::new(self.clone(), child, console, messages))
+    }
+
+    fn command(&self) -> Command {
+        let Some(namespace) = &self.namespace else {
+            return Command::new(DROVER);
+        };
+        // `ip` becomes the program that it runs, so that its process is the VM's.
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace, DROVER]);
+        command
     }
 
     /// The VM's name, or `NAME-2` and so on: a second VM of a name is no reason to

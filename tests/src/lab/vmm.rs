@@ -31,7 +31,7 @@ pub const SOON: Duration = Duration::from_secs(60);
 /// A running Drover. Dropping it kills it.
 #[derive(Debug)]
 pub struct Vmm {
-    spec: VmSpec,
+    pub(super) spec: VmSpec,
     child: Child,
     /// The guest's serial console.
     pub console: Follower,
@@ -129,6 +129,14 @@ impl Vmm {
         let mut about = vec![self.spec.name.as_str()];
         about.extend(args);
         self.json(command, &about)
+    }
+
+    /// `drover COMMAND SUBCOMMAND NAME --json`; its JSON.
+    ///
+    /// # Errors
+    /// When the command fails or writes something else.
+    pub fn subcommand(&self, command: &str, subcommand: &str) -> anyhow::Result<Value> {
+        self.json(command, &[subcommand, &self.spec.name])
     }
 
     /// `drover list --json`, of the VMs with this one's runtime folder.
@@ -282,7 +290,7 @@ impl Vmm {
     }
 
     /// Whether the VMM runs, and its last messages, for errors.
-    fn state(&mut self) -> String {
+    pub(super) fn state(&mut self) -> String {
         let life = match self.child.try_wait() {
             Ok(Some(status)) => format!("drover has ended with {}", describe(status)),
             Ok(None) => "drover runs".to_owned(),

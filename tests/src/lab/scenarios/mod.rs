@@ -5,6 +5,8 @@ mod devices;
 mod disk;
 mod l1;
 mod life;
+mod migrate;
+mod migrate_links;
 mod network;
 
 use super::scenario::{Group, Scenario};
@@ -176,6 +178,30 @@ pub const TABLE: &[Scenario] = &[
         180,
         "list, info, stop; a name is taken once and free after",
         life::control,
+    ),
+    drover(
+        "migrate",
+        240,
+        "four moves between two hosts: disk, TCP and clocks notice nothing",
+        migrate::there_and_back,
+    ),
+    drover(
+        "migrate-links",
+        240,
+        "moves over TLS, over a unix socket, over two cables at once",
+        migrate_links::every_link,
+    ),
+    drover(
+        "migrate-cut",
+        240,
+        "the cable is cut in the middle: the guest goes on, and moves later",
+        migrate_links::cut,
+    ),
+    drover(
+        "migrate-refused",
+        180,
+        "a destination without the disk and the tap names both; the guest stays",
+        migrate_links::refused,
     ),
 ];
 

@@ -1,0 +1,119 @@
+//! A watch over the guest's clocks.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Between two looks of one watcher.
+const TICK: Duration = Duration::from_millis(10);
+
+/// The clocks at one moment.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    monotonic: Instant,
+    realtime: SystemTime,
+    tsc: u64,
+}
+
+impl Look {
+    fn now() -> Self {
+        Self {
+            monotonic: Instant::now(),
+            realtime: SystemTime::now(),
+            tsc: tsc(),
+        }
+    }
+}
+
+// The standard library has no clock that reads the counter itself.
+#[allow(unsafe_code)]
+fn tsc() -> u64 {
+    // SAFETY: every x86-64 processor has RDTSC, and Linux lets user space execute it.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// What the clocks did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steps {
+    /// Looks.
+    pub looks: u64,
+    /// The largest step from one look to the next, of `CLOCK_MONOTONIC`.
+    pub monotonic: Duration,
+    /// The same of `CLOCK_REALTIME`.
+    pub realtime: Duration,
+    /// Looks at which a clock was behind the look before: monotonic, realtime, TSC.
+    pub backward: [u64; 3],
+}
+
+/// The clocks, seen by several threads: each look is later than the one before, on whatever vCPU
+/// that was.
+#[derive(Debug, Default)]
+pub struct Watch {
+    state: Mutex<(Option<Look>, Steps)>,
+}
+
+impl Watch {
+    /// Looks until `stop`; `ticks` counts this thread's looks.
+    pub fn run(&self, ticks: &AtomicU64, stop: &AtomicBool) {
+        while !stop.load(Ordering::SeqCst) {
+            self.look();
+            ticks.fetch_add(1, Ordering::SeqCst);
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// What they did so far.
+    pub fn steps(&self) -> Steps {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).1
+    }
+
+    fn look(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Look::now();
+        if let Some(before) = state.0 {
+            state.1.note(before, now);
+        }
+        state.0 = Some(now);
+    }
+}
+
+impl Steps {
+    fn note(&mut self, before: Look, now: Look) {
+        self.looks += 1;
+        // An `Instant` hides a step back from a subtraction, but not from a comparison.
+        let monotonic = now.monotonic.saturating_duration_since(before.monotonic);
+        self.monotonic = self.monotonic.max(monotonic);
+        let realtime = now.realtime.duration_since(before.realtime);
+        self.realtime = self.realtime.max(realtime.clone().unwrap_or_default());
+        let back = [
+            now.monotonic < before.monotonic,
+            realtime.is_err(),
+            now.tsc < before.tsc,
+        ];
+        for (count, back) in self.backward.iter_mut().zip(back) {
+            *count += u64::from(back);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_back_are_counted_by_clock_and_the_largest_step_kept() {
+        let mut steps = Steps::default();
+        let first = Look::now();
+        let ms = Duration::from_millis;
+        let at = |monotonic, realtime, tsc| Look {
+            monotonic: first.monotonic + ms(monotonic),
+            realtime: first.realtime + ms(realtime),
+            tsc,
+        };
+        steps.note(at(0, 1000, 5), at(10, 1010, 6));
+        steps.note(at(10, 1010, 6), at(310, 1011, 5));
+        steps.note(at(310, 1011, 5), at(309, 1010, 5));
+        assert_eq!((steps.monotonic, steps.realtime), (ms(300), ms(10)));
+        assert_eq!((steps.looks, steps.backward), (3, [1, 1, 1]));
+    }
+}
