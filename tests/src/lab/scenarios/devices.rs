@@ -55,7 +55,7 @@ pub(super) fn vsock(ctx: &mut Ctx) -> anyhow::Result<()> {
     vmm.wait_poweroff(SOON)
 }
 
-fn connect_vsock(socket: &std::path::Path, port: u32) -> anyhow::Result<UnixStream> {
+pub(super) fn connect_vsock(socket: &std::path::Path, port: u32) -> anyhow::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(SOON))?;
     writeln!(stream, "CONNECT {port}")?;

@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use crate::harness::process::wait_until;
 use crate::lab::ctx::{Ctx, run, text};
 use crate::lab::hosts::{Host, TwoHosts};
+use crate::lab::image;
 use crate::lab::migration::{Migrated, Receiver};
 use crate::lab::protocol::Report;
 use crate::lab::vm_spec::VmSpec;
@@ -16,7 +17,7 @@ use crate::lab::vmm::{BOOT, SOON, Vmm};
 use crate::lab::witness::blocks;
 
 /// The guest's disk.
-const DISK_MIB: u64 = 16;
+pub(super) const DISK_MIB: u64 = 16;
 /// The peer's port.
 const PORT: &str = "7003";
 /// What the lab's one CPU may add to a pause: everything in both hosts and in the guest takes turns on
@@ -59,7 +60,6 @@ pub(super) struct Moving {
     pub(super) host: Host,
     pub(super) network: TwoHosts,
     spec: VmSpec,
-    disk: PathBuf,
     peer: Child,
     /// How often it has been still, and for how long.
     blackouts: Vec<Duration>,
@@ -68,11 +68,11 @@ pub(super) struct Moving {
 }
 
 impl Moving {
-    /// Boots it on host A and has it watched.
+    /// Boots the lab's guest on host A and has it watched.
     pub(super) fn start(ctx: &Ctx, cpus: &str) -> anyhow::Result<Self> {
         let network = TwoHosts::create()?;
         let disk = ctx.scratch("disk.raw");
-        crate::lab::image::create_raw(&disk, DISK_MIB)?;
+        image::create_raw(&disk, DISK_MIB)?;
         let spec = ctx
             .vm("guest")?
             .initrd(with_witness(ctx)?)
@@ -82,19 +82,29 @@ impl Moving {
             .words(&format!("lab.ip={} lab.do=shell", TwoHosts::GUEST));
         let mut vmm = Host::A.place(ctx, spec.clone()).start()?;
         vmm.report("shell", BOOT)?;
+        Self::watch(ctx, network, spec, vmm, "/dev/vda")
+    }
+
+    /// A guest that runs on host A, at whose shell `lab_agent` can be typed, and whose `device` is
+    /// there to be written.
+    pub(super) fn watch(
+        ctx: &Ctx,
+        network: TwoHosts,
+        spec: VmSpec,
+        vmm: Vmm,
+        device: &str,
+    ) -> anyhow::Result<Self> {
         let peer = start_peer(ctx, &network)?;
         let mut moving = Self {
             vmm,
             host: Host::A,
             network,
             spec,
-            disk,
             peer,
             blackouts: Vec::new(),
             done: [0; 5],
         };
-        let watch = format!("watch /dev/vda {}:{PORT}", TwoHosts::PEER_ADDRESS);
-        moving.ask(&watch)?;
+        moving.ask(&format!("watch {device} {}:{PORT}", TwoHosts::PEER_ADDRESS))?;
         moving.progress()?;
         Ok(moving)
     }
@@ -162,9 +172,18 @@ impl Moving {
         Ok(migrated)
     }
 
-    /// What the guest and the peer have noticed, which must be nothing; then the guest powers off and
-    /// the disk is read on the host.
+    /// The lab's guest has noticed nothing; its vCPUs all work, it powers off, and the host reads what
+    /// it wrote.
     pub(super) fn finish(mut self, ctx: &Ctx) -> anyhow::Result<()> {
+        let written = self.verdict(ctx)?;
+        self.vmm.do_task("cpus", SOON)?;
+        self.vmm.send("exit\n")?;
+        self.vmm.wait_poweroff(SOON)?;
+        blocks::verify(&ctx.scratch("disk.raw"), &written, false).context("on the host")
+    }
+
+    /// What the guest and the peer have noticed, which must be nothing; how often its disk was written.
+    pub(super) fn verdict(&mut self, ctx: &Ctx) -> anyhow::Result<[u64; 2]> {
         let report = self.ask("verdict")?;
         let host_ms = UNIX_EPOCH.elapsed()?.as_millis();
         ctx.say(format!("{report:?}"));
@@ -190,11 +209,7 @@ impl Moving {
         );
         self.peer_is_content(ctx, report.number("numbers")?, longest)?;
         self.ask("dmesg")?;
-        self.vmm.do_task("cpus", SOON)?;
-        self.vmm.send("exit\n")?;
-        self.vmm.wait_poweroff(SOON)?;
-        let written = [report.number("written0")?, report.number("written1")?];
-        blocks::verify(&self.disk, &written, false).context("on the host")
+        Ok([report.number("written0")?, report.number("written1")?])
     }
 
     fn peer_is_content(&mut self, ctx: &Ctx, sent: u64, longest: Duration) -> anyhow::Result<()> {

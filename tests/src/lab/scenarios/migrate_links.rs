@@ -125,7 +125,10 @@ pub(super) fn cut(ctx: &mut Ctx) -> anyhow::Result<()> {
     ctx.say(format!("it goes on here: {}", migrated.refusal()?));
     moving.progress()?;
     let status = receiver.vmm.wait_exit(GIVING_UP)?;
-    ensure!(!status.success(), "the destination has nothing and is content");
+    ensure!(
+        !status.success(),
+        "the destination has nothing and is content"
+    );
     moving.network.cable(0, true)?;
     moving.hop(ctx, &way)?;
     moving.finish(ctx)
@@ -138,7 +141,7 @@ pub(super) fn refused(ctx: &mut Ctx) -> anyhow::Result<()> {
     let missing = ctx.scratch("missing.raw");
     for (option, value) in [
         ("--disk", format!("disk0={}", missing.display())),
-        ("--tap", "net0=tap7".to_owned()),
+        ("--tap", "net0=br0".to_owned()),
     ] {
         way.receive.extend([option.to_owned(), value]);
     }
@@ -146,7 +149,7 @@ pub(super) fn refused(ctx: &mut Ctx) -> anyhow::Result<()> {
     let migrated: Migrated = moving.vmm.migrate(&[&receiver.url, "--plaintext"])?;
     let reason = migrated.refusal()?;
     ctx.say(reason);
-    for named in ["missing.raw", "tap7"] {
+    for named in ["missing.raw", "br0"] {
         ensure!(reason.contains(named), "{named} is not among: {reason}");
     }
     ensure!(
@@ -155,7 +158,10 @@ pub(super) fn refused(ctx: &mut Ctx) -> anyhow::Result<()> {
         migrated.report["blackout"]
     );
     let status = receiver.vmm.wait_exit(SOON)?;
-    ensure!(!status.success(), "the destination has nothing and is content");
+    ensure!(
+        !status.success(),
+        "the destination has nothing and is content"
+    );
     moving.progress()?;
     moving.hop(ctx, &Way::tcp(Host::B))?;
     moving.finish(ctx)

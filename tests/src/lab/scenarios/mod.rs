@@ -6,7 +6,9 @@ mod disk;
 mod l1;
 mod life;
 mod migrate;
+mod migrate_devices;
 mod migrate_links;
+mod migrate_neighbours;
 mod network;
 
 use super::scenario::{Group, Scenario};
@@ -202,6 +204,18 @@ pub const TABLE: &[Scenario] = &[
         180,
         "a destination without the disk and the tap names both; the guest stays",
         migrate_links::refused,
+    ),
+    drover(
+        "migrate-neighbours",
+        180,
+        "the network learns at once where the guest is; pings miss the blackout",
+        migrate_neighbours::learn,
+    ),
+    drover(
+        "migrate-debian",
+        420,
+        "a stock Debian on qcow2 with every device moves there and back",
+        migrate_devices::debian,
     ),
 ];
 
