@@ -49,10 +49,7 @@ fn demo_needs_no_arguments_and_no_runtime_directory() -> Outcome {
     };
     let mut command = ground.drover();
     let output = tests::harness::process::run(command.arg("demo"), LATER)?.success()?;
-    assert!(
-        output.contains("all as it had written them"),
-        "{output}"
-    );
+    assert!(output.contains("all as it had written them"), "{output}");
     let mut command = ground.drover();
     command.args(["demo", "--cmdline", "run=hello"]);
     let output = tests::harness::process::run(&mut command, LATER)?.success()?;

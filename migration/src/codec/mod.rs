@@ -2,16 +2,19 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | [`adapt`] | which encoding suits link and CPU |
 //! | [`delta`] | changes of a page against its version sent before |
 //! | [`cache`] | the versions sent before, in bounded memory |
 //! | [`encoder`] | classifies the pages of a batch and encodes them |
 //! | [`decoder`] | the other way, from a peer that may lie |
 
+pub mod adapt;
 pub mod cache;
 pub mod decoder;
 pub mod delta;
 pub mod encoder;
 
+pub use adapt::{Adaptive, BatchFacts};
 pub use cache::DeltaCache;
 pub use decoder::{DecodeError, Decoder};
 pub use encoder::{Encoder, Encoding};

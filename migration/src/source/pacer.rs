@@ -26,10 +26,10 @@ impl<'a> Pacer<'a> {
         }
     }
 
-    /// Waits until `bytes` may be sent.
-    pub(super) fn take(&self, bytes: usize) {
+    /// Waits until `bytes` may be sent; returns whether that took time.
+    pub(super) fn take(&self, bytes: usize) -> bool {
         let Some(limit) = self.handle.tuning().bandwidth_bytes_per_s else {
-            return;
+            return false;
         };
         let nanos = bytes as u128 * 1_000_000_000 / u128::from(limit.max(1));
         let time = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
@@ -40,12 +40,14 @@ impl<'a> Pacer<'a> {
             *next = begin + time;
             begin
         };
+        let mut waited = false;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let limited = self.handle.tuning().bandwidth_bytes_per_s.is_some();
             if left.is_zero() || !limited || self.handle.is_cancelled() {
-                return;
+                return waited;
             }
+            waited = true;
             std::thread::sleep(left.min(NAP));
         }
     }

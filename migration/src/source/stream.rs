@@ -5,11 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
+use std::time::Instant;
 
 use super::options::{EncodingChoice, SourceError};
 use super::pacer::Pacer;
 use crate::bitmap::DirtyBitmap;
-use crate::codec::{Encoder, Encoding};
+use crate::codec::{Adaptive, BatchFacts, Encoder, Encoding};
 use crate::page::{PageIndex, PageRun};
 use crate::ports::{Channel, DirtyTracker, PageStore};
 use crate::progress::{MigrationHandle, PageMix};
@@ -97,6 +98,9 @@ pub(super) struct Stream<'a> {
     buffer: Vec<u8>,
     /// Frames that are not written yet.
     out: Vec<u8>,
+    adaptive: Adaptive,
+    /// Whether the bandwidth limit held up the last write.
+    was_paced: bool,
 }
 
 impl<'a> Stream<'a> {
@@ -111,6 +115,8 @@ impl<'a> Stream<'a> {
             sent: regions.iter().map(bitmap).collect(),
             buffer: Vec::new(),
             out: Vec::with_capacity(2 * FLUSH_BYTES),
+            adaptive: Adaptive::default(),
+            was_paced: false,
         }
     }
 
@@ -205,6 +211,7 @@ impl<'a> Stream<'a> {
     }
 
     fn batch(&mut self, base: PageIndex, pages: u64, zeroes: u64) -> Result<(), SourceError> {
+        let begin = Instant::now();
         let runs: Vec<_> = runs_of(base, pages).collect();
         let zeroes: Vec<_> = runs_of(base, zeroes).collect();
         let bytes = pages.count_ones() as usize * crate::codec::PAGE;
@@ -228,12 +235,19 @@ impl<'a> Stream<'a> {
         if !raw.is_empty() || self.out.len() >= FLUSH_BYTES {
             self.write(&raw)?;
         }
+        let page_bytes = |pages: u64| pages * crate::PAGE_BYTES;
+        self.adaptive.note(&BatchFacts {
+            bytes: page_bytes(counts.raw + counts.lz4 + counts.delta),
+            delta_bytes: page_bytes(counts.delta),
+            elapsed: begin.elapsed(),
+        });
         Ok(())
     }
 
     /// How the next batch travels.
-    fn choose(&self) -> Encoding {
-        let congested = self.channel.is_congested();
+    fn choose(&mut self) -> Encoding {
+        // A limit that was asked for is as good a reason as a slow link.
+        let congested = self.was_paced || self.channel.is_congested();
         let totals = &self.shared.totals;
         totals.batches.fetch_add(1, Ordering::Relaxed);
         if congested {
@@ -243,8 +257,7 @@ impl<'a> Stream<'a> {
             EncodingChoice::Raw => Encoding::Raw,
             EncodingChoice::Lz4 => Encoding::Lz4,
             EncodingChoice::Delta => Encoding::Delta,
-            EncodingChoice::Auto if congested => Encoding::Delta,
-            EncodingChoice::Auto => Encoding::Raw,
+            EncodingChoice::Auto => self.adaptive.choose(congested),
         }
     }
 
@@ -256,7 +269,7 @@ impl<'a> Stream<'a> {
         let mut slices = vec![IoSlice::new(&self.out)];
         slices.extend(parts.map(IoSlice::new));
         let bytes = slices.iter().map(|slice| slice.len()).sum::<usize>();
-        self.shared.pacer.take(bytes);
+        self.was_paced = self.shared.pacer.take(bytes);
         let mut rest = slices.as_mut_slice();
         while !rest.is_empty() {
             match self.channel.write_vectored(rest) {

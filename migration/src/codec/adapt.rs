@@ -1,0 +1,284 @@
+//! Which encoding suits link and CPU: pure, fed with what each batch took.
+//!
+//! A connection that has room wants pages fast: they go as they are. One that is full leaves time
+//! to make pages smaller, so then they are compressed; that alone keeps link and CPU both busy.
+//! But a full connection may also mean a destination that cannot keep up, on a host that this one
+//! shares its CPUs with, where compressing takes away what is missing. So both ways are measured
+//! now and then, and the one that moves more memory per second is kept.
+
+use std::time::Duration;
+
+use super::encoder::Encoding;
+
+/// Memory after which a way is judged.
+const SPAN_BYTES: u64 = 2 << 20;
+
+/// Spans until the other way is tried: at first, and at most when it keeps failing.
+const FIRST_INTERVAL: u32 = 8;
+const MIN_INTERVAL: u32 = 32;
+const MAX_INTERVAL: u32 = 2048;
+
+/// How many times longer the next wait is after a failure.
+const BACK_OFF: u32 = 4;
+
+/// Spans after a change that still fill, or empty, what the connection holds.
+const SETTLE_SPANS: u32 = 2;
+
+/// The other way must be better by this factor.
+const MARGIN: f64 = 1.05;
+
+/// Share of a new measurement in a rate.
+const WEIGHT: f64 = 0.5;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Never compress.
+    Plain,
+    /// Compress when the connection is full.
+    Balanced,
+}
+
+impl Way {
+    fn other(self) -> Self {
+        match self {
+            Self::Plain => Self::Balanced,
+            Self::Balanced => Self::Plain,
+        }
+    }
+}
+
+/// What a batch took.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchFacts {
+    /// Pages that are not zero, in bytes.
+    pub bytes: u64,
+    /// Of these, pages sent as changes.
+    pub delta_bytes: u64,
+    /// From reading the pages to the last write.
+    pub elapsed: Duration,
+}
+
+/// Chooses encodings for one connection.
+#[derive(Clone, Debug)]
+pub struct Adaptive {
+    way: Way,
+    /// Whether the connection was ever full: until then nothing can be gained.
+    was_full: bool,
+    /// Whether `way` is only being tried.
+    trying: bool,
+    /// Memory per second, plain and balanced.
+    rates: [Option<f64>; 2],
+    span: BatchFacts,
+    /// Spans until the other way is tried, and how many it is after a failure.
+    left: u32,
+    interval: u32,
+    /// Spans that are not judged.
+    settle: u32,
+}
+
+impl Default for Adaptive {
+    fn default() -> Self {
+        Self {
+            way: Way::Balanced,
+            was_full: false,
+            trying: false,
+            rates: [None; 2],
+            span: EMPTY,
+            left: FIRST_INTERVAL,
+            interval: MIN_INTERVAL,
+            settle: SETTLE_SPANS,
+        }
+    }
+}
+
+const EMPTY: BatchFacts = BatchFacts {
+    bytes: 0,
+    delta_bytes: 0,
+    elapsed: Duration::ZERO,
+};
+
+impl Adaptive {
+    /// How the next batch travels; `is_full` tells whether the connection has no room.
+    pub fn choose(&mut self, is_full: bool) -> Encoding {
+        self.was_full |= is_full;
+        match self.way {
+            Way::Balanced if is_full => Encoding::Delta,
+            Way::Balanced | Way::Plain => Encoding::Raw,
+        }
+    }
+
+    /// Takes in what the batch took.
+    pub fn note(&mut self, batch: &BatchFacts) {
+        if !self.was_full {
+            return;
+        }
+        self.span.bytes += batch.bytes;
+        self.span.delta_bytes += batch.delta_bytes;
+        self.span.elapsed += batch.elapsed;
+        if self.span.bytes >= SPAN_BYTES {
+            let span = std::mem::replace(&mut self.span, EMPTY);
+            self.judge(&span);
+        }
+    }
+
+    fn rate(&mut self, way: Way) -> &mut Option<f64> {
+        let [plain, balanced] = &mut self.rates;
+        match way {
+            Way::Plain => plain,
+            Way::Balanced => balanced,
+        }
+    }
+
+    fn judge(&mut self, span: &BatchFacts) {
+        if self.settle > 0 {
+            self.settle -= 1;
+            return;
+        }
+        let way = self.way;
+        let seconds = span.elapsed.as_secs_f64().max(1e-9);
+        let measured = span.bytes as f64 / seconds;
+        let rate = self.rate(way);
+        let mixed = rate.map_or(measured, |old| old + (measured - old) * WEIGHT);
+        *rate = Some(mixed);
+        if self.trying {
+            self.trying = false;
+            let before = (*self.rate(way.other())).unwrap_or(0.0);
+            if mixed > before * MARGIN {
+                self.interval = MIN_INTERVAL;
+            } else {
+                self.way = way.other();
+                self.settle = SETTLE_SPANS;
+                self.interval = (self.interval * BACK_OFF).min(MAX_INTERVAL);
+            }
+            self.left = self.interval;
+            return;
+        }
+        // Pages sent as they are lose their old versions: what is gained by those is not risked.
+        if span.delta_bytes * 4 > span.bytes {
+            return;
+        }
+        self.left = self.left.saturating_sub(1);
+        if self.left == 0 {
+            self.trying = true;
+            self.way = way.other();
+            self.settle = SETTLE_SPANS;
+            // A rate from long ago says little.
+            *self.rate(way.other()) = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link and a CPU, in bytes per second; `shared`: the destination needs the same CPU.
+    struct Model {
+        link: f64,
+        plain: f64,
+        packed: f64,
+        ratio: f64,
+        shared: Option<(f64, f64)>,
+    }
+
+    const BATCH: f64 = 262_144.0;
+
+    impl Model {
+        /// Seconds that a batch takes here, on the link, and at the destination.
+        fn costs(&self, packed: bool) -> (f64, f64) {
+            let (cpu, bytes) = match packed {
+                true => (BATCH / self.packed, BATCH * self.ratio),
+                false => (BATCH / self.plain, BATCH),
+            };
+            let there = self.shared.map_or(0.0, |(plain, unpacked)| match packed {
+                true => BATCH / unpacked,
+                false => BATCH / plain,
+            });
+            // One CPU for both sides: their work adds up.
+            (cpu + there, bytes / self.link)
+        }
+
+        /// Seconds for 4 GiB when every batch goes the same way.
+        fn fixed(&self, packed: bool) -> f64 {
+            let (cpu, link) = self.costs(packed);
+            cpu.max(link) * 16_384.0
+        }
+
+        fn adaptive(&self) -> f64 {
+            let (mut now, mut backlog) = (0.0_f64, 0.0_f64);
+            let mut adaptive = Adaptive::default();
+            for _ in 0..16_384 {
+                // A connection holds 16 batches, or is full when the destination starves.
+                let is_full = backlog > 16.0 * BATCH / self.link || self.shared.is_some();
+                let packed = adaptive.choose(is_full) == Encoding::Delta;
+                let (cpu, link) = self.costs(packed);
+                let room = 17.0 * BATCH / self.link;
+                let wait = (backlog + link - room).max(0.0).max(cpu);
+                backlog = (backlog + link - wait).max(0.0);
+                now += wait;
+                adaptive.note(&BatchFacts {
+                    bytes: 262_144,
+                    delta_bytes: 0,
+                    elapsed: Duration::from_secs_f64(wait),
+                });
+            }
+            now + backlog
+        }
+    }
+
+    #[test]
+    fn it_is_never_slower_than_the_better_way_by_more_than_a_twentieth() {
+        let mut table = Vec::new();
+        for link in [0.125e9, 1.25e9, 3.1e9, 12e9] {
+            for (packed, ratio) in [(0.7e9, 0.4), (0.7e9, 0.9), (2.5e9, 0.2), (0.3e9, 0.5)] {
+                for shared in [None, Some((3e9, 1.5e9))] {
+                    table.push(Model {
+                        link,
+                        plain: 3e9,
+                        packed,
+                        ratio,
+                        shared,
+                    });
+                }
+            }
+        }
+        for model in table {
+            let best = model.fixed(true).min(model.fixed(false));
+            let found = model.adaptive();
+            assert!(
+                found <= best * 1.05,
+                "{found:.2} s instead of {best:.2} s at link {:e}, packed {:e}, ratio {}, shared {:?}",
+                model.link,
+                model.packed,
+                model.ratio,
+                model.shared
+            );
+        }
+    }
+
+    #[test]
+    fn a_link_with_room_gets_pages_as_they_are() {
+        let mut adaptive = Adaptive::default();
+        for _ in 0..10_000 {
+            assert_eq!(adaptive.choose(false), Encoding::Raw);
+            adaptive.note(&BatchFacts {
+                bytes: 262_144,
+                delta_bytes: 0,
+                elapsed: Duration::from_micros(80),
+            });
+        }
+    }
+
+    #[test]
+    fn what_goes_as_changes_is_not_risked() {
+        let mut adaptive = Adaptive::default();
+        for _ in 0..10_000 {
+            assert_eq!(adaptive.choose(true), Encoding::Delta);
+            adaptive.note(&BatchFacts {
+                bytes: 262_144,
+                delta_bytes: 262_144,
+                elapsed: Duration::from_micros(300),
+            });
+        }
+    }
+}
