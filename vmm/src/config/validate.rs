@@ -165,6 +165,11 @@ impl VmConfig {
                 if let Err(error) = DeviceId::new(id.clone()) {
                     return Err(ConfigError::invalid(field, id, error.to_string()));
                 }
+                // As the states of vCPUs are called.
+                let number = id.strip_prefix("vcpu").unwrap_or_default();
+                if number.parse::<u32>().is_ok() {
+                    return Err(ConfigError::invalid(field, id, "vCPUs are called so"));
+                }
                 if !seen.insert(id.clone()) {
                     return Err(ConfigError::invalid(
                         field,
@@ -234,9 +239,9 @@ impl VmConfig {
     }
 }
 
-/// Names of devices that there is one of.
-const RESERVED_IDS: [&str; 9] = [
-    "serial", "console", "rng", "balloon", "vsock", "rtc", "acpi", "ioapic", "pci",
+/// Names of devices that there is one of, and of what is saved beside them.
+const RESERVED_IDS: [&str; 10] = [
+    "serial", "console", "rng", "balloon", "vsock", "rtc", "acpi", "ioapic", "pci", "clock",
 ];
 
 fn ids<'a>(kind: &str, given: impl Iterator<Item = Option<&'a str>>) -> Vec<String> {
