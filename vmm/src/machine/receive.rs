@@ -73,6 +73,10 @@ pub struct Receiver {
     options: ReceiveOptions,
     listener: Listener,
     claim: Option<NameClaim>,
+    notices: Arc<Notices>,
+    inbox: UnboundedReceiver<Notice>,
+    /// From before anybody hears of this place: who does may send one at once.
+    signals: Option<SignalThread>,
 }
 
 impl Receiver {
@@ -90,10 +94,18 @@ impl Receiver {
                 Listener::from_environment(&options.security)?.ok_or(LinkError::NoCandidates)?
             }
         };
+        let (notices, inbox) = Notices::new();
+        let signals = options
+            .launch
+            .handle_signals
+            .then(|| SignalThread::start(Arc::clone(&notices)).map_err(LaunchError::Signals));
         Ok(Self {
             options,
             listener,
             claim,
+            notices,
+            inbox,
+            signals: signals.transpose()?,
         })
     }
 
@@ -110,24 +122,25 @@ impl Receiver {
     pub fn receive(self) -> Result<VmHandle, ReceiveError> {
         let (report, reported) = sync_channel(1);
         let builder = std::thread::Builder::new().name("ctl".to_owned());
-        let spawned = builder.spawn(move || {
-            let (notices, inbox) = Notices::new();
-            self.serve(&notices, inbox, &report)
-        });
+        let spawned = builder.spawn(move || self.serve(&report));
         let thread = spawned.map_err(LaunchError::Thread)?;
-        let ended = || {
-            let ended = io::Error::other("the controller ended before it began");
-            ReceiveError::from(LaunchError::Thread(ended))
-        };
-        let (client, notices) = reported.recv().map_err(|_| ended())??;
-        Ok(VmHandle::new(client, notices, thread))
+        let ended = io::Error::other("the controller ended before it began");
+        let reported = reported.recv();
+        match reported.unwrap_or_else(|_| Err(LaunchError::Thread(ended).into())) {
+            Ok((client, notices)) => Ok(VmHandle::new(client, notices, thread)),
+            Err(error) => {
+                // The name is free and its files are gone before the caller goes on, or ends.
+                if thread.join().is_err() {
+                    log::error!("the controller's thread has panicked");
+                }
+                Err(error)
+            }
+        }
     }
 
     /// The controller's thread, from the wait to the VM's end.
     fn serve(
-        mut self,
-        notices: &Arc<Notices>,
-        inbox: UnboundedReceiver<Notice>,
+        self,
         report: &std::sync::mpsc::SyncSender<
             Result<(ControllerClient, Arc<Notices>), ReceiveError>,
         >,
@@ -144,31 +157,34 @@ impl Receiver {
             Ok(runtime) => runtime,
             Err(error) => return failed(LaunchError::Thread(error).into()),
         };
-        let signals = self
-            .options
-            .launch
-            .handle_signals
-            .then(|| SignalThread::start(Arc::clone(notices)).map_err(LaunchError::Signals));
-        let signals = match signals.transpose() {
-            Ok(signals) => signals,
-            Err(error) => return failed(error.into()),
+        let Self {
+            options,
+            listener,
+            mut claim,
+            notices,
+            inbox,
+            signals,
+        } = self;
+        let entrance = Entrance {
+            options,
+            listener,
+            notices: Arc::clone(&notices),
         };
-        let mut claim = self.claim.take();
         runtime.block_on(async {
-            let (waiting, client) = Waiting::new(&self.options.name, inbox);
+            let (waiting, client) = Waiting::new(&entrance.options.name, inbox);
             let (ended, end) = tokio::sync::oneshot::channel::<()>();
             let listener = claim.as_mut().and_then(NameClaim::take_listener);
             let api = listener.map(|listener| {
                 let end = async { end.await.unwrap_or(()) };
                 tokio::spawn(control::serve(listener, client.clone(), end))
             });
-            let reason = match self.arrive(waiting, &client, notices).await {
+            let reason = match entrance.arrive(waiting, &client).await {
                 Ok(controller) => {
                     if signals.is_some() {
                         tokio::spawn(follow_terminal_size(client.clone()));
                     }
                     // As above.
-                    let _ = report.send(Ok((client.clone(), Arc::clone(notices))));
+                    let _ = report.send(Ok((client.clone(), notices)));
                     drop(client);
                     controller.run().await
                 }
@@ -185,21 +201,29 @@ impl Receiver {
             reason
         })
     }
+}
 
+/// Where the VM comes in.
+struct Entrance {
+    options: ReceiveOptions,
+    listener: Listener,
+    notices: Arc<Notices>,
+}
+
+impl Entrance {
     /// Answers operators until the VM has come.
     async fn arrive(
         self,
         mut waiting: Waiting,
         client: &ControllerClient,
-        notices: &Arc<Notices>,
     ) -> Result<Controller, ReceiveError> {
         let cancelled = Arc::new(AtomicBool::new(false));
         let (done, mut arrived) = tokio::sync::oneshot::channel();
         let take = {
-            let (cancelled, notices) = (Arc::clone(&cancelled), Arc::clone(notices));
+            let cancelled = Arc::clone(&cancelled);
             move || {
                 // The other end is there until this has come.
-                let _ = done.send(self.take(&notices, &cancelled));
+                let _ = done.send(self.take(&cancelled));
             }
         };
         let thread = std::thread::Builder::new().name("mig".to_owned());
@@ -218,11 +242,7 @@ impl Receiver {
     }
 
     /// The migration's thread: takes connections until one brings the VM.
-    fn take(
-        &self,
-        notices: &Arc<Notices>,
-        cancelled: &AtomicBool,
-    ) -> Result<Arrived, ReceiveError> {
+    fn take(&self, cancelled: &AtomicBool) -> Result<Arrived, ReceiveError> {
         loop {
             if cancelled.load(Ordering::SeqCst) {
                 return Err(ReceiveError::Stopped);
@@ -237,7 +257,7 @@ impl Receiver {
                 Err(error) => return Err(error.into()),
             };
             // Nothing from one that is no source, or that tried several of this host's addresses.
-            if let Some(arrived) = self.take_from(channel, &peer, notices, cancelled)? {
+            if let Some(arrived) = self.take_from(channel, &peer, cancelled)? {
                 return Ok(arrived);
             }
         }
@@ -248,7 +268,6 @@ impl Receiver {
         &self,
         channel: Box<dyn Channel>,
         peer: &PeerInfo,
-        notices: &Arc<Notices>,
         cancelled: &AtomicBool,
     ) -> Result<Option<Arrived>, ReceiveError> {
         log::info!(peer:%; "a source has connected");
@@ -263,7 +282,7 @@ impl Receiver {
             name: self.options.name.clone(),
             options: self.options.arrival.clone(),
             builtin_kernel: self.options.launch.builtin_kernel,
-            notices: Arc::clone(notices),
+            notices: Arc::clone(&self.notices),
             slot: Arc::clone(&slot),
         };
         let mut further = Further::new(self, peer)?;
@@ -305,7 +324,7 @@ enum Further<'a> {
 }
 
 impl<'a> Further<'a> {
-    fn new(receiver: &'a Receiver, peer: &PeerInfo) -> Result<Self, ReceiveError> {
+    fn new(receiver: &'a Entrance, peer: &PeerInfo) -> Result<Self, ReceiveError> {
         if !receiver.listener.is_single() {
             return Ok(Self::Same(&receiver.listener));
         }
