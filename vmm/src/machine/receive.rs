@@ -18,6 +18,7 @@ use super::lifecycle::EndReason;
 use super::notices::{Notice, Notices};
 use super::signals::SignalThread;
 use crate::config::VmName;
+use crate::control::errors::chain;
 use crate::control::{self, NameClaim};
 use crate::host::link::{LinkError, LinkUrl, Listener, PeerInfo, Security};
 
@@ -251,7 +252,7 @@ impl Entrance {
                 Ok(accepted) => accepted,
                 Err(error) if error.is_timeout() => continue,
                 Err(error) if error.is_peer_fault() => {
-                    log::warn!(error:% = error; "a connection was turned away");
+                    log::warn!(error:% = chain(&error); "a connection was turned away");
                     continue;
                 }
                 Err(error) => return Err(error.into()),
@@ -354,7 +355,7 @@ impl Accept for Further<'_> {
             match listener.accept(deadline) {
                 Ok((channel, _)) => return Ok(channel),
                 Err(error) if error.is_peer_fault() => {
-                    log::warn!(error:% = error; "a connection was turned away");
+                    log::warn!(error:% = chain(&error); "a connection was turned away");
                 }
                 Err(error) if error.is_timeout() => {
                     return Err(io::Error::new(io::ErrorKind::TimedOut, error));
