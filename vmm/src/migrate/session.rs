@@ -9,7 +9,7 @@ use migration::Section;
 use migration::handoff::Mark;
 use migration::ports::{Channel, Dial, Machine, PortError, Reclaim};
 use migration::progress::MigrationHandle;
-use migration::source::{Parts, SourceOptions, migrate};
+use migration::source::{Parts, SourceError, SourceOptions, migrate};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::report::{MigrationReport, MigrationRequest};
@@ -63,6 +63,13 @@ impl Session {
             log,
         } = self;
         let memory_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
+        let mut machine = LinkedMachine(machine);
+        let blockers = machine.blockers();
+        if !blockers.is_empty() {
+            // The destination is not bothered, and goes on waiting for one that can be moved.
+            let error = chain(&SourceError::Blocked(blockers));
+            return MigrationReport::not_connected(&name, memory_bytes, elapsed_ms(), error);
+        }
         let deadline = began + CONNECT_TIME;
         let connected = match connect(&request.urls, &request.security, deadline) {
             Ok(connected) => connected,
@@ -72,7 +79,6 @@ impl Session {
             }
         };
         let mut dialer = Dialer::new(&request, &connected.url);
-        let mut machine = LinkedMachine(machine);
         let tracker = UnionTracker::new(vec![
             Box::new(KvmLogTracker::new(log)),
             Box::new(WriteLogTracker::new(Arc::clone(&memory))),
