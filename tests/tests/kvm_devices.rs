@@ -14,6 +14,7 @@ use tests::harness::ground::Ground;
 use tests::harness::image;
 use tests::harness::netns::OWN_NETWORK;
 use tests::harness::process;
+use tests::harness::vhost_user::Server;
 use tests::harness::vm::{LATER, SOON, Vm};
 
 type Outcome = anyhow::Result<()>;
@@ -407,35 +408,6 @@ fn all_devices_work_again_after_every_reset_and_nothing_is_left_of_one() -> Outc
     image::check_pattern(&ground.scratch().join("disk.raw"), (0, 256 << 10), 1)
 }
 
-/// A vhost-user server.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Both fail only when it has ended, which is what is wanted.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn storage_daemon(path: &Path, socket: &Path) -> anyhow::Result<Server> {
-    let mut command = Command::new("qemu-storage-daemon");
-    command.arg("--blockdev").arg(format!(
-        "driver=file,node-name=file,filename={}",
-        path.display()
-    ));
-    command.arg("--export").arg(format!(
-        "type=vhost-user-blk,id=export,node-name=file,writable=on,addr.type=unix,addr.path={}",
-        socket.display()
-    ));
-    process::die_with_parent(&mut command, libc::SIGKILL);
-    let server = Server(command.stdin(Stdio::null()).spawn()?);
-    let there = || socket.exists().then_some(());
-    let up = process::wait_until(Instant::now() + SOON, there);
-    up.context("qemu-storage-daemon does not listen")?;
-    Ok(server)
-}
-
 #[test]
 fn disk_of_a_vhost_user_server_works_and_its_loss_is_an_event() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
@@ -444,7 +416,7 @@ fn disk_of_a_vhost_user_server_works_and_its_loss_is_an_event() -> Outcome {
     let path = ground.scratch().join("disk.raw");
     image::new_raw(&path, 16 * MIB)?;
     let socket = ground.scratch().join("server");
-    let server = storage_daemon(&path, &socket)?;
+    let server = Server::start(&path, &socket)?;
     let cmdline = "run=blk,blkbench blk.len=4M blk.op=write blkbench.ops=randread \
                    blkbench.ms=60000";
     let keys = format!("vhost-user={}", socket.display());
@@ -467,7 +439,7 @@ fn disk_of_a_vhost_user_server_works_and_its_loss_is_an_event() -> Outcome {
     assert_eq!(vm.control().state()?, "running");
     // The server comes back; a guest that starts anew finds its disk.
     std::fs::remove_file(&socket)?;
-    let _server = storage_daemon(&path, &socket)?;
+    let _server = Server::start(&path, &socket)?;
     vm.control().post("/v1/reset")?;
     vm.ready()?;
     vm.result("blk")?;

@@ -15,7 +15,7 @@
 //! - What it says: [`follower`], [`report`].
 //! - What is seen from outside: [`proc`] (memory, threads, descriptors), [`ram`] (the guest's memory).
 //! - Kernels: [`elf`], [`bzimage`], [`probe`].
-//! - Disks and networks: [`image`], [`netns`].
+//! - Disks and networks: [`image`], [`vhost_user`], [`netns`].
 //! - Checkers: [`json_schema`], [`metrics`].
 //! - Processes and terminals: [`process`], [`pty`].
 
@@ -41,5 +41,6 @@ pub mod ram;
 pub mod relay;
 pub mod report;
 pub mod scratch;
+pub mod vhost_user;
 pub mod vm;
 pub mod watch;

@@ -90,6 +90,17 @@ impl<'a> Place<'a> {
         Ok(Waiting { vm, url })
     }
 
+    /// Starts it by way of `wrapper`, a service manager that hands it the socket to wait on.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn start_activated(&self, wrapper: &[&str]) -> anyhow::Result<Vm> {
+        let mut command = self.ground.wrapped(wrapper);
+        command.args(["receive", "--name", &self.name]);
+        command.args(&self.extra);
+        Vm::spawn(command, Control::new(self.ground, &self.name))
+    }
+
     /// Runs `drover receive` where it must refuse; its message without its newline.
     ///
     /// # Errors

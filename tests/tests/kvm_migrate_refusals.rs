@@ -1,0 +1,294 @@
+//! Migrations that do not take place, as an operator meets them: exit codes, messages, and a VM
+//! that goes on.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use tests::harness::ground::Ground;
+use tests::harness::image;
+use tests::harness::moving::{Place, failure, migrate, reason_not_moved, try_migrate};
+use tests::harness::process;
+use tests::harness::vhost_user::Server;
+use tests::harness::vm::{SOON, Vm, VmSpec};
+
+type Outcome = anyhow::Result<()>;
+
+fn started(spec: &VmSpec<'_>) -> anyhow::Result<Vm> {
+    let mut vm = spec.start_controlled()?;
+    vm.ready()?;
+    Ok(vm)
+}
+
+/// Tries to move `vm` and finds it unharmed; the reason.
+fn refused(vm: &Vm, url: &str, arguments: &[&str]) -> anyhow::Result<String> {
+    let finished = try_migrate(vm.control(), url, arguments)?;
+    let reason = reason_not_moved(&finished, "vm")?;
+    vm.memory()?.wait_beat(SOON).context(reason.clone())?;
+    ensure!(vm.control().state()? == "running", "{reason}");
+    Ok(reason)
+}
+
+#[test]
+fn nobody_listens() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = started(&ground.vm("run=heartbeat"))?;
+    // A port that was free a moment ago.
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let url = format!("tcp://{address}");
+    assert_eq!(
+        refused(&vm, &url, &[])?,
+        format!("{url}: no connection: Connection refused (os error 111)")
+    );
+    let missing = format!("unix:{}", ground.scratch().join("nobody").display());
+    assert_eq!(
+        refused(&vm, &missing, &[])?,
+        format!("{missing}: no connection: No such file or directory (os error 2)")
+    );
+    let both = try_migrate(vm.control(), &url, &[&missing])?;
+    assert_eq!(
+        reason_not_moved(&both, "vm")?,
+        format!(
+            "no connection to the peer: {url}: no connection: Connection refused (os error 111); \
+             {missing}: no connection: No such file or directory (os error 2)"
+        )
+    );
+    assert_eq!(
+        refused(&vm, "tls://127.0.0.1:1", &[])?,
+        "tls://127.0.0.1:1 needs a certificate, its key and the certificate of the peer's authority"
+    );
+    // An address that is kept for documentation: it leads off this host.
+    assert_eq!(
+        refused(&vm, "tcp://192.0.2.1:4444", &[])?,
+        "tcp://192.0.2.1:4444 would carry the guest's memory unencrypted between hosts; use \
+         tls://, or --plaintext where the network is trusted"
+    );
+    Ok(())
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused_before_anything_happens() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = started(&ground.vm("run=heartbeat"))?;
+    let url = "tcp://127.0.0.1:1";
+    for (arguments, message) in [
+        (
+            ["--streams", "0"],
+            "VM vm: the migration cannot be started: 0 streams; 1 to 16 are possible",
+        ),
+        (
+            ["--streams", "17"],
+            "VM vm: the migration cannot be started: 17 streams; 1 to 16 are possible",
+        ),
+        (
+            ["--max-downtime", "0s"],
+            "VM vm: the migration cannot be started: a downtime or bandwidth of 0 lets nothing move",
+        ),
+    ] {
+        let finished = try_migrate(vm.control(), url, &arguments)?;
+        assert_eq!(failure(&finished, 1)?, message);
+    }
+    for (command, arguments) in [
+        ("status", &[][..]),
+        ("cancel", &[]),
+        ("set", &["--bandwidth", "1G"]),
+    ] {
+        let mut drover = ground.drover();
+        drover.args(["migration", command, "vm"]).args(arguments);
+        let finished = process::run(&mut drover, SOON)?;
+        assert_eq!(failure(&finished, 1)?, "VM vm: the VM is not being moved");
+    }
+    assert_eq!(vm.control().event_names()?, ["started"]);
+    Ok(())
+}
+
+#[test]
+fn everything_that_the_destination_lacks_is_listed_at_once() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let kernel = ground.scratch().join("kernel");
+    std::fs::copy(ground.guest(), &kernel)?;
+    let mut arguments = Vec::new();
+    let disks = ["one", "two"].map(|name| ground.scratch().join(name));
+    for path in &disks {
+        image::new_raw(path, 1 << 20)?;
+        arguments.extend(["--disk".to_owned(), format!("path={}", path.display())]);
+    }
+    let spec = ground.vm_with_kernel(&kernel).cmdline("run=heartbeat");
+    let vm = started(&spec.args(&arguments))?;
+    // What the other host does not have.
+    let missing = ground.scratch().join("missing");
+    let one = format!("disk0={}", missing.display());
+    let two = format!("disk1={}", ground.scratch().path().display());
+    std::fs::rename(&kernel, ground.scratch().join("kernel.away"))?;
+    let mut place = Place::new(&ground, "there")
+        .args(&["--disk", &one, "--disk", &two])
+        .start()?;
+    let reason = refused(&vm, &place.url, &[])?;
+    for part in [
+        "the destination refuses: ".to_owned(),
+        format!("disk0: {}", missing.display()),
+        format!("disk1: {}", ground.scratch().path().display()),
+        format!("{}", kernel.display()),
+    ] {
+        ensure!(reason.contains(&part), "'{part}' is not in: {reason}");
+    }
+    assert_eq!(reason.matches("; ").count(), 2, "{reason}");
+    // The destination says the same, and ends.
+    assert_eq!(place.vm.wait_exit(SOON)?.code(), Some(1));
+    let reasons = reason.trim_start_matches("the destination refuses: ");
+    place.vm.messages.wait_end(SOON)?;
+    assert_eq!(
+        place.vm.messages.text(),
+        format!("drover: VM there: no VM has come over: the VM cannot run here: {reasons}\n")
+    );
+    assert_eq!(ground.runtime_files(), ["vm.lock", "vm.sock"]);
+    // With everything in place it moves.
+    std::fs::rename(ground.scratch().join("kernel.away"), &kernel)?;
+    let place = Place::new(&ground, "there").start()?;
+    migrate(vm.control(), &place.url, &[])?;
+    place.vm.memory()?.wait_beat(SOON).map(drop)
+}
+
+#[test]
+fn files_outside_of_what_is_allowed_are_refused() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let path = ground.scratch().join("disk");
+    image::new_raw(&path, 1 << 20)?;
+    let disk = format!("path={}", path.display());
+    let vm = started(&ground.vm("run=heartbeat").args(&["--disk", &disk]))?;
+    let empty = ground.scratch().join("empty");
+    std::fs::create_dir(&empty)?;
+    let allowed = empty.display().to_string();
+    let place = Place::new(&ground, "there").args(&["--allow-path", &allowed]);
+    let reason = refused(&vm, &place.start()?.url, &[])?;
+    assert_eq!(
+        reason,
+        format!(
+            "the destination refuses: disk0: {} is not below a directory given by --allow-path; \
+             kernel: {} is not below a directory given by --allow-path",
+            path.display(),
+            ground.guest().display()
+        )
+    );
+    Ok(())
+}
+
+#[test]
+fn devices_that_the_vm_does_not_have_are_named() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = started(&ground.vm("run=heartbeat"))?;
+    let place =
+        Place::new(&ground, "there").args(&["--disk", "disk7=/dev/null", "--tap", "lan=t0"]);
+    assert_eq!(
+        refused(&vm, &place.start()?.url, &[])?,
+        "the destination refuses: the VM has no disk disk7 (it has []); the VM has no interface \
+         lan (it has [])"
+    );
+    Ok(())
+}
+
+#[test]
+fn name_is_taken_at_the_destination() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = started(&ground.vm("run=heartbeat"))?;
+    let message = Place::new(&ground, "vm").refused()?;
+    ensure!(
+        message.starts_with("VM vm: ") && message.contains(&format!("process {}", vm.pid())),
+        "{message}"
+    );
+    let waiting = Place::new(&ground, "there").start()?;
+    let again = Place::new(&ground, "there").refused()?;
+    ensure!(
+        again.starts_with("VM there: ") && again.contains(&waiting.vm.pid().to_string()),
+        "{again}"
+    );
+    let url = waiting.url.as_str();
+    let taken = Place::new(&ground, "elsewhere").listen(url).refused()?;
+    assert_eq!(
+        taken,
+        format!("VM elsewhere: {url}: another process listens there")
+    );
+    Ok(())
+}
+
+#[test]
+fn vm_with_a_device_of_another_process_says_which() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let (path, socket) = (
+        ground.scratch().join("disk"),
+        ground.scratch().join("server"),
+    );
+    image::new_raw(&path, 1 << 20)?;
+    let _server = Server::start(&path, &socket)?;
+    let disk = format!("vhost-user={}", socket.display());
+    let spec = ground.vm("run=heartbeat").args(&["--disk", &disk]);
+    let vm = started(&spec)?;
+    let place = Place::new(&ground, "there").start()?;
+    let reason = refused(&vm, &place.url, &[])?;
+    ensure!(
+        reason.starts_with("the VM cannot be moved: disk0: "),
+        "{reason}"
+    );
+    // Nothing was sent: the place still waits.
+    assert_eq!(place.vm.control().state()?, "receiving");
+    Ok(())
+}
+
+#[test]
+fn place_that_waits_answers_operators_and_ends_when_told() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let mut place = Place::new(&ground, "there").start()?;
+    let control = place.vm.control().clone();
+    let info = control.json("info")?;
+    assert_eq!(
+        (&info["state"], &info["name"]),
+        (&"receiving".into(), &"there".into())
+    );
+    assert_eq!(control.json("devices")?, serde_json::json!([]));
+    let mut list = ground.drover();
+    let list = process::run(list.args(["list", "--json"]), SOON)?.success()?;
+    ensure!(list.contains("\"receiving\""), "{list}");
+    for command in ["pause", "resume", "reset"] {
+        let finished = control.try_drover(command, &[])?;
+        assert_eq!(
+            failure(&finished, 1)?,
+            "VM there: the VM is still on its way in from another process"
+        );
+    }
+    let finished = try_migrate(&control, "tcp://127.0.0.1:1", &[])?;
+    assert_eq!(
+        failure(&finished, 1)?,
+        "VM there: the VM is still on its way in from another process"
+    );
+    control.drover("stop", &[])?;
+    let status = place.vm.wait_exit(SOON)?;
+    place.vm.messages.wait_end(SOON)?;
+    let said = place.vm.messages.text();
+    assert_eq!(
+        (status.code(), said.as_str()),
+        (Some(1), "drover: VM there: the wait was ended\n")
+    );
+    assert_eq!(ground.runtime_files(), Vec::<String>::new());
+    let mut place = Place::new(&ground, "there").start()?;
+    place.vm.signal(libc::SIGTERM)?;
+    let status = place.vm.wait_exit(Duration::from_secs(5))?;
+    assert_eq!(status.code(), Some(1), "{status}");
+    assert_eq!(ground.runtime_files(), Vec::<String>::new());
+    Ok(())
+}
