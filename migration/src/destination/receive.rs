@@ -21,6 +21,9 @@ const TICK: Duration = Duration::from_millis(20);
 /// How long a connection may take to show its token.
 const ATTACH_TIME: Duration = Duration::from_secs(2);
 
+/// How long a source whose data connection failed may take to say why.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// Sections and their bytes at most; a machine with hundreds of devices stays far below.
 const MAX_SECTIONS: usize = 4096;
 const MAX_SECTION_BYTES: usize = 256 << 20;
@@ -274,6 +277,7 @@ fn transfer(
             missing: expected,
         };
         let result = gather(control, &mut ended)
+            .map_err(|error| explain(control, error))
             .and_then(|sections| Takeover::new(control, machine, sections).run());
         if result.is_err() {
             breakers.iter().for_each(|breaker| breaker.break_off());
@@ -338,6 +342,22 @@ fn gather(control: &mut Control<'_>, ended: &mut Ended) -> Result<Vec<Section>, 
         }
     }
     Ok(sections)
+}
+
+/// A source that gives up breaks its data connections off and says why on the control connection:
+/// its word counts, not what the breaking looked like.
+fn explain(control: &mut Control<'_>, error: DestinationError) -> DestinationError {
+    let deadline = Instant::now() + LAST_WORDS;
+    while matches!(error, DestinationError::Stream { .. }) && Instant::now() < deadline {
+        match control.poll() {
+            Ok(Some(Message::Abort(reasons))) => {
+                return DestinationError::Peer(reasons.reasons.join("; "));
+            }
+            Ok(_) => {}
+            Err(_) => break,
+        }
+    }
+    error
 }
 
 pub(super) fn unexpected(message: &Message) -> DestinationError {
