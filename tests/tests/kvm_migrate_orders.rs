@@ -1,0 +1,371 @@
+//! What operators order while a VM moves.
+
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use tests::harness::follower::Follower;
+use tests::harness::ground::Ground;
+use tests::harness::json_schema;
+use tests::harness::moving::{Place, Waiting, failure, migrate, reason_not_moved, try_migrate};
+use tests::harness::process::{self, Finished};
+use tests::harness::vm::{SOON, Vm};
+
+type Outcome = anyhow::Result<()>;
+
+/// A guest that has written 24 MiB that do not compress, and goes on to write at its leisure.
+const WRITES: &str = "run=mem,dirty mem.mode=incompressible mem.base=16M mem.len=24M \
+                      dirty.base=48M dirty.dirty_len=8M dirty.progress_ms=0 dirty.rate_mib_s=5";
+
+/// So that the first round takes many seconds.
+const SLOWLY: [&str; 2] = ["--bandwidth", "1M"];
+
+fn writing(ground: &Ground, cmdline: &str) -> anyhow::Result<Vm> {
+    let mut vm = ground.vm(cmdline).start_controlled()?;
+    vm.report("command=dirty", "event", SOON)?;
+    Ok(vm)
+}
+
+/// A migration that would take long, once it sends memory.
+struct Slow {
+    child: Child,
+    output: Follower,
+    place: Waiting,
+}
+
+impl Slow {
+    fn start(ground: &Ground, vm: &Vm) -> anyhow::Result<Self> {
+        let place = Place::new(ground, "there").start()?;
+        let mut command = vm.control().command("migrate", &[&place.url]);
+        command.args(SLOWLY).stderr(std::process::Stdio::null());
+        let (child, output) = vm.control().spawn(command)?;
+        let slow = Self {
+            child,
+            output,
+            place,
+        };
+        wait_phase(vm, "precopy")?;
+        Ok(slow)
+    }
+
+    /// How `drover migrate` ended.
+    fn end(&mut self) -> anyhow::Result<Finished> {
+        let status = process::wait_exit(&mut self.child, SOON)?;
+        let status = status.context("drover migrate does not end")?;
+        self.output.wait_end(SOON)?;
+        Ok(Finished {
+            status,
+            stdout: self.output.text(),
+            stderr: String::new(),
+        })
+    }
+
+    /// How the place ended, which has got nothing.
+    fn end_of_place(&mut self) -> anyhow::Result<String> {
+        let status = self.place.vm.wait_exit(SOON)?;
+        self.place.vm.messages.wait_end(SOON)?;
+        let said = self.place.vm.messages.text();
+        ensure!(status.code() == Some(1), "{status}: {said}");
+        Ok(said)
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        // Both fail only when it has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn status(vm: &Vm) -> anyhow::Result<Value> {
+    vm.control().curl("GET", "/v1/migration")?.json()
+}
+
+fn wait_phase(vm: &Vm, phase: &str) -> Outcome {
+    let look = || match status(vm) {
+        Ok(status) => (status["progress"]["phase"] == phase).then_some(Ok(())),
+        Err(error) => Some(Err(error)),
+    };
+    let found = process::wait_until(Instant::now() + SOON, look).transpose()?;
+    found.with_context(|| format!("{phase} was never seen"))
+}
+
+/// `drover migration COMMAND vm ARGUMENTS...`
+fn migration(ground: &Ground, command: &str, arguments: &[&str]) -> anyhow::Result<Finished> {
+    let mut drover = ground.drover();
+    drover.args(["migration", command, "vm"]).args(arguments);
+    process::run(&mut drover, SOON)
+}
+
+/// Pages that the guest writes in a while, as often as it can.
+fn speed(vm: &Vm) -> anyhow::Result<u64> {
+    let ram = vm.memory()?;
+    let mut best = 0;
+    // Other work on the machine makes it slower, nothing makes it faster.
+    for _ in 0..5 {
+        let before = ram.heartbeat()?.progress;
+        std::thread::sleep(Duration::from_millis(100));
+        best = best.max(ram.heartbeat()?.progress - before);
+    }
+    Ok(best)
+}
+
+#[test]
+fn cancelled_migration_leaves_a_vm_at_full_speed_that_can_be_moved_again() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let fast = WRITES.replace("dirty.rate_mib_s=5", "dirty.rate_mib_s=0");
+    let mut vm = writing(&ground, &fast)?;
+    let before = speed(&vm)?;
+    let mut slow = Slow::start(&ground, &vm)?;
+    migration(&ground, "cancel", &[])?.success()?;
+    let reason = reason_not_moved(&slow.end()?, "vm")?;
+    assert_eq!(reason, "it was cancelled");
+    let said = slow.end_of_place()?;
+    assert_eq!(
+        said,
+        "drover: VM there: no VM has come over: the source has given up: it was cancelled\n"
+    );
+    let after = speed(&vm)?;
+    ensure!(
+        after > before / 2,
+        "the guest wrote {before} pages in 0.1 s before, {after} afterwards"
+    );
+    let gone = migration(&ground, "cancel", &[])?;
+    assert_eq!(failure(&gone, 1)?, "VM vm: the VM is not being moved");
+    let place = Place::new(&ground, "second").start()?;
+    migrate(
+        vm.control(),
+        &place.url,
+        &["--on-timeout", "force", "--timeout", "2s"],
+    )?;
+    vm.wait_exit(SOON)?;
+    let mut vm = place.vm;
+    vm.type_text("s")?;
+    assert_eq!(vm.result("dirty")?.number("bad")?, 0);
+    vm.wait_end(SOON)?.check()
+}
+
+#[test]
+fn bandwidth_can_be_changed_under_way() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let mut vm = writing(&ground, WRITES)?;
+    let mut slow = Slow::start(&ground, &vm)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let sent = status(&vm)?["progress"]["wire_bytes"].as_u64();
+    let sent = sent.context("no wire_bytes")?;
+    ensure!(
+        sent < 4 << 20,
+        "{sent} bytes in a second in spite of the limit"
+    );
+    let shown = migration(&ground, "status", &[])?.success()?;
+    ensure!(shown.starts_with("round 1 ["), "{shown}");
+    let begin = Instant::now();
+    migration(
+        &ground,
+        "set",
+        &["--bandwidth", "none", "--max-downtime", "500ms"],
+    )?
+    .success()?;
+    let finished = slow.end()?;
+    ensure!(finished.status.success(), "{finished:?}");
+    ensure!(
+        begin.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begin.elapsed()
+    );
+    vm.wait_exit(SOON)?;
+    let moved = &mut slow.place.vm;
+    moved.type_text("s")?;
+    assert_eq!(moved.result("dirty")?.number("bad")?, 0);
+    Ok(())
+}
+
+#[test]
+fn guest_that_writes_too_fast_is_given_up_or_stopped_as_asked() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let cmdline = "run=dirty dirty.dirty_len=24M dirty.progress_ms=0 dirty.rate_mib_s=0 \
+                   dirty.write=incompressible";
+    let mut vm = writing(&ground, cmdline)?;
+    let place = Place::new(&ground, "there").start()?;
+    let hurry = [
+        "--timeout",
+        "1s",
+        "--bandwidth",
+        "40M",
+        "--max-downtime",
+        "1ms",
+    ];
+    let finished = try_migrate(vm.control(), &place.url, &hurry)?;
+    assert_eq!(
+        reason_not_moved(&finished, "vm")?,
+        "it did not converge within 1 s: the guest changes memory faster than it can be sent; a \
+         larger --max-downtime, more bandwidth, --on-timeout force or postcopy help"
+    );
+    vm.memory()?.wait_beat(SOON)?;
+    let place = Place::new(&ground, "forced").start()?;
+    let force = [&hurry[..], &["--on-timeout", "force"]].concat();
+    let report = migrate(vm.control(), &place.url, &force)?;
+    let blackout = report["blackout"]["total_us"].as_u64();
+    ensure!(blackout.context("no blackout")? > 1000, "{report}");
+    vm.wait_exit(SOON)?;
+    let mut vm = place.vm;
+    vm.type_text("s")?;
+    assert_eq!(vm.result("dirty")?.number("bad")?, 0);
+    Ok(())
+}
+
+#[test]
+fn requests_that_would_disturb_a_migration_are_refused() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = writing(&ground, WRITES)?;
+    let mut slow = Slow::start(&ground, &vm)?;
+    let refusal = "VM vm: the VM is being moved; cancel the migration first";
+    for command in ["pause", "resume", "reset"] {
+        let finished = vm.control().try_drover(command, &[])?;
+        assert_eq!(failure(&finished, 1)?, refusal, "{command}");
+    }
+    let second = try_migrate(vm.control(), &slow.place.url, &[])?;
+    assert_eq!(failure(&second, 1)?, refusal);
+    assert_eq!(vm.control().state()?, "running");
+    migration(&ground, "cancel", &[])?.success()?;
+    reason_not_moved(&slow.end()?, "vm").map(drop)
+}
+
+#[test]
+fn vm_is_stopped_while_it_moves() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let mut vm = writing(&ground, WRITES)?;
+    let mut slow = Slow::start(&ground, &vm)?;
+    let begin = Instant::now();
+    vm.control().drover("stop", &[])?;
+    assert_eq!(vm.wait_exit(SOON)?.code(), Some(0));
+    ensure!(
+        begin.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begin.elapsed()
+    );
+    let finished = slow.end()?;
+    assert_eq!(finished.code(), Some(1), "{finished:?}");
+    let said = slow.end_of_place()?;
+    ensure!(said.contains("no VM has come over: "), "{said}");
+    assert_eq!(ground.runtime_files(), Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn place_is_stopped_while_the_vm_comes_in() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = writing(&ground, WRITES)?;
+    let mut slow = Slow::start(&ground, &vm)?;
+    slow.place.vm.control().drover("stop", &[])?;
+    let said = slow.end_of_place()?;
+    ensure!(
+        said.contains("no VM has come over: it was cancelled"),
+        "{said}"
+    );
+    let reason = reason_not_moved(&slow.end()?, "vm")?;
+    ensure!(
+        reason.starts_with("the destination has given up: "),
+        "{reason}"
+    );
+    vm.memory()?.wait_beat(SOON).map(drop)
+}
+
+/// Checks a JSON answer against the description of the API.
+fn check(operation: &str, code: &str, value: &Value) -> Outcome {
+    let document: Value = serde_json::from_str(include_str!("../../docs/openapi.json"))?;
+    let described = &document["paths"]["/v1/migration"][operation]["responses"][code];
+    let schema = &described["content"]["application/json"]["schema"];
+    ensure!(schema.is_object(), "{operation} {code} is not described");
+    let errors = json_schema::check(&document, schema, value);
+    ensure!(errors.is_empty(), "{errors:?} in {value}");
+    Ok(())
+}
+
+#[test]
+fn api_moves_a_vm_tells_of_it_and_lets_it_be_tuned_and_cancelled() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = writing(&ground, WRITES)?;
+    let send = |method: &str, body: &str| {
+        let options = ["--header", "Content-Type: application/json", "--data", body];
+        let options = if body.is_empty() { &[][..] } else { &options };
+        vm.control().curl_with(method, "/v1/migration", options)
+    };
+    let mut events = vm.control().follow_events()?;
+    for (method, body) in [("GET", ""), ("DELETE", ""), ("PUT", "{}")] {
+        let answer = send(method, body)?;
+        assert_eq!(answer.status, 404, "{method}: {answer:?}");
+        check(
+            &method.to_lowercase(),
+            &answer.status.to_string(),
+            &answer.json()?,
+        )?;
+    }
+    for body in [
+        r#"{"urls":[]}"#,
+        r#"{"urls":["here"]}"#,
+        r#"{"url":"x"}"#,
+        "[]",
+    ] {
+        let answer = send("POST", body)?;
+        ensure!(answer.status == 400, "{body}: {answer:?}");
+        check("post", "400", &answer.json()?)?;
+    }
+    let place = Place::new(&ground, "there").start()?;
+    let body = format!(
+        r#"{{"urls":["{}"],"bandwidth-bytes-per-s":1000000,"streams":1}}"#,
+        place.url
+    );
+    let answer = send("POST", &body)?;
+    assert_eq!(answer.status, 202, "{answer:?}");
+    assert_eq!(send("POST", &body)?.status, 409);
+    let started = events.wait("migration-started", SOON)?;
+    assert_eq!(started["to"][0], place.url.as_str());
+    wait_phase(&vm, "precopy")?;
+    let now = status(&vm)?;
+    assert_eq!(now["active"], true);
+    check("get", "200", &now)?;
+    assert_eq!(send("PUT", r#"{"max-downtime-us":0}"#)?.status, 400);
+    assert_eq!(send("PUT", r#"{"max-downtime-us":300000}"#)?.status, 204);
+    assert_eq!(send("DELETE", "")?.status, 202);
+    let ended = events.wait("migration-ended", SOON)?;
+    assert_eq!(ended["report"]["outcome"], "resumed");
+    assert_eq!(ended["report"]["error"], "it was cancelled");
+    let last = status(&vm)?;
+    assert_eq!(last["active"], false);
+    check("get", "200", &last)?;
+    let place = Place::new(&ground, "second").start()?;
+    let body = format!(r#"{{"urls":["{}"],"max-downtime-us":300000}}"#, place.url);
+    assert_eq!(send("POST", &body)?.status, 202);
+    events.wait("migration-round", SOON)?;
+    let ended = events.wait("migration-ended", SOON)?;
+    assert_eq!(ended["report"]["outcome"], "migrated", "{ended}");
+    let all = events.wait_end(SOON)?;
+    assert_eq!(all.last().context("no event")?["reason"], "migrated");
+    assert_eq!(
+        place
+            .vm
+            .control()
+            .event_names()?
+            .first()
+            .map(String::as_str),
+        Some("arrived")
+    );
+    Ok(())
+}
