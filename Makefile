@@ -69,5 +69,5 @@ openapi: build ## Write docs/openapi.json anew from the types
 ci: ## What CI runs: all tests, and no skip of what this machine can do
 	DROVER_REQUIRE=$$(packaging/ci-require.sh) $(MAKE) test
 
-install: build ## Install binary, completions and man pages below PREFIX (/usr/local)
-	packaging/install.sh target/release/drover $(DESTDIR)$(PREFIX)
+install: build ## Install binary, completions, man pages, systemd units below PREFIX (/usr/local)
+	packaging/install.sh target/release/drover $(DESTDIR)$(PREFIX) $(PREFIX)

@@ -1,8 +1,10 @@
 #!/bin/sh
-# install.sh BINARY PREFIX: binary, shell completions and man pages.
+# install.sh BINARY PREFIX [FINAL]: binary, shell completions, man pages and systemd units. FINAL is
+# what PREFIX will be called when it is in place.
 set -eu
 binary=$1
 prefix=$2
+final=${3:-$2}
 install -D -m 755 "$binary" "$prefix/bin/drover"
 completions() {
     mkdir -p "$prefix/$2"
@@ -13,3 +15,9 @@ completions zsh share/zsh/site-functions _drover
 completions fish share/fish/vendor_completions.d drover.fish
 mkdir -p "$prefix/share/man/man1"
 "$binary" man "$prefix/share/man/man1"
+units=$(dirname "$0")/systemd
+mkdir -p "$prefix/lib/systemd/system"
+install -m 644 "$units/drover-receive.socket" "$prefix/lib/systemd/system/"
+# Where the binary will be found, which DESTDIR is no part of.
+sed "s|@BINARY@|$final/bin/drover|" "$units/drover-receive@.service" \
+    > "$prefix/lib/systemd/system/drover-receive@.service"
