@@ -7,11 +7,11 @@ FUZZ_SECONDS ?= 300
 FUZZ_SMOKE_SECONDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-kvm test-lab test-fuzz bench fuzz lint deny doc \
+.PHONY: help deps build demo test test-unit test-kvm test-lab test-fuzz bench bench-migrate fuzz lint deny doc \
         openapi ci install
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that building and testing need
 	@packaging/install-packages.sh packaging/packages-build.txt packaging/packages-test.txt \
@@ -49,6 +49,10 @@ fuzz: ## Every fuzz target for FUZZ_SECONDS (300)
 bench: build ## Compare with QEMU and print the ratios
 	$(CARGO) build --locked --package tests --bins
 	target/debug/bench
+
+bench-migrate: build ## Compare live migration with QEMU's; docs/benchmarks.md gets the table
+	$(CARGO) build --locked --package tests --bins
+	target/debug/bench migrate --docs docs/benchmarks.md
 
 lint: ## Formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check

@@ -6,6 +6,7 @@
 mod block;
 mod figure;
 mod memory;
+pub mod migrate;
 mod net;
 mod peer;
 mod round;
@@ -27,6 +28,8 @@ Usage: bench [--only NAME]... [--rounds N] [--ms N] [--json FILE]
   --rounds N    rounds of each measurement (default 5; 20 starts each)
   --ms N        how long each operation of a round runs (default 400)
   --json FILE   write the figures there, too
+
+`bench migrate` compares live migration; see `bench migrate --help`.
 ";
 
 /// What to measure, and how long.

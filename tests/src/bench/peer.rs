@@ -11,7 +11,8 @@ use crate::harness::ground::Ground;
 pub(super) const GUEST_MIB: u64 = 256;
 /// Ethernet address of every guest here.
 pub(super) const GUEST_MAC: &str = "52:54:00:12:34:56";
-const QEMU: &str = "qemu-system-x86_64";
+/// The program to compare with.
+pub(super) const QEMU: &str = "qemu-system-x86_64";
 
 /// Which VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

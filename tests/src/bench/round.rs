@@ -54,7 +54,11 @@ pub(super) fn alternate<T>(
 /// given memory away, the first touch costs a hundred times the second, and would be what is
 /// measured.
 pub(super) fn warm_memory(extra_mib: u64) -> anyhow::Result<()> {
-    let mib = GUEST_MIB * 2 + extra_mib;
+    touch_memory(GUEST_MIB * 2 + extra_mib)
+}
+
+/// Touches and frees so much memory, see [`warm_memory`].
+pub(super) fn touch_memory(mib: u64) -> anyhow::Result<()> {
     let bytes = usize::try_from(mib << 20).context("too much memory")?;
     let mut memory = vec![0_u8; bytes];
     for page in memory.chunks_mut(4096) {

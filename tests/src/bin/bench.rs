@@ -3,10 +3,14 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-use tests::bench::{Options, USAGE, print_table, run};
+use tests::bench::{Options, USAGE, migrate, print_table, run};
 
 fn main() -> ExitCode {
-    let options = match Options::parse(std::env::args().skip(1)) {
+    let mut words = std::env::args().skip(1).peekable();
+    if words.next_if(|word| word == "migrate").is_some() {
+        return bench_migrate(words);
+    }
+    let options = match Options::parse(words) {
         Ok(Some(options)) => options,
         Ok(None) => {
             print!("{USAGE}");
@@ -21,6 +25,27 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench_migrate(words: impl Iterator<Item = String>) -> ExitCode {
+    let options = match migrate::Options::parse(words) {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            print!("{}", migrate::USAGE);
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprint!("bench migrate: {error:#}\n\n{}", migrate::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    match migrate::run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench migrate: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -1,0 +1,291 @@
+//! Results: rows of a table, and where they go.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::Context;
+use serde::Serialize;
+
+use crate::bench::figure::median;
+
+/// What a value should be.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Bar {
+    /// Drover's over the other's, at most.
+    RatioAtMost(f64),
+    /// Drover's own, at most.
+    AtMost(f64),
+    /// Drover's own, at least.
+    AtLeast(f64),
+    /// None: it explains others.
+    None,
+}
+
+/// Something measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The case.
+    pub(super) case: String,
+    /// What.
+    pub(super) what: String,
+    /// In what.
+    pub(super) unit: &'static str,
+    /// Drover's, the median of all rounds; `None`: it came to no end.
+    pub(super) drover: Option<f64>,
+    /// What it is compared with.
+    pub(super) other: Option<Other>,
+    /// The median of the ratios of neighbouring rounds.
+    pub(super) ratio: Option<f64>,
+    /// What it should be.
+    pub(super) bar: Bar,
+    /// Whether it is; absent without a bar.
+    pub(super) met: Option<bool>,
+}
+
+/// What Drover's value is compared with.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Other {
+    /// How it was made.
+    pub(super) name: String,
+    /// The median of all rounds; `None`: it came to no end.
+    pub(super) value: Option<f64>,
+}
+
+/// Values of one contender, round by round; `None`: that round came to no end.
+pub(super) struct Series {
+    pub(super) name: String,
+    pub(super) values: Vec<Option<f64>>,
+}
+
+impl Series {
+    /// `None` unless every round came to an end.
+    fn median(&self) -> Option<f64> {
+        let values: Option<Vec<f64>> = self.values.iter().copied().collect();
+        values.filter(|values| !values.is_empty()).map(median)
+    }
+}
+
+impl Row {
+    /// Drover's `series` against the best of `others`, the one with the lowest median.
+    pub(super) fn against(
+        (case, what, unit): (&str, &str, &'static str),
+        series: &Series,
+        others: &[Series],
+        bar: Bar,
+    ) -> Self {
+        let of = |other: &Series| other.median().unwrap_or(f64::INFINITY);
+        let best = others.iter().min_by(|a, b| of(a).total_cmp(&of(b)));
+        let ratio = best.and_then(|best| {
+            let pairs = series.values.iter().zip(&best.values);
+            let ratios: Option<Vec<f64>> = pairs
+                .map(|(own, other)| Some((*own)? / (*other)?))
+                .collect();
+            ratios.filter(|ratios| !ratios.is_empty()).map(median)
+        });
+        let other = best.map(|best| Other {
+            name: best.name.clone(),
+            value: best.median(),
+        });
+        Self {
+            case: case.to_owned(),
+            what: what.to_owned(),
+            unit,
+            drover: series.median(),
+            other,
+            ratio,
+            bar,
+            met: None,
+        }
+        .judged()
+    }
+
+    /// Drover's `series` alone.
+    pub(super) fn alone(names: (&str, &str, &'static str), series: &Series, bar: Bar) -> Self {
+        Self::against(names, series, &[], bar)
+    }
+
+    fn judged(mut self) -> Self {
+        let has_other = self.other.is_some();
+        self.met = match (self.bar, self.drover, self.ratio) {
+            (Bar::None, ..) => None,
+            (_, None, _) => Some(false),
+            (Bar::AtMost(bar), Some(value), _) => Some(value <= bar),
+            (Bar::AtLeast(bar), Some(value), _) => Some(value >= bar),
+            (Bar::RatioAtMost(bar), _, Some(ratio)) => Some(ratio <= bar),
+            // Drover came to an end, the other never did.
+            (Bar::RatioAtMost(_), Some(_), None) => has_other.then_some(true),
+        };
+        self
+    }
+
+    fn cells(&self) -> [String; 7] {
+        let value = |value: Option<f64>| value.map_or_else(|| "no end".to_owned(), readable);
+        let bar = match self.bar {
+            Bar::None => String::new(),
+            Bar::AtMost(bar) => format!("<= {bar}"),
+            Bar::AtLeast(bar) => format!(">= {bar}"),
+            Bar::RatioAtMost(bar) => format!("ratio <= {bar}"),
+        };
+        let other = self.other.as_ref().map_or_else(
+            || "-".to_owned(),
+            |other| format!("{} ({})", value(other.value), other.name),
+        );
+        let verdict = match self.met {
+            None => "",
+            Some(true) => "met",
+            Some(false) => "MISSED",
+        };
+        [
+            format!("{}: {}", self.case, self.what),
+            value(self.drover),
+            other,
+            self.ratio
+                .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
+            self.unit.to_owned(),
+            bar,
+            verdict.to_owned(),
+        ]
+    }
+}
+
+const HEAD: [&str; 7] = ["", "Drover", "compared with", "ratio", "unit", "bar", ""];
+
+/// Prints all rows, for people.
+pub(super) fn print(rows: &[Row]) {
+    let lines: Vec<[String; 7]> = std::iter::once(HEAD.map(str::to_owned))
+        .chain(rows.iter().map(Row::cells))
+        .collect();
+    for line in &lines {
+        let mut text = String::new();
+        for (column, cell) in line.iter().enumerate() {
+            let width = lines.iter().map(|line| line[column].chars().count()).max();
+            let width = width.unwrap_or(0);
+            // Writing to a string cannot fail.
+            let _ = match column {
+                1 | 3 => write!(text, "{cell:>width$}  "),
+                _ => write!(text, "{cell:<width$}  "),
+            };
+        }
+        println!("{}", text.trim_end());
+    }
+}
+
+/// Marks in a document, between which the table stands.
+const MARKS: [&str; 2] = [
+    "<!-- bench-migrate: begin -->",
+    "<!-- bench-migrate: end -->",
+];
+
+/// Puts `head` and the table where the document at `path` has its marks.
+///
+/// # Errors
+/// When it has none, or cannot be written.
+pub(super) fn write_document(path: &Path, head: &str, rows: &[Row]) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(path);
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+    let new = replaced(&text, &format!("{head}\n\n{}", markdown(rows)));
+    let new = new.with_context(|| format!("{} has no {}", path.display(), MARKS[0]))?;
+    std::fs::write(path, new).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn replaced(text: &str, table: &str) -> Option<String> {
+    let [begin, end] = MARKS;
+    let (before, rest) = text.split_once(begin)?;
+    let (_, after) = rest.split_once(end)?;
+    Some(format!("{before}{begin}\n{table}{end}{after}"))
+}
+
+fn markdown(rows: &[Row]) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = line(&HEAD.map(str::to_owned));
+    text.push_str("|---|---|---|---|---|---|---|\n");
+    for row in rows {
+        text.push_str(&line(&row.cells()));
+    }
+    text
+}
+
+fn readable(value: f64) -> String {
+    match value.abs() {
+        1000.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// For arithmetic; what is measured here is far below 2^53.
+#[allow(clippy::cast_precision_loss)]
+pub(super) fn number(value: u64) -> f64 {
+    value as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: (&str, &str, &str) = ("case", "total", "ms");
+
+    fn series(name: &str, values: &[f64]) -> Series {
+        Series {
+            name: name.to_owned(),
+            values: values.iter().copied().map(Some).collect(),
+        }
+    }
+
+    #[test]
+    fn the_best_of_the_others_is_what_counts() {
+        let own = series("drover", &[10.0, 20.0, 30.0]);
+        let others = [
+            series("slow", &[100.0, 100.0, 100.0]),
+            series("fast", &[40.0, 40.0, 60.0]),
+        ];
+        let row = Row::against(NAMES, &own, &others, Bar::RatioAtMost(0.5));
+        assert_eq!(
+            (row.drover, row.ratio, row.met),
+            (Some(20.0), Some(0.5), Some(true))
+        );
+        assert_eq!(row.other.unwrap().name, "fast");
+        let row = Row::against(NAMES, &own, &others, Bar::RatioAtMost(0.4));
+        assert_eq!(row.met, Some(false));
+    }
+
+    #[test]
+    fn who_comes_to_no_end_has_lost() {
+        let own = series("drover", &[10.0]);
+        let never = Series {
+            name: "never".to_owned(),
+            values: vec![None],
+        };
+        let row = Row::against(
+            NAMES,
+            &own,
+            std::slice::from_ref(&never),
+            Bar::RatioAtMost(0.5),
+        );
+        assert_eq!((row.ratio, row.met), (None, Some(true)));
+        assert!(row.cells()[2].contains("no end"));
+        let row = Row::against(NAMES, &never, &[own], Bar::RatioAtMost(0.5));
+        assert_eq!(row.met, Some(false));
+        assert_eq!(Row::alone(NAMES, &never, Bar::AtMost(1.0)).met, Some(false));
+    }
+
+    #[test]
+    fn table_goes_between_the_marks_again_and_again() {
+        let [begin, end] = MARKS;
+        let page = format!("# Title\n{begin}\nold\n{end}\nrest\n");
+        let once = replaced(&page, "new\n").unwrap();
+        assert_eq!(once, format!("# Title\n{begin}\nnew\n{end}\nrest\n"));
+        assert_eq!(replaced(&once, "new\n").as_ref(), Some(&once));
+        assert_eq!(replaced("no marks", "new\n"), None);
+        let rows = [Row::alone(
+            NAMES,
+            &series("drover", &[1.0]),
+            Bar::AtMost(2.0),
+        )];
+        assert_eq!(
+            markdown(&rows).lines().last(),
+            Some("| case: total | 1.000 | - | - | ms | <= 2 | met |")
+        );
+    }
+}
