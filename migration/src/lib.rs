@@ -13,6 +13,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`source`], [`destination`] | a migration from beginning to end, on either side |
+//! | [`snapshot`] | a machine at one moment, in files |
 //! | [`convergence`] | whether another round is worth it |
 //! | [`handoff`] | which copy lives, as two state machines |
 //! | [`codec`] | pages made fewer bytes, and back |
@@ -32,6 +33,7 @@ pub mod page;
 pub mod ports;
 pub mod progress;
 pub mod section;
+pub mod snapshot;
 pub mod source;
 pub mod wire;
 
