@@ -56,6 +56,17 @@ pub enum TakenBack {
     NothingToHold,
 }
 
+/// What a disk that is written looks like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskMark {
+    /// Its number among all disks.
+    pub index: usize,
+    /// The image.
+    pub path: PathBuf,
+    /// Its mark alone; `None` for a block device, which has none.
+    pub mark: Option<u64>,
+}
+
 /// All disks of a VM.
 pub struct DiskHandover {
     disks: Vec<Disk>,
@@ -76,12 +87,7 @@ impl DiskHandover {
     /// # Errors
     /// [`HandoverError`]; then everything is locked as before.
     pub fn release(&mut self) -> Result<u64, HandoverError> {
-        for disk in self.written() {
-            disk.sync().map_err(|source| HandoverError::Sync {
-                path: disk.path().to_owned(),
-                source,
-            })?;
-        }
+        self.sync()?;
         let mark = self.read_mark()?;
         for disk in &self.disks {
             if let Err(error) = disk.claim().release() {
@@ -153,6 +159,59 @@ impl DiskHandover {
         Ok(())
     }
 
+    /// Makes what was written durable and marks every disk that is written anew, so that the next
+    /// write shows. The devices have to be paused.
+    ///
+    /// # Errors
+    /// [`HandoverError`].
+    pub fn settle(&self) -> Result<Vec<DiskMark>, HandoverError> {
+        self.sync()?;
+        for disk in self.marked() {
+            // To the nanosecond: file systems count in ticks, within which a write would not show.
+            let times = FileTimes::new().set_modified(SystemTime::now());
+            disk.file().set_times(times).map_err(cannot_mark(disk))?;
+        }
+        self.marks()
+    }
+
+    /// What each disk that is written looks like.
+    ///
+    /// # Errors
+    /// [`HandoverError::Mark`].
+    pub fn marks(&self) -> Result<Vec<DiskMark>, HandoverError> {
+        let disks = self.disks.iter().zip(0..);
+        let written = disks.filter(|(disk, _)| disk.is_writable());
+        let mark = |(disk, index): (&Disk, usize)| {
+            Ok(DiskMark {
+                index,
+                path: disk.path().to_owned(),
+                mark: match is_marked(disk) {
+                    true => Some(mark_of([disk].into_iter())?),
+                    false => None,
+                },
+            })
+        };
+        written.map(mark).collect()
+    }
+
+    /// The images that are written, for making them durable while the devices run.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn files(&self) -> io::Result<Vec<File>> {
+        self.written().map(|disk| disk.file().try_clone()).collect()
+    }
+
+    fn sync(&self) -> Result<(), HandoverError> {
+        for disk in self.written() {
+            disk.sync().map_err(|source| HandoverError::Sync {
+                path: disk.path().to_owned(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
     fn unlock(&self) {
         self.disks.iter().for_each(release);
     }
@@ -164,24 +223,11 @@ impl DiskHandover {
 
     /// Disks whose mark can be replaced: block devices have none.
     fn marked(&self) -> impl Iterator<Item = &Disk> {
-        self.written().filter(|disk| {
-            let metadata = disk.file().metadata();
-            metadata.is_ok_and(|metadata| !metadata.file_type().is_block_device())
-        })
+        self.written().filter(|disk| is_marked(disk))
     }
 
     fn read_mark(&self) -> Result<u64, HandoverError> {
-        let mut hash = Sha256::new();
-        for disk in self.marked() {
-            let metadata = disk.file().metadata().map_err(cannot_mark(disk))?;
-            for field in [metadata.mtime(), metadata.mtime_nsec()] {
-                hash.update(field.to_le_bytes());
-            }
-            hash.update(metadata.len().to_le_bytes());
-        }
-        let hash: [u8; 32] = hash.finalize().into();
-        let first = hash.first_chunk().copied();
-        Ok(u64::from_le_bytes(first.unwrap_or_default()))
+        mark_of(self.marked())
     }
 
     fn replace_mark(&self, old: u64) -> Result<(), HandoverError> {
@@ -203,6 +249,26 @@ impl DiskHandover {
             "its file system does not keep the time of modification",
         )))
     }
+}
+
+/// Whether the host keeps a time of modification.
+fn is_marked(disk: &Disk) -> bool {
+    let metadata = disk.file().metadata();
+    metadata.is_ok_and(|metadata| !metadata.file_type().is_block_device())
+}
+
+fn mark_of<'a>(disks: impl Iterator<Item = &'a Disk>) -> Result<u64, HandoverError> {
+    let mut hash = Sha256::new();
+    for disk in disks {
+        let metadata = disk.file().metadata().map_err(cannot_mark(disk))?;
+        for field in [metadata.mtime(), metadata.mtime_nsec()] {
+            hash.update(field.to_le_bytes());
+        }
+        hash.update(metadata.len().to_le_bytes());
+    }
+    let hash: [u8; 32] = hash.finalize().into();
+    let first = hash.first_chunk().copied();
+    Ok(u64::from_le_bytes(first.unwrap_or_default()))
 }
 
 fn modified(file: &File) -> io::Result<SystemTime> {
@@ -288,6 +354,20 @@ mod tests {
         assert!(error.to_string().contains("is in use"), "{error}");
         drop(other);
         assert_eq!(source.take_back().unwrap(), TakenBack::Unchanged);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_write_right_after_settling_shows() {
+        let path = image("settle");
+        let disks = handover(&path, true);
+        let writer = File::options().write(true).open(&path).unwrap();
+        for _ in 0..50 {
+            let settled = disks.settle().unwrap();
+            assert_eq!(disks.marks().unwrap(), settled);
+            std::os::unix::fs::FileExt::write_at(&writer, b"x", 0).unwrap();
+            assert_ne!(disks.marks().unwrap(), settled);
+        }
         std::fs::remove_file(path).unwrap();
     }
 

@@ -35,7 +35,7 @@ mod syscalls;
 mod testing;
 
 pub use error::DiskError;
-pub use handover::{DiskHandover, HandoverError, TakenBack};
+pub use handover::{DiskHandover, DiskMark, HandoverError, TakenBack};
 pub use lock::{DiskClaim, Holder, LockError, LockMode};
 pub use open::{Disk, open, prepare};
 pub use qcow2::Qcow2Error;
