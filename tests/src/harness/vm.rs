@@ -222,7 +222,10 @@ pub struct Ended {
 
 impl Vm {
     /// Starts a `drover` that is one VM's process.
-    pub(super) fn spawn(mut command: Command, control: Control) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn spawn(mut command: Command, control: Control) -> anyhow::Result<Self> {
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
