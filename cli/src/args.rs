@@ -76,6 +76,10 @@ pub(crate) enum Command {
     Receive(Box<ReceiveArgs>),
     /// Show, cancel or change a VM's migration.
     Migration(MigrationArgs),
+    /// Take a snapshot of a VM, which runs on.
+    Snapshot(SnapshotArgs),
+    /// Start a VM from a snapshot.
+    Restore(Box<RestoreArgs>),
     /// Connect this terminal to a VM's serial port or console (started with pty or socket=PATH).
     Console(ConsoleArgs),
     /// Tell what this host can do for VMs, and how to mend what it cannot.
@@ -238,6 +242,56 @@ pub(crate) struct ReceiveArgs {
     pub(crate) listen: Option<vmm::host::link::LinkUrl>,
     #[command(flatten)]
     pub(crate) security: SecurityArgs,
+    #[command(flatten)]
+    pub(crate) arrival: ArrivalArgs,
+    /// Directory below which the source may name files [default: anywhere, but with --plaintext
+    /// nowhere].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) allow_path: Vec<PathBuf>,
+    /// Print the address as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotArgs {
+    /// Name of the VM.
+    pub(crate) name: String,
+    /// Where the snapshot goes; one that is there is replaced.
+    #[arg(value_name = "DIR")]
+    pub(crate) directory: PathBuf,
+    /// How long the VM may stand still.
+    #[arg(long, value_name = "TIME", default_value = "20ms")]
+    pub(crate) max_downtime: humantime::Duration,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The snapshot.
+    #[arg(value_name = "DIR")]
+    pub(crate) directory: PathBuf,
+    /// Name of the VM [default: as it was called].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Start at once; memory is loaded when it is touched, and in the background.
+    #[arg(long)]
+    pub(crate) lazy: bool,
+    /// Also when disks were written since the snapshot was taken.
+    #[arg(long)]
+    pub(crate) allow_changed_disks: bool,
+    #[command(flatten)]
+    pub(crate) arrival: ArrivalArgs,
+    /// Directory below which the snapshot may name files [default: anywhere].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) allow_path: Vec<PathBuf>,
+}
+
+/// What is different from where a VM comes from.
+#[derive(Debug, Args)]
+pub(crate) struct ArrivalArgs {
     /// Serial port here, when not as the VM has it: stdio, null, pty, file=PATH or socket=PATH.
     #[arg(long, value_name = "TARGET")]
     pub(crate) serial: Option<String>,
@@ -253,13 +307,6 @@ pub(crate) struct ReceiveArgs {
     /// Socket of vsock here.
     #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<PathBuf>,
-    /// Directory below which the source may name files [default: anywhere, but with --plaintext
-    /// nowhere].
-    #[arg(long, value_name = "DIR")]
-    pub(crate) allow_path: Vec<PathBuf>,
-    /// Print the address as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

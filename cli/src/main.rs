@@ -11,6 +11,7 @@ mod receive;
 mod report;
 mod run;
 mod shell;
+mod snapshot;
 mod table;
 
 use std::process::ExitCode;
@@ -52,6 +53,8 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Migrate(args) => migrate::migrate(*args),
         Command::Receive(args) => receive::receive(*args),
         Command::Migration(args) => migrate::migration(args),
+        Command::Snapshot(args) => snapshot::snapshot(&args),
+        Command::Restore(args) => snapshot::restore(*args),
         Command::Console(args) => console::console(&args),
         Command::Doctor(args) => doctor::doctor(args.json),
         Command::Completions(args) => shell::completions(args.shell),

@@ -1,6 +1,7 @@
 //! `drover receive`.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -8,7 +9,7 @@ use vmm::control::RuntimeDir;
 use vmm::host::link::LinkUrl;
 use vmm::machine::{ArrivalOptions, EndReason, LaunchOptions, ReceiveOptions, Receiver};
 
-use crate::args::ReceiveArgs;
+use crate::args::{ArrivalArgs, ReceiveArgs};
 use crate::demo::GUEST;
 use crate::migrate::security;
 
@@ -55,22 +56,27 @@ fn options(args: ReceiveArgs) -> Result<ReceiveOptions> {
         name: args.name.parse()?,
         listen: args.listen,
         security: security(args.security)?,
-        arrival: ArrivalOptions {
-            serial: args.serial.map(|target| target.parse()).transpose()?,
-            console: args.console.map(|target| target.parse()).transpose()?,
-            disks: pairs("--disk", args.disk)?
-                .into_iter()
-                .map(|(id, path)| (id, path.into()))
-                .collect(),
-            taps: pairs("--tap", args.tap)?,
-            vsock: args.vsock,
-            allowed_paths: allowed,
-        },
+        arrival: arrival(args.arrival, allowed)?,
         launch: LaunchOptions {
             builtin_kernel: Some(GUEST),
             runtime_dir: Some(RuntimeDir::from_environment()),
             handle_signals: true,
         },
+    })
+}
+
+/// What is different here.
+pub(crate) fn arrival(args: ArrivalArgs, allowed: Option<Vec<PathBuf>>) -> Result<ArrivalOptions> {
+    Ok(ArrivalOptions {
+        serial: args.serial.map(|target| target.parse()).transpose()?,
+        console: args.console.map(|target| target.parse()).transpose()?,
+        disks: pairs("--disk", args.disk)?
+            .into_iter()
+            .map(|(id, path)| (id, path.into()))
+            .collect(),
+        taps: pairs("--tap", args.tap)?,
+        vsock: args.vsock,
+        allowed_paths: allowed,
     })
 }
 

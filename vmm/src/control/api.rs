@@ -23,7 +23,7 @@ use super::errors::{ApiError, ErrorBody};
 use super::metrics;
 use crate::config::VmConfig;
 use crate::machine::{BalloonInfo, ControllerClient, DeviceInfo, Request, Sample, VmEvent, VmInfo};
-use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning};
+use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning, SnapshotRequest};
 
 /// Largest accepted request body.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -68,6 +68,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         post_migration,
         put_migration,
         delete_migration,
+        post_snapshot,
         get_events,
         get_metrics,
         get_openapi,
@@ -102,6 +103,7 @@ fn router(client: ControllerClient) -> Router {
                 .put(put_migration)
                 .delete(delete_migration),
         )
+        .route("/v1/snapshot", post(post_snapshot))
         .route("/v1/events", get(get_events))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
@@ -259,6 +261,22 @@ async fn put_migration(
 #[utoipa::path(delete, path = "/v1/migration", responses((status = 202), (status = 404, body = ErrorBody)))]
 async fn delete_migration(State(client): State<ControllerClient>) -> Result<StatusCode, ApiError> {
     client.cancel_migration().await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// Starts to take a snapshot. Events tell what becomes of it.
+#[utoipa::path(
+    post,
+    path = "/v1/snapshot",
+    request_body = SnapshotRequest,
+    responses((status = 202), (status = 400, body = ErrorBody), (status = 409, body = ErrorBody)),
+)]
+async fn post_snapshot(
+    State(client): State<ControllerClient>,
+    request: Result<Json<SnapshotRequest>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(request) = request.map_err(bad_body)?;
+    client.snapshot(request).await?;
     Ok(StatusCode::ACCEPTED)
 }
 

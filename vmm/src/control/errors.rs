@@ -36,9 +36,12 @@ impl From<CommandError> for ApiError {
             CommandError::Rejected(_)
             | CommandError::Waiting
             | CommandError::Migrating
+            | CommandError::TakingSnapshot
             | CommandError::Disks(_) => StatusCode::CONFLICT,
             CommandError::NoDevice(_) | CommandError::NoMigration => StatusCode::NOT_FOUND,
-            CommandError::Balloon(_) | CommandError::InvalidMigration(_) => StatusCode::BAD_REQUEST,
+            CommandError::Balloon(_)
+            | CommandError::InvalidMigration(_)
+            | CommandError::InvalidSnapshot(_) => StatusCode::BAD_REQUEST,
             CommandError::Ended => StatusCode::GONE,
             CommandError::Machine(_) | CommandError::Thread(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };

@@ -302,7 +302,7 @@ fn check_migration(report: &mut Report, root: &Root) {
         None => report.ok(
             Area::Migrate,
             "userfaultfd",
-            "/dev/userfaultfd opens: post-copy is possible",
+            "/dev/userfaultfd opens: post-copy and restore --lazy are possible",
         ),
         Some(_) if anybody => report.ok(Area::Migrate, "userfaultfd", "allowed for every user"),
         Some(error) => {

@@ -3,6 +3,7 @@
 pub mod chardev;
 pub mod disk;
 pub mod entropy;
+pub(crate) mod exchange;
 pub mod link;
 pub mod net;
 pub mod pin;

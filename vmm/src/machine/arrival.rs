@@ -1,4 +1,5 @@
-//! A machine that comes from another host: built from its description, filled, started.
+//! A machine that comes from another host, or from a snapshot: built from its description, filled,
+//! started.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,15 +49,20 @@ type Slot = Arc<Mutex<Option<Arrived>>>;
 
 /// This host as the engine sees it.
 pub(super) struct ArrivalHost {
-    pub(super) name: VmName,
-    pub(super) options: ArrivalOptions,
-    pub(super) builtin_kernel: Option<&'static [u8]>,
-    pub(super) notices: Arc<Notices>,
+    pub(super) site: ArrivalSite,
     /// Where the machine is found after it has come.
     pub(super) slot: Slot,
 }
 
-impl ArrivalHost {
+/// Where a machine that was described elsewhere is built.
+pub(super) struct ArrivalSite {
+    pub(super) name: VmName,
+    pub(super) options: ArrivalOptions,
+    pub(super) builtin_kernel: Option<&'static [u8]>,
+    pub(super) notices: Arc<Notices>,
+}
+
+impl ArrivalSite {
     /// The configuration as it is here.
     fn adapt(&self, config: &mut VmConfig) -> Result<(), Vec<String>> {
         let mut reasons = Vec::new();
@@ -104,12 +110,22 @@ impl ArrivalHost {
         }
     }
 
-    fn build(&self, skeleton: &Skeleton, config: VmConfig) -> Result<Arrived, Vec<String>> {
+    /// Builds the machine that `skeleton` describes; its memory is empty.
+    ///
+    /// # Errors
+    /// All reasons why this host cannot have it, at least one.
+    pub(super) fn build(
+        &self,
+        skeleton: &Skeleton,
+        locks: DiskLocks,
+    ) -> Result<Arrived, Vec<String>> {
+        let mut config = skeleton.config.clone();
+        self.adapt(&mut config)?;
         let one = |error: &dyn std::error::Error| vec![chain(error)];
         let cpuid = skeleton.cpuid();
         let placement = Placement::apply(&config.cpus).map_err(|error| one(&error))?;
         let events = Arc::clone(&self.notices);
-        let opened = Resources::open_all(&config, self.builtin_kernel, DiskLocks::Leave, events);
+        let opened = Resources::open_all(&config, self.builtin_kernel, locks, events);
         let resources = opened.map_err(|errors| {
             let mut reasons: Vec<_> = errors.iter().map(|error| chain(error)).collect();
             // The machine cannot be built to find out; the CPU is looked at all the same.
@@ -228,9 +244,7 @@ fn forbidden(config: &VmConfig, options: &ArrivalOptions, allowed: &[PathBuf]) -
 impl Host for ArrivalHost {
     fn prepare(&mut self, skeleton: &[u8]) -> Result<Box<dyn Incoming>, Vec<String>> {
         let skeleton = Skeleton::decode(skeleton).map_err(|reason| vec![reason])?;
-        let mut config = skeleton.config.clone();
-        self.adapt(&mut config)?;
-        let arrived = self.build(&skeleton, config)?;
+        let arrived = self.site.build(&skeleton, DiskLocks::Leave)?;
         let pages = Arc::new(RamPages::new(Arc::clone(arrived.machine.memory())));
         *self.slot.lock() = Some(arrived);
         Ok(Box::new(Arrival {

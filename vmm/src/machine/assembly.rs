@@ -190,6 +190,7 @@ impl Machine {
             console,
             devices: board.devices,
             acpi,
+            loading: None,
             pci: board.pci,
             gate: Arc::clone(notices.gate()),
             vm,

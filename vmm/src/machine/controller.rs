@@ -25,6 +25,7 @@ mod client;
 #[cfg(feature = "testing")]
 mod fake;
 mod migration;
+mod snapshot;
 mod views;
 mod waiting;
 pub use client::{CommandError, ControllerClient};
@@ -37,6 +38,7 @@ pub(in crate::machine) use migration::Job;
 pub(crate) use migration::MachineLink;
 use migration::Migration;
 pub use migration::MigrationMachineError;
+use snapshot::Snapshot;
 pub(in crate::machine) use waiting::Waiting;
 
 /// What others open to reach the guest, where there is such a thing.
@@ -58,6 +60,8 @@ pub(crate) struct Controller {
     notices: UnboundedReceiver<Notice>,
     end: Option<EndReason>,
     migration: Option<Migration>,
+    /// The snapshot that is being taken.
+    snapshot: Option<Snapshot>,
     /// What a migration's thread wants done.
     jobs: UnboundedReceiver<Job>,
     jobs_sender: UnboundedSender<Job>,
@@ -99,6 +103,7 @@ impl Controller {
             notices,
             end: None,
             migration: None,
+            snapshot: None,
             jobs,
             jobs_sender,
         }
@@ -134,6 +139,7 @@ impl Controller {
     /// its last words written.
     fn finish(mut self, reason: EndReason) -> EndReason {
         self.abandon_migration();
+        self.abandon_snapshot();
         drop(self.machine);
         self.events.publish(EventKind::Ended { reason });
         reason
@@ -147,6 +153,9 @@ impl Controller {
             }
             Command::Migrate(request, answer) => {
                 let _ = answer.send(self.migrate(*request));
+            }
+            Command::Snapshot(request, answer) => {
+                let _ = answer.send(self.take_snapshot(*request));
             }
             Command::Migration(answer) => {
                 let _ = answer.send(self.migration_status().map(Box::new));
@@ -189,8 +198,8 @@ impl Controller {
     }
 
     fn handle_request(&mut self, request: Request) -> Result<(), CommandError> {
-        if self.is_migrating() && request != Request::Stop {
-            return Err(CommandError::Migrating);
+        if request != Request::Stop {
+            self.check_idle()?;
         }
         if request == Request::Resume {
             // A migration that ended in doubt has let them go; the operator knows better.

@@ -1,6 +1,7 @@
 //! What happens to a VM, for whoever listens.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +12,7 @@ use tokio::sync::broadcast;
 use migration::progress::RoundReport;
 
 use super::lifecycle::EndReason;
-use crate::migrate::MigrationReport;
+use crate::migrate::{MigrationReport, SnapshotReport};
 
 /// Events that a late listener can still read.
 const HISTORY: usize = 256;
@@ -103,6 +104,23 @@ pub enum EventKind {
     },
     /// The VM has come from another process, and goes on here.
     Arrived,
+    /// A snapshot is being taken.
+    SnapshotStarted {
+        /// Where it goes.
+        #[schema(value_type = String)]
+        directory: PathBuf,
+    },
+    /// A snapshot was taken, or not.
+    SnapshotEnded {
+        /// What came of it.
+        report: Box<SnapshotReport>,
+    },
+    /// The VM has come from a snapshot.
+    Restored {
+        /// Where that is.
+        #[schema(value_type = String)]
+        directory: PathBuf,
+    },
     /// The VM has ended; the last event.
     Ended {
         /// Why.

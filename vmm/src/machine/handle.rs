@@ -79,9 +79,16 @@ impl VmHandle {
     /// [`LaunchError`]; nothing is left behind.
     pub fn launch(config: VmConfig, options: LaunchOptions) -> Result<Self, LaunchError> {
         config.validate()?;
+        Self::spawn(move || prepare(config, &options))
+    }
+
+    /// Runs `prepare`, and then the VM, on the controller's thread.
+    pub(super) fn spawn<E: From<LaunchError> + Send + 'static>(
+        prepare: impl FnOnce() -> Result<Prepared, E> + Send + 'static,
+    ) -> Result<Self, E> {
         let (report, reported) = sync_channel(1);
         let builder = std::thread::Builder::new().name("ctl".to_owned());
-        let spawned = builder.spawn(move || match prepare(config, &options) {
+        let spawned = builder.spawn(move || match prepare() {
             Ok(prepared) => {
                 // The launcher waits for exactly this.
                 let handle = (prepared.client.clone(), Arc::clone(&prepared.notices));
@@ -145,12 +152,12 @@ impl Drop for VmHandle {
 }
 
 /// A VM that runs, and what the controller thread needs to serve it.
-struct Prepared {
-    controller: Controller,
-    client: ControllerClient,
-    notices: Arc<Notices>,
-    signals: Option<SignalThread>,
-    claim: Option<NameClaim>,
+pub(super) struct Prepared {
+    pub(super) controller: Controller,
+    pub(super) client: ControllerClient,
+    pub(super) notices: Arc<Notices>,
+    pub(super) signals: Option<SignalThread>,
+    pub(super) claim: Option<NameClaim>,
 }
 
 /// The name is claimed first, so that of two VMs with one name the second touches nothing.

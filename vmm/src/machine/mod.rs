@@ -3,6 +3,7 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `receive`, `arrival` | a VM that comes from another process |
+//! | `restore` | a VM that comes from a snapshot |
 //! | `lifecycle` | which request is allowed in which state: pure |
 //! | `resources` | what the configuration names on the host, opened |
 //! | `peripherals` | the devices that the configuration adds |
@@ -29,6 +30,7 @@ mod peripherals;
 mod placement;
 mod receive;
 mod resources;
+mod restore;
 mod runtime;
 mod saved;
 mod signals;
@@ -47,5 +49,6 @@ pub use peripherals::PeripheralError;
 pub use placement::PlacementError;
 pub use receive::{ReceiveError, ReceiveOptions, Receiver};
 pub use resources::{ResourceError, Resources};
+pub use restore::{RestoreError, RestoreOptions};
 pub use runtime::{Machine, MachineError};
 pub use saved::MachineStateError;

@@ -11,7 +11,7 @@ use migration::ports::{Accept, Channel};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::arrival::{ArrivalHost, ArrivalOptions, Arrived};
+use super::arrival::{ArrivalHost, ArrivalOptions, ArrivalSite, Arrived};
 use super::controller::{Controller, ControllerClient, Waiting};
 use super::handle::{FAREWELL_TIME, LaunchError, LaunchOptions, VmHandle, follow_terminal_size};
 use super::lifecycle::EndReason;
@@ -280,10 +280,12 @@ impl Entrance {
         };
         let slot = Arc::new(Mutex::new(None));
         let mut host = ArrivalHost {
-            name: self.options.name.clone(),
-            options: self.options.arrival.clone(),
-            builtin_kernel: self.options.launch.builtin_kernel,
-            notices: Arc::clone(&self.notices),
+            site: ArrivalSite {
+                name: self.options.name.clone(),
+                options: self.options.arrival.clone(),
+                builtin_kernel: self.options.launch.builtin_kernel,
+                notices: Arc::clone(&self.notices),
+            },
             slot: Arc::clone(&slot),
         };
         let mut further = Further::new(self, peer)?;

@@ -20,6 +20,7 @@ use crate::host::chardev::CharPump;
 use crate::host::disk::DiskHandover;
 use crate::kvm::{ClockState, DirtyLog, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
 use crate::memory::Layout;
+use crate::migrate::LazyMemory;
 
 /// The machine could not follow.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,8 @@ pub struct Machine {
     pub(super) balloon: Option<BalloonHandle>,
     pub(super) console: Option<Arc<ConsolePort>>,
     pub(super) acpi: Arc<AcpiRegisters>,
+    /// Brings memory in; gone only after everybody who touches it.
+    pub(super) loading: Option<LazyMemory>,
     pub(super) pci: Arc<PciRoot>,
     pub(super) gate: Arc<GuestGate>,
     pub(super) vm: Vm,

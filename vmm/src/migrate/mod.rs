@@ -13,6 +13,7 @@ mod page_store;
 mod report;
 mod session;
 mod skeleton;
+mod snapshot;
 mod write_log;
 
 pub use kvm_log::{KvmLogTracker, UnionTracker};
@@ -25,4 +26,6 @@ pub use report::{
 };
 pub(crate) use session::Session;
 pub use skeleton::Skeleton;
+pub(crate) use snapshot::{LazyMemory, SnapshotMemory, SnapshotSession, open as open_snapshot};
+pub use snapshot::{SnapshotError, SnapshotReadError, SnapshotReport, SnapshotRequest};
 pub use write_log::WriteLogTracker;

@@ -156,7 +156,7 @@ impl Dial for Dialer {
 }
 
 /// The machine through its controller.
-struct LinkedMachine(MachineLink);
+pub(super) struct LinkedMachine(pub(super) MachineLink);
 
 impl LinkedMachine {
     fn flat<T>(

@@ -14,7 +14,7 @@ use crate::host::disk::HandoverError;
 use crate::machine::events::EventHub;
 use crate::machine::lifecycle::{Rejection, Request};
 use crate::machine::runtime::MachineError;
-use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning};
+use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning, SnapshotRequest};
 
 /// Commands that may wait.
 pub(super) const QUEUE: usize = 64;
@@ -49,8 +49,14 @@ pub enum CommandError {
     /// A migration cannot be like that.
     #[error("the migration cannot be started: {0}")]
     InvalidMigration(String),
+    /// A snapshot is being taken.
+    #[error("a snapshot of the VM is being taken")]
+    TakingSnapshot,
+    /// A snapshot cannot be like that.
+    #[error("the snapshot cannot be taken: {0}")]
+    InvalidSnapshot(String),
     /// The host refused a thread.
-    #[error("thread for the migration")]
+    #[error("thread for the migration or snapshot")]
     Thread(#[source] std::io::Error),
     /// The VM has ended.
     #[error("the VM has ended")]
@@ -81,6 +87,8 @@ pub(super) enum Command {
     CancelMigration(Answer<()>),
     /// To change the migration.
     TuneMigration(MigrationTuning, Answer<()>),
+    /// To take a snapshot of it.
+    Snapshot(Box<SnapshotRequest>, Answer<()>),
     /// A new size of its console.
     ResizeConsole(ConsoleSize, Answer<()>),
 }
@@ -210,6 +218,16 @@ impl ControllerClient {
     /// [`CommandError::NoMigration`], [`CommandError::InvalidMigration`].
     pub async fn tune_migration(&self, tuning: MigrationTuning) -> Result<(), CommandError> {
         self.ask(|answer| Command::TuneMigration(tuning, answer))
+            .await
+    }
+
+    /// Starts to take a snapshot; what becomes of that is told by events.
+    ///
+    /// # Errors
+    /// [`CommandError::Migrating`], [`CommandError::TakingSnapshot`],
+    /// [`CommandError::InvalidSnapshot`].
+    pub async fn snapshot(&self, request: SnapshotRequest) -> Result<(), CommandError> {
+        self.ask(|answer| Command::Snapshot(Box::new(request), answer))
             .await
     }
 

@@ -74,6 +74,9 @@ impl Fake {
                 self.balloon_bytes = bytes;
                 let _ = answer.send(Ok(()));
             }
+            Command::Snapshot(_, answer) => {
+                let _ = answer.send(Ok(()));
+            }
             Command::Migrate(_, answer) | Command::CancelMigration(answer) => {
                 let _ = answer.send(Err(CommandError::NoMigration));
             }

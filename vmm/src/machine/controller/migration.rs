@@ -101,9 +101,7 @@ impl Controller {
 
     /// Starts a migration.
     pub(super) fn migrate(&mut self, request: MigrationRequest) -> Result<(), CommandError> {
-        if self.is_migrating() {
-            return Err(CommandError::Migrating);
-        }
+        self.check_idle()?;
         let invalid = |why: String| Err(CommandError::InvalidMigration(why));
         if request.urls.is_empty() {
             return invalid("no destination is given".to_owned());
@@ -259,7 +257,12 @@ impl Controller {
             Some(format!("{}: {reason}", device.id))
         };
         let infos = self.machine.device_infos();
-        infos.into_iter().filter_map(blocked).collect()
+        let mut blockers: Vec<_> = infos.into_iter().filter_map(blocked).collect();
+        let loading = self.machine.loading.as_ref();
+        if loading.is_some_and(|loading| !loading.is_done()) {
+            blockers.push("memory: it is still being loaded from a snapshot".to_owned());
+        }
+        blockers
     }
 
     /// Stops the machine for the switchover. What the guest has asked for last comes first: it

@@ -66,6 +66,7 @@ impl Waiting {
             }
             Command::Request(_, answer)
             | Command::Migrate(_, answer)
+            | Command::Snapshot(_, answer)
             | Command::CancelMigration(answer)
             | Command::TuneMigration(_, answer)
             | Command::SetBalloon(_, answer)

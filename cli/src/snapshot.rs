@@ -1,0 +1,116 @@
+//! `drover snapshot` and `drover restore`.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, anyhow};
+use vmm::control::{Client, ClientError, RuntimeDir};
+use vmm::machine::{EndReason, EventKind, LaunchOptions, RestoreOptions, VmEvent, VmHandle};
+use vmm::migrate::{SnapshotReport, SnapshotRequest};
+
+use crate::args::{RestoreArgs, SnapshotArgs};
+use crate::control::{block_on, find, print_json};
+use crate::demo::GUEST;
+use crate::receive::arrival;
+
+pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
+    let client = find(&args.name)?;
+    let micros = u64::try_from(args.max_downtime.as_micros()).unwrap_or(u64::MAX);
+    let request = SnapshotRequest {
+        // The VM's process may be in another directory.
+        directory: std::path::absolute(&args.directory)?,
+        max_downtime_us: micros,
+    };
+    let report = block_on(async { follow(&client, &request).await })
+        .with_context(|| format!("VM {}", args.name))?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        print_report(&report);
+    }
+    Ok(match report.error {
+        None => ExitCode::SUCCESS,
+        Some(_) => ExitCode::FAILURE,
+    })
+}
+
+/// Starts the snapshot and waits for its end.
+async fn follow(client: &Client, request: &SnapshotRequest) -> Result<SnapshotReport> {
+    // Events from before do not concern us.
+    let mut next = 0;
+    let note = |line: &str| {
+        if let Ok(event) = serde_json::from_str::<VmEvent>(line) {
+            next = event.sequence + 1;
+        }
+        true
+    };
+    client.lines("/v1/events?follow=false", note).await?;
+    client.post_json("/v1/snapshot", request).await?;
+    let mut report = None;
+    let path = format!("/v1/events?since={next}");
+    let watched = client.lines(&path, |line| {
+        let event = serde_json::from_str::<VmEvent>(line);
+        if let Ok(EventKind::SnapshotEnded { report: ended }) = event.map(|event| event.kind) {
+            report = Some(*ended);
+        }
+        report.is_none()
+    });
+    let watched = watched.await;
+    match (report, watched) {
+        (Some(report), _) => Ok(report),
+        (None, Ok(()) | Err(ClientError::Http(_))) => {
+            Err(anyhow!("the VM has ended before its snapshot was taken"))
+        }
+        (None, Err(error)) => Err(error.into()),
+    }
+}
+
+fn print_report(report: &SnapshotReport) {
+    let directory = report.directory.display();
+    let name = &report.name;
+    match &report.error {
+        None => println!(
+            "{name} is in {directory}: {} MiB of memory, {} MiB written in {} ms",
+            report.memory_bytes >> 20,
+            report.written_bytes >> 20,
+            report.total_ms
+        ),
+        Some(error) => {
+            let goes_on = if report.paused {
+                "is paused"
+            } else {
+                "goes on"
+            };
+            eprintln!("drover: there is no new snapshot of {name}, which {goes_on}: {error}");
+        }
+    }
+    if let Some(still) = report.stood_still {
+        println!(
+            "it stood still for {:.1} ms",
+            still.total_us as f64 / 1000.0
+        );
+    }
+}
+
+pub(crate) fn restore(args: RestoreArgs) -> Result<ExitCode> {
+    let directory = args.directory.display().to_string();
+    let allowed = Some(args.allow_path).filter(|dirs| !dirs.is_empty());
+    let options = RestoreOptions {
+        directory: std::path::absolute(&args.directory)?,
+        name: args.name.map(|name| name.parse()).transpose()?,
+        lazy: args.lazy,
+        allow_changed_disks: args.allow_changed_disks,
+        arrival: arrival(args.arrival, allowed)?,
+        launch: LaunchOptions {
+            builtin_kernel: Some(GUEST),
+            runtime_dir: Some(RuntimeDir::from_environment()),
+            handle_signals: true,
+        },
+    };
+    let vm = VmHandle::restore(options).with_context(|| format!("snapshot {directory}"))?;
+    let name = vm.client().config().name.clone();
+    let reason = vm.wait();
+    if !matches!(reason, EndReason::PowerOff | EndReason::Stopped) {
+        eprintln!("drover: VM {name} has ended: {reason}");
+    }
+    Ok(ExitCode::from(reason.exit_code()))
+}

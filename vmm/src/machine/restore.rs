@@ -1,0 +1,211 @@
+//! A VM that comes from a snapshot.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use migration::ports::PageStore;
+use migration::snapshot::{DiskRecord, Manifest};
+
+use super::arrival::{ArrivalOptions, ArrivalSite, Arrived};
+use super::controller::Controller;
+use super::handle::{LaunchError, LaunchOptions, Prepared, VmHandle};
+use super::lifecycle::EndReason;
+use super::notices::Notices;
+use super::peripherals::DiskLocks;
+use super::runtime::MachineError;
+use super::saved::MachineStateError;
+use super::signals::SignalThread;
+use crate::config::{VmConfig, VmName};
+use crate::host::disk::HandoverError;
+use crate::memory::{Userfault, UserfaultError};
+use crate::migrate::{
+    LazyMemory, RamPages, Skeleton, SnapshotError, SnapshotMemory, SnapshotReadError, open_snapshot,
+};
+
+/// A VM could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The VM's place here could not be prepared.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The snapshot cannot be opened.
+    #[error("the snapshot cannot be opened")]
+    Snapshot(#[from] SnapshotError),
+    /// This host cannot take it.
+    #[error("this host cannot restore the VM: {}", .0.join("; "))]
+    Refused(Vec<String>),
+    /// Its disks are not as they were.
+    #[error(
+        "{}; the guest may find its file systems damaged: --allow-changed-disks restores it all the same",
+        .0.join("; ")
+    )]
+    Disks(Vec<String>),
+    /// What its disks look like cannot be told.
+    #[error(transparent)]
+    Marks(#[from] HandoverError),
+    /// Its memory cannot be read.
+    #[error("guest memory cannot be restored")]
+    Memory(#[from] SnapshotReadError),
+    /// It cannot be loaded while the VM runs.
+    #[error("guest memory cannot be loaded while the VM runs")]
+    Lazy(#[from] UserfaultError),
+    /// Its state does not fit.
+    #[error("the state does not fit")]
+    State(#[from] MachineStateError),
+    /// It does not run.
+    #[error("the VM cannot be started")]
+    Start(#[from] MachineError),
+}
+
+/// How a VM is restored.
+#[derive(Clone, Debug)]
+pub struct RestoreOptions {
+    /// The snapshot.
+    pub directory: PathBuf,
+    /// Name of the VM; `None`: as it was called.
+    pub name: Option<VmName>,
+    /// Start at once and load memory when it is touched, and in the background.
+    pub lazy: bool,
+    /// Also when disks were written since.
+    pub allow_changed_disks: bool,
+    /// What is different here.
+    pub arrival: ArrivalOptions,
+    /// As for a VM that is launched.
+    pub launch: LaunchOptions,
+}
+
+impl VmHandle {
+    /// Builds the machine of a snapshot and lets it go on where it was, unless it was paused then.
+    /// The snapshot stays as it is.
+    ///
+    /// Memory that is loaded lazily and turns out to be damaged ends the process: vCPUs and
+    /// devices wait for pages that will never come, and must not see others.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; nothing is left behind.
+    pub fn restore(options: RestoreOptions) -> Result<Self, RestoreError> {
+        Self::spawn(move || prepare(&options))
+    }
+}
+
+fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
+    let (manifest, memory) = open_snapshot(&options.directory)?;
+    let skeleton = Skeleton::decode(&manifest.skeleton);
+    let mut skeleton = skeleton.map_err(|reason| RestoreError::Refused(vec![reason]))?;
+    if options.lazy {
+        check_lazy(&skeleton.config)?;
+        // Pages that are there cannot come when they are touched.
+        skeleton.config.memory.prefault = false;
+    }
+    let name = options.name.clone();
+    let name = name.unwrap_or_else(|| skeleton.config.name.clone());
+    let launch = &options.launch;
+    let claim = launch.runtime_dir.as_ref().map(|dir| dir.claim(&name));
+    let claim = claim.transpose().map_err(LaunchError::from)?;
+    let (notices, inbox) = Notices::new();
+    let signals = launch.handle_signals.then(|| {
+        // As for a launch.
+        SignalThread::start(Arc::clone(&notices)).map_err(LaunchError::Signals)
+    });
+    let signals = signals.transpose()?;
+    let site = ArrivalSite {
+        name,
+        options: options.arrival.clone(),
+        builtin_kernel: launch.builtin_kernel,
+        notices: Arc::clone(&notices),
+    };
+    let arrived = site.build(&skeleton, DiskLocks::Take);
+    let mut arrived = arrived.map_err(RestoreError::Refused)?;
+    if !options.allow_changed_disks {
+        check_disks(&manifest.disks, &arrived)?;
+    }
+    fill(&mut arrived, &manifest, memory, options.lazy)?;
+    let Arrived {
+        mut machine,
+        config,
+        terminals,
+        paused,
+    } = arrived;
+    machine.restore(manifest.sections)?;
+    let (mut controller, client) = Controller::new(machine, Arc::new(config), terminals, inbox);
+    controller.start_restored(&options.directory, paused)?;
+    Ok(Prepared {
+        controller,
+        client,
+        notices,
+        signals,
+        claim,
+    })
+}
+
+/// Another process would find zeroes where memory is not loaded yet.
+fn check_lazy(config: &VmConfig) -> Result<(), RestoreError> {
+    let disks = config.disk.iter().map(|disk| disk.vhost_user.is_some());
+    let nets = config.net.iter().map(|net| net.vhost_user.is_some());
+    let shared = !config.fs.is_empty() || disks.chain(nets).any(|served| served);
+    match shared {
+        true => Err(RestoreError::Refused(vec![
+            "memory that vhost-user servers share cannot be loaded lazily".to_owned(),
+        ])),
+        false => Ok(()),
+    }
+}
+
+/// Brings memory in, or prepares for that.
+fn fill(
+    arrived: &mut Arrived,
+    manifest: &Manifest,
+    memory: SnapshotMemory,
+    lazy: bool,
+) -> Result<(), RestoreError> {
+    let machine = &mut arrived.machine;
+    let pages = RamPages::new(Arc::clone(machine.memory()));
+    let refused = |reason: &str| RestoreError::Refused(vec![reason.to_owned()]);
+    if pages.regions() != manifest.layout.regions() {
+        return Err(refused(
+            "the snapshot's memory is not laid out as its configuration says",
+        ));
+    }
+    if !lazy {
+        return Ok(memory.load(&pages)?);
+    }
+    let faults = Userfault::register(Arc::clone(machine.memory()))?;
+    for region in pages.regions() {
+        let data = pages.data_runs(region).map_err(SnapshotReadError::from)?;
+        if !data.is_empty() {
+            return Err(refused("guest memory has contents before it is loaded"));
+        }
+    }
+    let name = arrived.config.name.clone();
+    let failed = move |why: String| {
+        log::error!("VM {name} ends at once, its memory cannot be loaded: {why}");
+        std::process::exit(EndReason::VcpuFailure.exit_code().into());
+    };
+    let loading = LazyMemory::start(faults, memory, failed).map_err(LaunchError::Thread)?;
+    machine.loading = Some(loading);
+    Ok(())
+}
+
+/// Disks that are written look as they did.
+fn check_disks(records: &[DiskRecord], arrived: &Arrived) -> Result<(), RestoreError> {
+    let ids = arrived.config.disk_ids();
+    let mut reasons = Vec::new();
+    for found in arrived.machine.disks.marks()? {
+        let id = ids.get(found.index).map_or("", String::as_str);
+        let record = records.iter().find(|record| record.id == id);
+        let path = found.path.display();
+        match (record.and_then(|record| record.mark), found.mark) {
+            (Some(then), Some(now)) if then == now => {}
+            (Some(_), Some(_)) => reasons.push(format!(
+                "{id}: {path} has changed since the snapshot was taken"
+            )),
+            _ => reasons.push(format!(
+                "{id}: nothing tells whether {path} has changed since the snapshot was taken"
+            )),
+        }
+    }
+    match reasons.is_empty() {
+        true => Ok(()),
+        false => Err(RestoreError::Disks(reasons)),
+    }
+}
