@@ -248,7 +248,7 @@ impl Entrance {
             if cancelled.load(Ordering::SeqCst) {
                 return Err(ReceiveError::Stopped);
             }
-            let (channel, peer) = match self.listener.accept(Instant::now() + TICK) {
+            let (channel, peer) = match self.listener.accept_patiently(Instant::now() + TICK) {
                 Ok(accepted) => accepted,
                 Err(error) if error.is_timeout() => continue,
                 Err(error) if error.is_peer_fault() => {

@@ -18,7 +18,7 @@ use super::inherited::{self, Inherited};
 use super::poll;
 use super::security::Security;
 use super::socket::SocketChannel;
-use super::tls::Server;
+use super::tls::{HANDSHAKE_MAX, Server};
 use super::url::{HostPort, LinkUrl, is_loopback};
 use crate::host::socket_file::{ListenError, SocketFile};
 
@@ -208,6 +208,23 @@ impl Listener {
     /// only connection there is. Where [`LinkError::is_peer_fault`], somebody connected who is not
     /// trusted or took too long to say who he is (10 s), and the next one may be the right one.
     pub fn accept(&self, deadline: Instant) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
+        self.secure(self.next_socket(deadline)?, deadline)
+    }
+
+    /// The same, but the deadline is for somebody to come: who has come has all the time that a
+    /// peer ever has (10 s) to say who he is. For those who look at something else now and then.
+    ///
+    /// # Errors
+    /// As [`accept`](Self::accept).
+    pub fn accept_patiently(
+        &self,
+        deadline: Instant,
+    ) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
+        let socket = self.next_socket(deadline)?;
+        self.secure(socket, Instant::now() + HANDSHAKE_MAX)
+    }
+
+    fn next_socket(&self, deadline: Instant) -> Result<Socket, LinkError> {
         let begin = Instant::now();
         let failed = |source: io::Error| match source.kind() {
             io::ErrorKind::TimedOut => self.nobody(begin.elapsed()),
@@ -226,7 +243,14 @@ impl Listener {
                 Ok(socket.ok_or(LinkError::NoFurther { url })?)
             }
         };
-        let socket = socket.map_err(failed)?;
+        socket.map_err(failed)
+    }
+
+    fn secure(
+        &self,
+        socket: Socket,
+        deadline: Instant,
+    ) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
         let peer = PeerInfo::of(&socket, self.url.is_encrypted());
         let peer = peer.map_err(self.not_set_up())?;
         let channel: Box<dyn Channel> = match &self.tls {

@@ -390,6 +390,34 @@ fn peer_that_speaks_something_else_is_named() {
 }
 
 #[test]
+fn short_wait_for_somebody_leaves_the_handshake_its_time() {
+    let authority = Authority::new("far");
+    let good = authority.host("good");
+    let listener = Listener::bind(&url("tls://127.0.0.1:0"), &with(&good)).unwrap();
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = url(&format!("tls://{}", far.local_addr().unwrap()));
+    let connecting = thread::spawn(move || connect_one(&target, &with(&good), soon()).map(drop));
+    let (near, _) = far.accept().unwrap();
+    let port = listener.local_url().host_port().unwrap().port();
+    let through = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let relaying = thread::spawn(move || {
+        // As over a line on which it takes so long.
+        thread::sleep(Duration::from_millis(400));
+        let (mut up, mut down) = (near.try_clone().unwrap(), through.try_clone().unwrap());
+        let back = thread::spawn(move || std::io::copy(&mut down, &mut up));
+        let _ = std::io::copy(&mut &near, &mut &through);
+        let _ = through.shutdown(std::net::Shutdown::Both);
+        let _ = back.join();
+    });
+    let accepted = listener.accept_patiently(Instant::now() + Duration::from_millis(200));
+    drop(accepted.map_err(|error| text(&error)).unwrap());
+    connecting.join().unwrap().unwrap();
+    relaying.join().unwrap();
+    let nobody = listener.accept_patiently(Instant::now() + Duration::from_millis(20));
+    assert!(nobody.map(drop).unwrap_err().is_timeout());
+}
+
+#[test]
 fn silent_peer_does_not_hold_up_a_handshake() {
     let authority = Authority::new("silent");
     let good = authority.host("good");

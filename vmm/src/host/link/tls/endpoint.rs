@@ -23,7 +23,7 @@ use crate::host::link::security::TlsFiles;
 use crate::host::link::socket::set_timeouts;
 
 /// How long a peer may take for the handshake: others may wait behind it.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+pub(in crate::host::link) const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
 /// There is no secure connection.
 #[derive(Debug)]

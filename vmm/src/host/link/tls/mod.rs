@@ -17,6 +17,6 @@ mod endpoint;
 mod failure;
 mod files;
 
-pub(super) use endpoint::{Client, HandshakeError, Server};
+pub(super) use endpoint::{Client, HANDSHAKE_MAX, HandshakeError, Server};
 pub use failure::TlsFailure;
 pub use files::TlsFilesError;
