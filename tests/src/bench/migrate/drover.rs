@@ -51,6 +51,25 @@ struct Mix {
 }
 
 impl Report {
+    /// Whether the VM has moved; not: it did not converge.
+    fn completed(&self) -> anyhow::Result<bool> {
+        match (self.outcome.as_str(), &self.error) {
+            ("migrated", _) => return Ok(true),
+            ("resumed", Some(error)) if error.contains("did not converge") => {}
+            _ => bail!("drover migrate: {self:?}"),
+        }
+        if let Some(last) = self.rounds.last() {
+            eprintln!(
+                "bench:   no end after {} rounds; in the last one, of {} ms, {} pages changed, with vCPUs at {} %",
+                self.rounds.len(),
+                last.duration_us / 1000,
+                last.dirty_pages,
+                last.cpu_percent
+            );
+        }
+        Ok(false)
+    }
+
     /// Wire bytes of a page that was sent before; `None`: there was none.
     fn bytes_per_resent_page(&self) -> Option<f64> {
         let again = self.rounds.iter().skip(1);
@@ -134,24 +153,9 @@ pub(super) fn migrate(
             finished.stderr
         )
     })?;
-    let completed = match (report.outcome.as_str(), &report.error) {
-        ("migrated", _) => true,
-        ("resumed", Some(error)) if error.contains("did not converge") => false,
-        _ => bail!(
-            "drover migrate: {report:?}; destination: {}",
-            destination.said()
-        ),
-    };
+    let completed = report.completed();
+    let completed = completed.with_context(|| format!("destination: {}", destination.said()))?;
     let wire_bytes = number(scenario.link.sent_bytes()? - sent);
-    if let (false, Some(last)) = (completed, report.rounds.last()) {
-        eprintln!(
-            "bench:   no end after {} rounds; in the last one, of {} ms, {} pages changed, with vCPUs at {} %",
-            report.rounds.len(),
-            last.duration_us / 1000,
-            last.dirty_pages,
-            last.cpu_percent
-        );
-    }
     let mut plain_rate = None;
     if completed {
         ensure!(
