@@ -215,7 +215,8 @@ pub(crate) struct MigrateArgs {
     /// What happens then: cancel, or force (stop the VM however long the rest takes).
     #[arg(long, value_name = "ACTION", default_value = "cancel")]
     pub(crate) on_timeout: String,
-    /// Memory for pages sent before, which makes deltas possible [default: 1/8 of the VM's].
+    /// Memory for pages sent before, which makes deltas possible [default: 1/4 of the VM's,
+    /// 1 GiB at most].
     #[arg(long, value_name = "SIZE")]
     pub(crate) cache: Option<vmm::config::ByteSize>,
     #[command(flatten)]

@@ -182,15 +182,13 @@ impl<'a> Rounds<'a> {
         control.send(&Message::Round(Round { number, pages }))?;
         self.sign_of_life = Instant::now();
         self.handle.update(|progress| progress.round = number);
-        let memory: u64 = self.regions.iter().map(PageRun::bytes).sum();
         let begin = self.snapshot();
         self.order(RoundPlan {
             number,
             dirty,
             running: true,
             last: false,
-            // What is sent first is mostly not sent again.
-            remember: number > 1 || memory <= self.options.cache_bytes,
+            remember: true,
         });
         self.await_streams(|rounds| rounds.watch(control, pages))?;
         Ok(self.report_since(begin))

@@ -35,7 +35,7 @@ pub struct MigrationRequest {
     /// What happens then.
     #[serde(default)]
     pub on_timeout: OnTimeout,
-    /// Memory for pages sent before, which makes deltas possible; an eighth of the guest's, 1 GiB
+    /// Memory for pages sent before, which makes deltas possible; a quarter of the guest's, 1 GiB
     /// at most, when absent.
     #[serde(default)]
     pub cache_bytes: Option<u64>,

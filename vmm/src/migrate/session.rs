@@ -29,7 +29,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 const MAX_AUTO_STREAMS: usize = 4;
 
 /// Share of the guest's memory for pages sent before, and its limit.
-const CACHE_SHARE: u64 = 8;
+const CACHE_SHARE: u64 = 4;
 const MAX_CACHE_BYTES: u64 = 1 << 30;
 
 /// What a migration's thread needs.
