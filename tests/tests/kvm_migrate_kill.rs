@@ -252,6 +252,7 @@ fn kill_source(stage: &mut Stage, moment: Moment, tally: &mut Tally) -> Outcome 
         return Ok(());
     }
     let status = place.vm.wait_exit(SOON)?;
+    place.vm.messages.wait_end(SOON)?;
     let said = place.vm.messages.text();
     ensure!(
         status.code() == Some(1) && said.contains("no VM has come over: "),
