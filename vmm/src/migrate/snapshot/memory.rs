@@ -20,7 +20,8 @@ const BLOCK_CHUNKS: u64 = 1024;
 /// Threads that read memory; more wait for the same disk.
 const MAX_THREADS: usize = 4;
 
-const PAGE: usize = PAGE_BYTES as usize;
+/// [`PAGE_BYTES`] as a length.
+const PAGE: usize = 4096;
 
 /// Memory cannot be had from a snapshot.
 #[derive(Debug, thiserror::Error)]
