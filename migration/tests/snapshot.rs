@@ -13,7 +13,7 @@ use migration::testing::{Copies, Failures, FakeDisk, FakeMachine, FakeMemory, Si
 use migration::{PageIndex, PageRun, Section};
 
 const PAGE: usize = 4096;
-const PAGES: u64 = 600;
+const PAGES: usize = 600;
 
 const OPTIONS: TakeOptions = TakeOptions {
     max_downtime: Duration::from_millis(20),
@@ -30,7 +30,7 @@ struct Image {
 impl Image {
     fn new() -> Self {
         Self {
-            bytes: vec![0; usize::try_from(PAGES).unwrap() * PAGE],
+            bytes: vec![0; PAGES * PAGE],
             room: usize::MAX,
             written: 0,
         }
@@ -43,7 +43,7 @@ impl MemoryImage for Image {
         if self.written > self.room {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        let at = usize::try_from(offset).unwrap();
+        let at = usize::try_from(offset).expect("it is short");
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
@@ -58,7 +58,8 @@ struct World {
 fn world() -> World {
     let (copies, failures) = (Copies::default(), Failures::default());
     let regions = [(0, 500), (10_000, 100)];
-    let regions = regions.map(|(start, count)| PageRun::new(PageIndex(start), count).unwrap());
+    let regions =
+        regions.map(|(start, count)| PageRun::new(PageIndex(start), count).expect("pages"));
     let memory = FakeMemory::with_regions(regions.to_vec());
     let mut machine = FakeMachine::new(memory, &FakeDisk::new(true), &copies, &failures);
     machine.sections = vec![Section {

@@ -3,16 +3,17 @@
 //! A chunk's check sum is that of its pages' check sums. So pages that are written anew, one by
 //! one, need no reading of their neighbours. They find accidents, not forgeries.
 
+use crate::codec::PAGE;
 use crate::page::PAGE_BYTES;
 
 /// Pages per check sum: as much as is read at once when a page is wanted.
-pub const CHUNK_PAGES: u64 = 16;
+pub const CHUNK_PAGES: u64 = CHUNK as u64;
 
 /// The same in bytes.
 pub const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_BYTES;
 
-const PAGE: usize = PAGE_BYTES as usize;
-const CHUNK: usize = CHUNK_PAGES as usize;
+/// The same as [`CHUNK_PAGES`], as a length.
+const CHUNK: usize = 16;
 
 /// A chunk of the image is not what was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

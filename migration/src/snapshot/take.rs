@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::checks::{ChunkChecks, PageChecks};
 use super::layout::{ImageLayout, LayoutError};
 use crate::bitmap::DirtyBitmap;
-use crate::codec::is_zero;
+use crate::codec::{PAGE, is_zero};
 use crate::convergence::{Decision, Limits, decide};
 use crate::page::{PAGE_BYTES, PageIndex, PageRun};
 use crate::ports::{PageStore, PortError};
@@ -29,8 +29,6 @@ const MAX_HELD_BYTES: u64 = 512 << 20;
 
 /// What stopping and saving take, as long as nothing is known.
 const FIXED: Duration = Duration::from_millis(1);
-
-const PAGE: usize = PAGE_BYTES as usize;
 
 /// Where memory is written to: all zeroes at first.
 pub trait MemoryImage {
