@@ -35,7 +35,7 @@ targets! {
     serial, platform, msix, ioapic,
     pci, virtio_pci, virtio_block, virtio_net, virtio_console, virtio_rng, virtio_balloon,
     virtio_vsock, restore,
-    wire_frames, wire_pages, wire_peer,
+    wire_frames, wire_pages, wire_peer, snapshot,
 }
 
 /// The target named `name`.

@@ -12,6 +12,7 @@ pub mod platform;
 pub mod qcow2;
 pub mod restore;
 pub mod serial;
+pub mod snapshot;
 pub mod virtio_balloon;
 pub mod virtio_block;
 pub mod virtio_console;
