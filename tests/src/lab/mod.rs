@@ -13,7 +13,7 @@
 //! *boot* is one L1 that runs several scenarios of one shape; the *share* is
 //! the folder that L0 and L1 both see; an *artefact* is a cached kernel or image.
 //!
-//! - Both sides: [`protocol`], [`scenario`] (the table), [`shape`].
+//! - Both sides: [`protocol`], [`scenario`] (the table), [`shape`], [`tsc`].
 //! - L0: [`options`], [`prerequisites`], [`cache`], [`artefacts`], [`programs`],
 //!   [`l1`] (one QEMU), [`boot`] (its progress), [`runner`] (all boots), [`report`],
 //!   [`crate::harness::process`].
@@ -43,6 +43,7 @@ pub mod runner;
 pub mod scenario;
 pub mod scenarios;
 pub mod shape;
+pub mod tsc;
 pub mod vm_spec;
 pub mod vmm;
 pub mod witness;

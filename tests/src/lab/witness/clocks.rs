@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::lab::tsc;
+
 /// Between two looks of one watcher.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -20,16 +22,9 @@ impl Look {
         Self {
             monotonic: Instant::now(),
             realtime: SystemTime::now(),
-            tsc: tsc(),
+            tsc: tsc::now(),
         }
     }
-}
-
-// The standard library has no clock that reads the counter itself.
-#[allow(unsafe_code)]
-fn tsc() -> u64 {
-    // SAFETY: every x86-64 processor has RDTSC, and Linux lets user space execute it.
-    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// What the clocks did.
