@@ -20,11 +20,9 @@ use crate::lab::witness::blocks;
 pub(super) const DISK_MIB: u64 = 16;
 /// The peer's port.
 const PORT: &str = "7003";
-/// What the lab's one CPU may add to a pause: everything in both hosts and in the guest takes turns on
-/// it. A clock that is wrong by less than this is not noticed; those of different boots differ by more.
+/// What may lie between one clock and another, or the host's, after a move: in the lab it can take so
+/// long from one line of the program to the next. Clocks that are not carried over differ by more.
 const MARGIN: Duration = Duration::from_secs(3);
-/// The same of a TCP connection, which besides waits twice as long after each packet that is lost.
-const TCP_MARGIN: Duration = Duration::from_secs(15);
 
 /// How a guest is to move.
 pub(super) struct Way {
@@ -186,18 +184,17 @@ impl Moving {
 
     /// What the guest and the peer have noticed, which must be nothing; how often its disk was written.
     pub(super) fn verdict(&mut self, ctx: &Ctx) -> anyhow::Result<[u64; 2]> {
+        let asked_ms = UNIX_EPOCH.elapsed()?.as_millis();
         let report = self.ask("verdict")?;
-        let host_ms = UNIX_EPOCH.elapsed()?.as_millis();
+        let told_ms = UNIX_EPOCH.elapsed()?.as_millis();
         ctx.say(format!("{report:?}"));
         let longest = self.blackouts.iter().copied().max().unwrap_or_default() + MARGIN;
-        for step in ["step_ms", "realtime_step_ms"] {
-            let step_ms: u128 = report.number(step)?;
-            ensure!(
-                step_ms <= longest.as_millis(),
-                "{step}={step_ms}, but the longest blackout was {:?}",
-                self.blackouts
-            );
-        }
+        let apart_ms: u128 = report.number("apart_ms")?;
+        ensure!(
+            apart_ms <= longest.as_millis(),
+            "monotonic clock and TSC differ by {apart_ms} ms in one step; blackouts: {:?}",
+            self.blackouts
+        );
         for clock in ["back", "realtime_back", "tsc_back"] {
             let count: u64 = report.number(clock)?;
             ensure!(count == 0, "{clock}: a clock went back {count} times");
@@ -206,15 +203,15 @@ impl Moving {
         let lag = self.blackouts.iter().sum::<Duration>() + MARGIN;
         let guest_ms: u128 = report.number("realtime_ms")?;
         ensure!(
-            host_ms.abs_diff(guest_ms) <= lag.as_millis(),
-            "the guest's time is {guest_ms}, the host's {host_ms}; {lag:?} are allowed"
+            guest_ms + lag.as_millis() >= asked_ms && guest_ms <= told_ms + MARGIN.as_millis(),
+            "the guest's time is {guest_ms}, the host's {asked_ms} to {told_ms}; it may lag by {lag:?}"
         );
-        self.peer_is_content(ctx, report.number("numbers")?, longest)?;
+        self.peer_is_content(ctx, report.number("numbers")?)?;
         self.ask("dmesg")?;
         Ok([report.number("written0")?, report.number("written1")?])
     }
 
-    fn peer_is_content(&mut self, ctx: &Ctx, sent: u64, longest: Duration) -> anyhow::Result<()> {
+    fn peer_is_content(&mut self, ctx: &Ctx, sent: u64) -> anyhow::Result<()> {
         let ended = wait_until(Instant::now() + SOON, || self.peer.try_wait().transpose());
         ended.context("the peer does not end")??;
         let seen = std::fs::read_to_string(ctx.scratch("peer"))?;
@@ -224,12 +221,6 @@ impl Moving {
         ensure!(
             numbers == sent,
             "{sent} numbers were sent, the peer has {numbers}"
-        );
-        let silence: u128 = seen.number("silence_ms")?;
-        ensure!(
-            silence <= (longest + TCP_MARGIN).as_millis(),
-            "the peer heard nothing for {silence} ms; blackouts: {:?}",
-            self.blackouts
         );
         Ok(())
     }

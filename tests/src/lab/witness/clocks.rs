@@ -36,18 +36,31 @@ pub struct Steps {
     pub monotonic: Duration,
     /// The same of `CLOCK_REALTIME`.
     pub realtime: Duration,
+    /// By how much `CLOCK_MONOTONIC` and the time stamp counter differed most about one step. A
+    /// guest that had to wait, however long, sees both go on alike.
+    pub apart: Duration,
     /// Looks at which a clock was behind the look before: monotonic, realtime, TSC.
     pub backward: [u64; 3],
 }
 
 /// The clocks, seen by several threads: each look is later than the one before, on whatever vCPU
 /// that was.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Watch {
+    khz: u64,
     state: Mutex<(Option<Look>, Steps)>,
 }
 
 impl Watch {
+    /// A watch over clocks of which the time stamp counter counts `khz` thousand times a second.
+    #[must_use]
+    pub fn new(khz: u64) -> Self {
+        Self {
+            khz: khz.max(1),
+            state: Mutex::default(),
+        }
+    }
+
     /// Looks until `stop`; `ticks` counts this thread's looks.
     pub fn run(&self, ticks: &AtomicU64, stop: &AtomicBool) {
         while !stop.load(Ordering::SeqCst) {
@@ -66,18 +79,22 @@ impl Watch {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Look::now();
         if let Some(before) = state.0 {
-            state.1.note(before, now);
+            state.1.note(before, now, self.khz);
         }
         state.0 = Some(now);
     }
 }
 
 impl Steps {
-    fn note(&mut self, before: Look, now: Look) {
+    fn note(&mut self, before: Look, now: Look, khz: u64) {
         self.looks += 1;
         // An `Instant` hides a step back from a subtraction, but not from a comparison.
         let monotonic = now.monotonic.saturating_duration_since(before.monotonic);
         self.monotonic = self.monotonic.max(monotonic);
+        let ticks = u128::from(now.tsc.saturating_sub(before.tsc));
+        let nanos = u64::try_from(ticks * 1_000_000 / u128::from(khz)).unwrap_or(u64::MAX);
+        let apart = monotonic.abs_diff(Duration::from_nanos(nanos));
+        self.apart = self.apart.max(apart);
         let realtime = now.realtime.duration_since(before.realtime);
         self.realtime = self.realtime.max(realtime.clone().unwrap_or_default());
         let back = [
@@ -105,10 +122,13 @@ mod tests {
             realtime: first.realtime + ms(realtime),
             tsc,
         };
-        steps.note(at(0, 1000, 5), at(10, 1010, 6));
-        steps.note(at(10, 1010, 6), at(310, 1011, 5));
-        steps.note(at(310, 1011, 5), at(309, 1010, 5));
-        assert_eq!((steps.monotonic, steps.realtime), (ms(300), ms(10)));
-        assert_eq!((steps.looks, steps.backward), (3, [1, 1, 1]));
+        // One tick of the counter is a millisecond.
+        steps.note(at(0, 1000, 5), at(5000, 6000, 5005), 1);
+        assert_eq!((steps.monotonic, steps.apart), (ms(5000), ms(0)));
+        steps.note(at(5000, 6000, 5005), at(5300, 6001, 5004), 1);
+        steps.note(at(5300, 6001, 5004), at(5299, 6000, 5404), 1);
+        assert_eq!((steps.monotonic, steps.realtime), (ms(5000), ms(5000)));
+        assert_eq!((steps.looks, steps.apart), (3, ms(400)));
+        assert_eq!(steps.backward, [1, 1, 1]);
     }
 }

@@ -13,6 +13,7 @@ use super::blocks::{self, WRITERS};
 use super::clocks::Watch;
 use super::stream;
 use crate::harness::process::wait_until;
+use crate::lab::tsc;
 
 const FOLDER: &str = "/tmp/witness";
 /// Between two looks at whether it is to stop, each with a new `progress`.
@@ -145,7 +146,7 @@ impl Counts {
 /// Works until it is told to stop.
 fn background(disk: &str, peer: &str) -> anyhow::Result<()> {
     let counts = Counts::default();
-    let (clocks, stop) = (Watch::default(), AtomicBool::new(false));
+    let (clocks, stop) = (Watch::new(tsc::khz()), AtomicBool::new(false));
     let (counts, clocks, stop) = (&counts, &clocks, &stop);
     let disk = Path::new(disk);
     let mut errors = Vec::new();
@@ -177,11 +178,12 @@ fn background(disk: &str, peer: &str) -> anyhow::Result<()> {
     let steps = clocks.steps();
     let [monotonic, realtime, tsc] = steps.backward;
     let mut report = format!(
-        "{} realtime_ms={} step_ms={} realtime_step_ms={} back={monotonic} realtime_back={realtime} tsc_back={tsc}",
+        "{} realtime_ms={} step_ms={} realtime_step_ms={} apart_ms={} back={monotonic} realtime_back={realtime} tsc_back={tsc}",
         counts.line(),
         UNIX_EPOCH.elapsed().map_or(0, |time| time.as_millis()),
         steps.monotonic.as_millis(),
         steps.realtime.as_millis(),
+        steps.apart.as_millis(),
     );
     for error in &errors {
         report.push_str(&format!(" failed: {error:#};"));
