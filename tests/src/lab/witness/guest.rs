@@ -33,7 +33,7 @@ const COMPLAINTS: [&str; 12] = [
     "marking unstable",
     "timekeeping watchdog",
     "I/O error",
-    "WARNING:",
+    "WARNING: CPU",
     "BUG:",
     "Oops",
     "NETDEV WATCHDOG",
