@@ -14,7 +14,7 @@ const BLOCK: usize = 4096;
 /// Blocks that a writer writes again and again.
 const SLOTS: u64 = 256;
 /// Writers, each with blocks of its own: there is nearly always a request in flight.
-pub const WRITERS: u64 = 2;
+pub const WRITERS: usize = 2;
 /// Writes between two flushes, and between two reads of what was written.
 const FLUSH_EVERY: u64 = 61;
 const READ_EVERY: u64 = 7;
@@ -22,7 +22,7 @@ const READ_EVERY: u64 = 7;
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// Bytes of a disk that writers need.
-pub const NEEDED: u64 = WRITERS * SLOTS * BLOCK as u64;
+pub const NEEDED: u64 = WRITERS as u64 * SLOTS * BLOCK as u64;
 
 /// A block's worth of memory as direct I/O wants it.
 struct Buffer {
@@ -49,7 +49,7 @@ fn word(writer: u64, sequence: u64, index: u64) -> u64 {
         0 => writer,
         1 => sequence,
         _ => {
-            let mut x = (sequence * WRITERS + writer) * (BLOCK as u64 / 8) + index;
+            let mut x = (sequence * WRITERS as u64 + writer) * (BLOCK as u64 / 8) + index;
             x = x.wrapping_mul(0x9e37_79b9_7f4a_7c15);
             x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -125,13 +125,13 @@ fn dmesg() -> anyhow::Result<String> {
 /// What the threads count.
 #[derive(Default)]
 struct Counts {
-    written: [AtomicU64; WRITERS as usize],
+    written: [AtomicU64; WRITERS],
     returned: AtomicU64,
     ticks: [AtomicU64; WATCHERS],
 }
 
 impl Counts {
-    fn written(&self) -> [u64; WRITERS as usize] {
+    fn written(&self) -> [u64; WRITERS] {
         [0, 1].map(|writer: usize| self.written[writer].load(Ordering::SeqCst))
     }
 
