@@ -13,6 +13,9 @@ const PROGRESS_PERCENT: u128 = 90;
 /// Rounds without progress before the guest is slowed down.
 const PATIENCE_ROUNDS: usize = 2;
 
+/// A round that leaves more than this share of what it sent did not help at all.
+const HOPELESS_PERCENT: u128 = 80;
+
 /// Rounds spent on making a blackout shorter that is short enough already.
 const POLISH_ROUNDS: usize = 6;
 
@@ -95,13 +98,38 @@ pub fn decide(rounds: &[RoundReport], limits: &Limits) -> Decision {
         };
     }
     let idle = rounds_without_progress(rounds, last.cpu_percent);
-    if idle < PATIENCE_ROUNDS {
+    if idle < PATIENCE_ROUNDS && !is_hopeless(rounds) {
         return Decision::Continue;
     }
-    let slower = THROTTLE_STEPS
-        .into_iter()
-        .find(|percent| *percent < last.cpu_percent);
-    slower.map_or(Decision::Diverges, Decision::Throttle)
+    slower(last).map_or(Decision::Diverges, Decision::Throttle)
+}
+
+/// Whether the guest changes nearly as much as is sent, for a whole round at its present speed:
+/// waiting does not help. The first round of all says nothing, it is longer than any other.
+fn is_hopeless(rounds: &[RoundReport]) -> bool {
+    match rounds {
+        [_, .., before, last] => {
+            before.cpu_percent == last.cpu_percent
+                && u128::from(last.dirty_pages) * 100
+                    >= u128::from(last.pages.total()) * HOPELESS_PERCENT
+        }
+        _ => false,
+    }
+}
+
+/// The next speed: at which the guest changes at most half of what is sent, if there is one.
+fn slower(last: &RoundReport) -> Option<u8> {
+    let (sent, dirty) = (last.pages.total(), last.dirty_pages.max(1));
+    let wanted = u64::from(last.cpu_percent) * sent / dirty / 2;
+    let steps = THROTTLE_STEPS.into_iter();
+    let mut slower = steps.filter(|percent| *percent < last.cpu_percent);
+    let first = slower.next()?;
+    let fitting = slower.find(|percent| u64::from(*percent) <= wanted);
+    let smallest = THROTTLE_STEPS.into_iter().last();
+    match u64::from(first) <= wanted {
+        true => Some(first),
+        false => fitting.or(smallest.filter(|percent| *percent < last.cpu_percent)),
+    }
 }
 
 /// Rounds at this speed, the last ones, since one left clearly less than all before. What goes up
@@ -183,17 +211,23 @@ mod tests {
     #[test]
     fn what_does_not_converge_is_slowed_down_step_by_step() {
         let stuck = [(100_000, 5000), (5000, 5000), (5000, 4900)];
-        assert_eq!(decided(&stuck), Decision::Throttle(75));
+        // To where it changes half of what is sent.
+        assert_eq!(decided(&stuck), Decision::Throttle(50));
         assert_eq!(decided(&stuck[..2]), Decision::Continue);
         assert_eq!(
-            decided(&[stuck[0], stuck[1], (5000, 4000)]),
+            decided(&[stuck[0], stuck[1], (5000, 3900)]),
             Decision::Continue
         );
-        // After each step the guest gets the same patience again.
-        let mut rounds = vec![round(100_000, 5000, 100)];
-        rounds.extend([round(5000, 5000, 75), round(5000, 5000, 75)]);
+        // Each step is given a whole round.
+        let mut rounds = vec![round(100_000, 5000, 100), round(5000, 5000, 75)];
         assert_eq!(decide(&rounds, &LIMITS), Decision::Continue);
         rounds.push(round(5000, 5000, 75));
+        assert_eq!(decide(&rounds, &LIMITS), Decision::Throttle(30));
+        // What helps a little is given one more.
+        let mut rounds = vec![round(100_000, 5000, 100), round(9000, 5000, 75)];
+        rounds.push(round(9000, 5000, 75));
+        assert_eq!(decide(&rounds, &LIMITS), Decision::Continue);
+        rounds.push(round(9000, 5000, 75));
         assert_eq!(decide(&rounds, &LIMITS), Decision::Throttle(50));
         let slowest = vec![round(5000, 5000, 5); 3];
         assert_eq!(decide(&slowest, &LIMITS), Decision::Diverges);
@@ -204,7 +238,7 @@ mod tests {
         let bursts = [(100_000, 5000), (5000, 8000), (8000, 5000), (5000, 8000)];
         assert_eq!(decided(&bursts[..2]), Decision::Continue);
         assert_eq!(decided(&bursts[..3]), Decision::Throttle(75));
-        assert_eq!(decided(&bursts), Decision::Throttle(75));
+        assert_eq!(decided(&bursts), Decision::Throttle(30));
     }
 
     #[test]
