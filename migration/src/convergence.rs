@@ -13,8 +13,8 @@ const PROGRESS_PERCENT: u128 = 90;
 /// Rounds without progress before the guest is slowed down.
 const PATIENCE_ROUNDS: usize = 2;
 
-/// A round that leaves more than this share of what it sent did not help at all.
-const HOPELESS_PERCENT: u128 = 80;
+/// A round that leaves as much as it sent did not help at all.
+const HOPELESS_PERCENT: u128 = 100;
 
 /// Rounds spent on making a blackout shorter that is short enough already.
 const POLISH_ROUNDS: usize = 6;
@@ -117,10 +117,10 @@ fn is_hopeless(rounds: &[RoundReport]) -> bool {
     }
 }
 
-/// The next speed: at which the guest changes at most half of what is sent, if there is one.
+/// The next speed: at which the guest changes clearly less than is sent, if there is one.
 fn slower(last: &RoundReport) -> Option<u8> {
     let (sent, dirty) = (last.pages.total(), last.dirty_pages.max(1));
-    let wanted = u64::from(last.cpu_percent) * sent / dirty / 2;
+    let wanted = u64::from(last.cpu_percent) * sent * 85 / (dirty * 100);
     let steps = THROTTLE_STEPS.into_iter();
     let mut slower = steps.filter(|percent| *percent < last.cpu_percent);
     let first = slower.next()?;
@@ -211,8 +211,7 @@ mod tests {
     #[test]
     fn what_does_not_converge_is_slowed_down_step_by_step() {
         let stuck = [(100_000, 5000), (5000, 5000), (5000, 4900)];
-        // To where it changes half of what is sent.
-        assert_eq!(decided(&stuck), Decision::Throttle(50));
+        assert_eq!(decided(&stuck), Decision::Throttle(75));
         assert_eq!(decided(&stuck[..2]), Decision::Continue);
         assert_eq!(
             decided(&[stuck[0], stuck[1], (5000, 3900)]),
@@ -222,7 +221,7 @@ mod tests {
         let mut rounds = vec![round(100_000, 5000, 100), round(5000, 5000, 75)];
         assert_eq!(decide(&rounds, &LIMITS), Decision::Continue);
         rounds.push(round(5000, 5000, 75));
-        assert_eq!(decide(&rounds, &LIMITS), Decision::Throttle(30));
+        assert_eq!(decide(&rounds, &LIMITS), Decision::Throttle(50));
         // What helps a little is given one more.
         let mut rounds = vec![round(100_000, 5000, 100), round(9000, 5000, 75)];
         rounds.push(round(9000, 5000, 75));
@@ -238,7 +237,7 @@ mod tests {
         let bursts = [(100_000, 5000), (5000, 8000), (8000, 5000), (5000, 8000)];
         assert_eq!(decided(&bursts[..2]), Decision::Continue);
         assert_eq!(decided(&bursts[..3]), Decision::Throttle(75));
-        assert_eq!(decided(&bursts), Decision::Throttle(30));
+        assert_eq!(decided(&bursts), Decision::Throttle(50));
     }
 
     #[test]

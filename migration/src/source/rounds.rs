@@ -23,7 +23,7 @@ const FIXED: Duration = Duration::from_micros(1500);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// How long a failed stream's peer may take to say why.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// How often watchers get new figures.
 const REFRESH: Duration = Duration::from_millis(200);
