@@ -212,7 +212,8 @@ pub(crate) struct MigrateArgs {
     /// How long memory may be copied until the VM can be stopped.
     #[arg(long, value_name = "TIME", default_value = "10m")]
     pub(crate) timeout: humantime::Duration,
-    /// What happens then: cancel, or force (stop the VM however long the rest takes).
+    /// What happens then: cancel, force (stop the VM however long the rest takes), or
+    /// postcopy (the VM goes on at the destination, which fetches the rest).
     #[arg(long, value_name = "ACTION", default_value = "cancel")]
     pub(crate) on_timeout: String,
     /// Memory for pages sent before, which makes deltas possible [default: 1/4 of the VM's,

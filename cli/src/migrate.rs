@@ -235,6 +235,7 @@ fn bar_line(progress: &Progress) -> String {
         Phase::Precopy => format!("round {}", progress.round),
         Phase::Switchover => "switchover".to_owned(),
         Phase::Postcopy => "post-copy".to_owned(),
+        Phase::Unlinked => "the connection is cut: the VM stands still".to_owned(),
         Phase::Ended => "done".to_owned(),
     };
     let all = (progress.memory_bytes / 4096).max(1);
@@ -308,6 +309,16 @@ pub(crate) fn print_report(report: &MigrationReport) {
             millis(blackout.pages_us),
             millis(blackout.prepare_us),
             millis(blackout.commit_us),
+        );
+    }
+    if let Some(later) = report.postcopy {
+        println!(
+            "post-copy {}: {} pages came after the start; the guest waited for {}, {} on average, {} at most",
+            millis(later.total_us),
+            later.pages,
+            later.faults,
+            millis(later.mean_fault_us),
+            millis(later.longest_fault_us),
         );
     }
     let mix = report.pages;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::Mark;
-use crate::page::PageRun;
+use crate::page::{PageIndex, PageRun};
 use crate::section::Section;
 
 /// A port failed. The engine adds what it was doing.
@@ -197,11 +197,57 @@ pub trait Incoming: Send {
     /// [`PortError::Machine`]; then nothing is held, and the mark is as it was.
     fn claim(&mut self, mark: Mark) -> Result<(), PortError>;
 
-    /// Lets the machine run.
+    /// Lets the machine run, for the first time or after [`hold`](Self::hold).
     ///
     /// # Errors
     /// [`PortError::Machine`].
     fn start(&mut self) -> Result<(), PortError>;
+
+    /// Why pages cannot come after the machine has started; `None` when they can.
+    fn postcopy_obstacle(&self) -> Option<String>;
+
+    /// Throws the pages of `missing` away; whoever touches one from now on waits until it is
+    /// placed. Called before [`restore`](Self::restore).
+    ///
+    /// # Errors
+    /// [`PortError`]; memory is then of no use.
+    fn make_lazy(&mut self, missing: &[DirtyBitmap]) -> Result<Arc<dyn LazyMemory>, PortError>;
+
+    /// Stops the vCPUs of a machine that was started, but for those that wait for a page: they
+    /// stand still anyway, and do not go on when it comes.
+    fn hold(&mut self);
+
+    /// Whether the machine has run to its end since it was started: nobody needs its pages.
+    fn has_ended(&self) -> bool;
+}
+
+/// Memory whose pages come when they are touched. Used by several threads at once.
+pub trait LazyMemory: Send + Sync {
+    /// The next page that somebody waits for; `None` when nobody does within `timeout`. It may be
+    /// one that was never sent, and one that was placed meanwhile.
+    ///
+    /// # Errors
+    /// [`PortError::Host`].
+    fn next_fault(&self, timeout: Duration) -> Result<Option<PageIndex>, PortError>;
+
+    /// Fills pages of `run` with those of `buf`, each at once; pages that are there stay as they
+    /// are. Lets everybody go on who waits for them.
+    ///
+    /// # Errors
+    /// [`PortError`].
+    fn place(&self, run: PageRun, buf: &[u8]) -> Result<(), PortError>;
+
+    /// The same with zeroes.
+    ///
+    /// # Errors
+    /// [`PortError`].
+    fn place_zeroes(&self, run: PageRun) -> Result<(), PortError>;
+
+    /// Nothing is missing any more: nobody has to wait again.
+    ///
+    /// # Errors
+    /// [`PortError`].
+    fn complete(&self) -> Result<(), PortError>;
 }
 
 /// A connection to the peer. Both directions have deadlines: a peer that falls silent is an

@@ -20,6 +20,8 @@ pub enum Phase {
     Switchover,
     /// The destination runs the VM and fetches what is missing.
     Postcopy,
+    /// Post-copy without a connection: the VM stands still on both sides, in halves.
+    Unlinked,
     /// It is over.
     Ended,
 }
@@ -149,6 +151,22 @@ pub struct Blackout {
     pub wire_bytes: u64,
 }
 
+/// A post-copy: what came after the VM had started at the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Postcopy {
+    /// Pages that were missing when it started.
+    pub pages: u64,
+    /// From then until every page had come.
+    pub total_us: u64,
+    /// Pages that the guest had to wait for.
+    pub faults: u64,
+    /// How long it waited for one on average.
+    pub mean_fault_us: u64,
+    /// How long it waited for one at most.
+    pub longest_fault_us: u64,
+}
+
 /// What may be changed while a migration runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuning {
@@ -161,6 +179,7 @@ pub struct Tuning {
 /// Where a running migration is watched, re-tuned and cancelled, from any thread.
 pub struct MigrationHandle {
     cancelled: AtomicBool,
+    abandoned: AtomicBool,
     progress: Mutex<Progress>,
     tuning: Mutex<Tuning>,
     observer: Option<Observer>,
@@ -180,6 +199,7 @@ impl MigrationHandle {
     pub fn new(tuning: Tuning) -> Self {
         Self {
             cancelled: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
             progress: Mutex::default(),
             tuning: Mutex::new(tuning),
             observer: None,
@@ -208,6 +228,17 @@ impl MigrationHandle {
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Cancels it, or, where it is too late for that and the connection is cut, no longer waits for
+    /// another: the VM comes to its end.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+        self.cancel();
+    }
+
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Relaxed)
     }
 
     /// How it stands.

@@ -66,6 +66,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 skeleton: b"a machine".to_vec(),
                 regions: vec![(0, 0xa0), (0x100, 0xbff00), (0x0010_0000, 0x40000)],
                 streams: 4,
+                postcopy: false,
             }),
         ),
         ("accept", Message::Accept),

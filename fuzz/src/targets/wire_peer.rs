@@ -168,6 +168,7 @@ fn honest_source() -> Vec<u8> {
                 skeleton: b"machine".to_vec(),
                 regions: vec![REGION],
                 streams: 2,
+                postcopy: false,
             }),
             Message::Round(Round {
                 number: 1,

@@ -42,6 +42,14 @@ impl Decoder {
         }
     }
 
+    /// A decoder into memory of which nothing is known: zeroes are written, too.
+    #[must_use]
+    pub fn into_used(regions: &[PageRun]) -> Self {
+        let mut decoder = Self::new(regions);
+        decoder.written.iter_mut().for_each(DirtyBitmap::fill);
+        decoder
+    }
+
     /// Takes over the batch of `payload`; its raw pages follow in `reader`. Returns how many pages
     /// came.
     ///

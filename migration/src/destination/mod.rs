@@ -9,9 +9,11 @@
 //! | [`options`] | limits, and what can go wrong |
 //! | `receive` | a migration from beginning to end |
 //! | `stream` | a data connection's thread |
+//! | `pull` | post-copy: pages that come after the machine has started |
 //! | `takeover` | device states and the hand-off |
 
 pub mod options;
+mod pull;
 mod receive;
 mod stream;
 mod takeover;

@@ -1,16 +1,19 @@
 //! A migration from beginning to end, as the destination sees it.
 
 use std::io::ErrorKind;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::options::{DestinationError, DestinationOptions, Received};
+use super::pull::{Fetcher, Missing, Puller};
 use super::stream::Stream;
 use super::takeover::Takeover;
-use crate::codec::DecodeError;
+use crate::bitmap::DirtyBitmap;
+use crate::codec::{DecodeError, Decoder};
 use crate::page::{PageIndex, PageRun};
-use crate::ports::{Accept, Channel, Host, Incoming};
+use crate::ports::{Accept, Channel, Host, Incoming, PageStore};
 use crate::section::Section;
 use crate::wire::message::{Hello, MAGIC, Offer, Reasons, Welcome};
 use crate::wire::{FrameError, FrameReader, Message, OLDEST_VERSION, VERSION};
@@ -40,6 +43,10 @@ impl Control<'_> {
     pub(super) fn send(&mut self, message: &Message) -> Result<(), FrameError> {
         self.channel.set_timeout(self.patience)?;
         Ok(message.send(&mut *self.channel)?)
+    }
+
+    pub(super) fn break_off(&self) {
+        self.channel.breaker().break_off();
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
@@ -132,10 +139,14 @@ fn take(
         other => return Err(unexpected(&other)),
     };
     let machine = prepare(&offer, host, options)?;
-    let regions = machine.pages().regions();
-    control.send(&Message::Accept)?;
-    let streams = attach(control, accept, &offer, options)?;
-    transfer(control, streams, &regions, machine)
+    control.send(match offer.postcopy {
+        true => &Message::AcceptPostcopy,
+        false => &Message::Accept,
+    })?;
+    let mut streams = attach(control, accept, &offer, options)?;
+    // The last one.
+    let priority = if offer.postcopy { streams.pop() } else { None };
+    transfer(control, (streams, priority), machine)
 }
 
 fn greet(
@@ -191,6 +202,12 @@ fn prepare(
         let text = "memory is laid out differently here".to_owned();
         return Err(DestinationError::Refused(vec![text]));
     }
+    if offer.postcopy
+        && let Some(obstacle) = machine.postcopy_obstacle()
+    {
+        let text = format!("post-copy is not possible: {obstacle}");
+        return Err(DestinationError::Refused(vec![text]));
+    }
     Ok(machine)
 }
 
@@ -202,9 +219,10 @@ fn attach(
     options: &DestinationOptions,
 ) -> Result<Vec<Stream>, DestinationError> {
     let deadline = Instant::now() + options.patience;
-    let mut streams: Vec<Option<Stream>> = (0..offer.streams).map(|_| None).collect();
+    let expected = offer.streams + u16::from(offer.postcopy);
+    let mut streams: Vec<Option<Stream>> = (0..expected).map(|_| None).collect();
     let mut found = 0;
-    while found < offer.streams {
+    while found < expected {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut channel = match accept.accept(left.min(TICK)) {
             Ok(channel) => channel,
@@ -213,7 +231,7 @@ fn attach(
             Err(source) => {
                 return Err(DestinationError::Attach {
                     found,
-                    expected: offer.streams,
+                    expected,
                     source,
                 });
             }
@@ -249,36 +267,61 @@ type StreamResult = (u16, Result<(), DecodeError>);
 /// Takes pages and sections, then the hand-off.
 fn transfer(
     control: &mut Control<'_>,
-    streams: Vec<Stream>,
-    regions: &[PageRun],
+    (streams, priority): (Vec<Stream>, Option<Stream>),
     machine: Box<dyn Incoming>,
 ) -> Result<Received, DestinationError> {
     let pages = machine.pages();
-    let breakers: Vec<_> = streams.iter().map(|s| s.channel.breaker()).collect();
+    let regions = &pages.regions();
+    let channels = streams.iter().chain(&priority);
+    let breakers: Vec<_> = channels.map(|stream| stream.channel.breaker()).collect();
     let expected = streams.len();
+    let stopped = Arc::new(AtomicBool::new(false));
+    let fetcher = priority.map(|stream| Fetcher::new(stream, stopped.clone(), control.patience));
     std::thread::scope(|scope| {
         let (results, inbox) = channel();
-        for (stream, index) in streams.into_iter().zip(0..) {
-            let (results, pages) = (results.clone(), &*pages);
-            let spawned = std::thread::Builder::new()
-                .name(format!("mig-{index}"))
-                .spawn_scoped(scope, move || {
-                    let result = stream.drain(regions, pages);
-                    // The one who asked may have given up.
-                    let _ = results.send((index, result));
-                });
-            if let Err(error) = spawned {
+        let mut orders = Vec::new();
+        let spawn = |name: String, work, later| {
+            let thread = std::thread::Builder::new().name(name);
+            let results = results.clone();
+            let spawned = thread.spawn_scoped(scope, move || match work {
+                Work::Carry(stream, index, pages) => {
+                    carry(stream, index, (regions, pages), (&results, &later));
+                }
+                Work::Fetch(fetcher) => fetch(fetcher, &results, &later),
+            });
+            spawned.map(drop).inspect_err(|_| {
                 breakers.iter().for_each(|breaker| breaker.break_off());
-                return Err(error.into());
-            }
+            })
+        };
+        for (stream, index) in streams.into_iter().zip(0..) {
+            let (order, later) = channel();
+            orders.push(order);
+            let work = Work::Carry(stream, index, &*pages);
+            spawn(format!("mig-{index}"), work, later)?;
+        }
+        if let Some(fetcher) = fetcher {
+            let (order, later) = channel();
+            orders.push(order);
+            spawn("mig-fault".to_owned(), Work::Fetch(fetcher), later)?;
         }
         let mut ended = Ended {
             inbox,
             missing: expected,
         };
-        let result = gather(control, &mut ended)
-            .map_err(|error| explain(control, error))
-            .and_then(|sections| Takeover::new(control, machine, sections).run());
+        let gathered = gather(control, &mut ended, regions);
+        let gathered = gathered.map_err(|error| explain(control, error));
+        let result = gathered.and_then(|(sections, later)| {
+            let puller = later.map(|later| Puller {
+                orders: std::mem::take(&mut orders),
+                breakers: breakers.clone(),
+                stopped: Arc::clone(&stopped),
+                later,
+            });
+            ended.missing = expected;
+            // Threads without an order have nothing left to do.
+            orders.clear();
+            Takeover::new(control, machine, sections, puller.map(|p| (p, ended))).run()
+        });
         if result.is_err() {
             breakers.iter().for_each(|breaker| breaker.break_off());
         }
@@ -286,29 +329,72 @@ fn transfer(
     })
 }
 
+/// What a thread does.
+enum Work<'a> {
+    Carry(Stream, u16, &'a dyn PageStore),
+    Fetch(Fetcher),
+}
+
+/// Fetches pages that somebody waits for, once `later` says so.
+fn fetch(fetcher: Fetcher, results: &Sender<StreamResult>, later: &Receiver<Arc<Missing>>) {
+    if let Ok(missing) = later.recv() {
+        // The one who asked may have given up.
+        let _ = results.send((PRIORITY, fetcher.run(&missing)));
+    }
+}
+
+/// The number under which the connection for pages that are needed at once reports.
+const PRIORITY: u16 = u16::MAX;
+
+/// Takes what comes on a data connection, before the machine starts and, if `later` says so,
+/// afterwards.
+fn carry(
+    mut stream: Stream,
+    index: u16,
+    (regions, pages): (&[PageRun], &dyn PageStore),
+    (results, later): (&Sender<StreamResult>, &Receiver<Arc<Missing>>),
+) {
+    let result = stream.drain(Decoder::new(regions), pages);
+    let ended_well = result.is_ok();
+    // The one who asked may have given up.
+    let _ = results.send((index, result));
+    if ended_well && let Ok(missing) = later.recv() {
+        let result = stream.drain(Decoder::into_used(regions), &*missing);
+        let _ = results.send((index, result));
+    }
+}
+
 /// Which data connections are still at work.
-struct Ended {
+pub(super) struct Ended {
     inbox: Receiver<StreamResult>,
-    missing: usize,
+    pub(super) missing: usize,
 }
 
 impl Ended {
     /// Notes those that have ended; the first failure is an error.
-    fn check(&mut self, wait: Duration) -> Result<(), DestinationError> {
+    pub(super) fn check(&mut self, wait: Duration) -> Result<(), DestinationError> {
         while self.missing > 0 {
             let Ok((index, result)) = self.inbox.recv_timeout(wait) else {
                 return Ok(());
             };
             result.map_err(|source| DestinationError::Stream { index, source })?;
-            self.missing -= 1;
+            self.missing -= usize::from(index != PRIORITY);
         }
         Ok(())
     }
 }
 
-/// Everything until [`Message::Prepare`], and all pages.
-fn gather(control: &mut Control<'_>, ended: &mut Ended) -> Result<Vec<Section>, DestinationError> {
+/// Device states and, in a post-copy, the pages that come later.
+type Gathered = (Vec<Section>, Option<Vec<DirtyBitmap>>);
+
+/// Everything until [`Message::Prepare`], and all pages that come before it.
+fn gather(
+    control: &mut Control<'_>,
+    ended: &mut Ended,
+    regions: &[PageRun],
+) -> Result<Gathered, DestinationError> {
     let mut sections: Vec<Section> = Vec::new();
+    let mut later = None;
     let mut bytes = 0;
     let expected = loop {
         match control.receive(|| ended.check(Duration::ZERO))? {
@@ -324,6 +410,7 @@ fn gather(control: &mut Control<'_>, ended: &mut Ended) -> Result<Vec<Section>, 
                     return Err(DestinationError::Protocol(text));
                 }
             }
+            Message::Missing(missing) => note_missing(&mut later, &missing.runs, regions)?,
             Message::Prepare(prepare) => break prepare.sections,
             other => return Err(unexpected(&other)),
         }
@@ -341,7 +428,31 @@ fn gather(control: &mut Control<'_>, ended: &mut Ended) -> Result<Vec<Section>, 
             return Err(silent.into());
         }
     }
-    Ok(sections)
+    Ok((sections, later))
+}
+
+/// Marks pages that come later.
+fn note_missing(
+    later: &mut Option<Vec<DirtyBitmap>>,
+    runs: &[(u64, u64)],
+    regions: &[PageRun],
+) -> Result<(), DestinationError> {
+    let bitmap = |region: &PageRun| DirtyBitmap::new(region.start, region.count);
+    let later = later.get_or_insert_with(|| regions.iter().map(bitmap).collect());
+    for (start, count) in runs {
+        let run = PageRun::new(PageIndex(*start), *count);
+        let place = run.and_then(|run| {
+            let holds = |region: &&PageRun| region.start <= run.start && run.end() <= region.end();
+            let index = regions.iter().position(|region| holds(&region))?;
+            later.get_mut(index).zip(Some(run))
+        });
+        let Some((bitmap, run)) = place else {
+            let text = format!("{count} missing pages at {start} are not guest memory");
+            return Err(DestinationError::Protocol(text));
+        };
+        bitmap.insert(run);
+    }
+    Ok(())
 }
 
 /// A source that gives up breaks its data connections off and says why on the control connection:

@@ -1,7 +1,6 @@
 //! A data connection: takes frames of pages until the source says that it is done.
 
 use crate::codec::{DecodeError, Decoder};
-use crate::page::PageRun;
 use crate::ports::{Channel, PageStore};
 use crate::wire::frame::{FrameError, FrameKind, FrameReader};
 
@@ -14,11 +13,10 @@ pub(super) struct Stream {
 impl Stream {
     /// Writes what comes to memory.
     pub(super) fn drain(
-        mut self,
-        regions: &[PageRun],
+        &mut self,
+        mut decoder: Decoder,
         pages: &dyn PageStore,
     ) -> Result<(), DecodeError> {
-        let mut decoder = Decoder::new(regions);
         let mut payload = Vec::new();
         loop {
             let kind = match self.reader.read(&mut *self.channel, &mut payload) {

@@ -1,12 +1,14 @@
 //! Device states and the destination's half of the hand-off.
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::options::{DestinationError, Received};
-use super::receive::Control;
+use super::pull::{Missing, Puller};
+use super::receive::{Control, Ended};
 use crate::handoff::{
-    self, Cause, DestinationAction, DestinationEvent, DestinationHandoff, DestinationOutcome, Mark,
-    Mode, Reason,
+    self, Awaited, Cause, DestinationAction, DestinationEvent, DestinationHandoff,
+    DestinationOutcome, Mark, Mode, Reason,
 };
 use crate::ports::{Incoming, PortError};
 use crate::section::Section;
@@ -17,6 +19,9 @@ pub(super) struct Takeover<'c, 'a> {
     control: &'c mut Control<'a>,
     machine: Box<dyn Incoming>,
     sections: Vec<Section>,
+    /// In a post-copy.
+    puller: Option<(Puller, Ended)>,
+    missing: Option<Arc<Missing>>,
     restore_us: u64,
     /// What went wrong here, in more words than the hand-off knows.
     error: Option<DestinationError>,
@@ -28,11 +33,14 @@ impl<'c, 'a> Takeover<'c, 'a> {
         control: &'c mut Control<'a>,
         machine: Box<dyn Incoming>,
         sections: Vec<Section>,
+        puller: Option<(Puller, Ended)>,
     ) -> Self {
         Self {
             control,
             machine,
             sections,
+            puller,
+            missing: None,
             restore_us: 0,
             error: None,
             start_error: None,
@@ -40,16 +48,20 @@ impl<'c, 'a> Takeover<'c, 'a> {
     }
 
     pub(super) fn run(mut self) -> Result<Received, DestinationError> {
-        let (mut handoff, mut action) = DestinationHandoff::begin(Mode::Precopy);
+        let (mut handoff, mut action) = DestinationHandoff::begin(match self.puller {
+            Some(_) => Mode::Postcopy,
+            None => Mode::Precopy,
+        });
         let outcome = loop {
             let event = match action {
                 DestinationAction::Restore => self.restore(),
                 DestinationAction::Send(message) => self.send(message),
+                DestinationAction::Wait(Awaited::Link) => self.wait_for_link(),
                 DestinationAction::Wait(_) => self.wait(),
                 DestinationAction::Claim(mark) => self.claim(mark),
                 DestinationAction::Start => self.start(),
-                DestinationAction::Pull => DestinationEvent::PagesComplete,
-                DestinationAction::Pause => DestinationEvent::Paused,
+                DestinationAction::Pull => self.pull(),
+                DestinationAction::Pause => self.hold(),
                 DestinationAction::Finish(outcome) => break outcome,
             };
             action = handoff
@@ -69,7 +81,9 @@ impl<'c, 'a> Takeover<'c, 'a> {
 
     fn restore(&mut self) -> DestinationEvent {
         let begin = Instant::now();
-        let restored = self.machine.restore(std::mem::take(&mut self.sections));
+        let lazy = self.make_lazy();
+        let sections = std::mem::take(&mut self.sections);
+        let restored = lazy.and_then(|()| self.machine.restore(sections));
         self.restore_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
         match restored {
             Ok(()) => DestinationEvent::Restored,
@@ -78,6 +92,77 @@ impl<'c, 'a> Takeover<'c, 'a> {
                 DestinationEvent::RestoreFailed
             }
         }
+    }
+
+    /// In a post-copy, pages come when they are touched from here on: already a device that takes
+    /// its state over may look at its queues.
+    fn make_lazy(&mut self) -> Result<(), PortError> {
+        if let Some((puller, _)) = &mut self.puller {
+            let lazy = self.machine.make_lazy(&puller.later)?;
+            self.missing = Some(puller.begin(lazy));
+        }
+        Ok(())
+    }
+
+    /// Waits until every page has come.
+    fn pull(&mut self) -> DestinationEvent {
+        let (Some((_, ended)), Some(missing)) = (&mut self.puller, &self.missing) else {
+            return DestinationEvent::LinkLost;
+        };
+        let mut heard = Instant::now();
+        loop {
+            if self.machine.has_ended() {
+                return DestinationEvent::PagesComplete;
+            }
+            let lost = match (ended.check(Duration::ZERO), self.control.poll()) {
+                (Ok(()), Ok(None)) => None,
+                (Ok(()), Ok(Some(Message::Round(_)))) => {
+                    heard = Instant::now();
+                    None
+                }
+                (Ok(()), Ok(Some(other))) => Some(super::receive::unexpected(&other)),
+                (Ok(()), Err(error)) => Some(error.into()),
+                (Err(error), _) => Some(error),
+            };
+            let lost = match lost {
+                None if ended.missing == 0 && missing.left() == 0 => match missing.complete() {
+                    Ok(()) => return DestinationEvent::PagesComplete,
+                    Err(error) => Some(error.into()),
+                },
+                None if ended.missing == 0 => {
+                    let text = format!("{} pages were not sent", missing.left());
+                    Some(DestinationError::Protocol(text))
+                }
+                None if heard.elapsed() > self.control.patience => {
+                    Some(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
+                }
+                lost => lost,
+            };
+            if let Some(error) = lost {
+                log::error!(error:% = error.chain(), missing_pages = missing.left(); "the source's pages do not come any more");
+                self.error = Some(error);
+                return DestinationEvent::LinkLost;
+            }
+        }
+    }
+
+    fn hold(&mut self) -> DestinationEvent {
+        self.machine.hold();
+        DestinationEvent::Paused
+    }
+
+    /// The machine stands still, with parts of its memory at the source, until somebody ends it.
+    fn wait_for_link(&mut self) -> DestinationEvent {
+        if let Some((puller, _)) = &self.puller {
+            puller.stop();
+        }
+        self.control.break_off();
+        // It may not have been started yet; whoever can end it is to see it.
+        self.machine.hold();
+        while !self.machine.has_ended() {
+            std::thread::sleep(super::pull::TICK);
+        }
+        DestinationEvent::GiveUp
     }
 
     fn claim(&mut self, mark: Mark) -> DestinationEvent {
@@ -113,10 +198,14 @@ impl<'c, 'a> Takeover<'c, 'a> {
             handoff::Message::Committed => Message::Committed,
             handoff::Message::Declined(cause) => Message::Declined(reasons(cause)),
             handoff::Message::Abort(cause) => Message::Abort(reasons(cause)),
-            // The source's, and post-copy's.
-            handoff::Message::Prepare
-            | handoff::Message::Commit(_)
-            | handoff::Message::Complete => return DestinationEvent::LinkLost,
+            handoff::Message::Complete => {
+                let summary = self.missing.as_ref().map(|missing| missing.summary());
+                Message::Complete(summary.unwrap_or_default())
+            }
+            // The source's.
+            handoff::Message::Prepare | handoff::Message::Commit(_) => {
+                return DestinationEvent::LinkLost;
+            }
         };
         match self.control.send(&message) {
             Ok(()) => DestinationEvent::Sent,

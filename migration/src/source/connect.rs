@@ -2,7 +2,7 @@
 
 use super::control::Control;
 use super::migrate::Parts;
-use super::options::{SourceError, SourceOptions};
+use super::options::{OnTimeout, SourceError, SourceOptions};
 use crate::ports::{Channel, Dial};
 use crate::progress::MigrationHandle;
 use crate::wire::message::{Attach, Hello, MAGIC, Offer};
@@ -11,6 +11,14 @@ use crate::wire::{Message, OLDEST_VERSION, VERSION};
 /// Reasons that a destination may give.
 const MAX_REASONS: usize = 64;
 
+/// Connections to the destination.
+pub(super) struct Links {
+    /// For pages.
+    pub(super) data: Vec<Box<dyn Channel>>,
+    /// For pages that are needed at once, when there may be a post-copy.
+    pub(super) priority: Option<Box<dyn Channel>>,
+}
+
 /// Introduces this side, describes the machine and opens the data connections.
 pub(super) fn connect(
     control: &mut Control,
@@ -18,7 +26,7 @@ pub(super) fn connect(
     parts: &Parts<'_>,
     options: &SourceOptions,
     handle: &MigrationHandle,
-) -> Result<Vec<Box<dyn Channel>>, SourceError> {
+) -> Result<Links, SourceError> {
     let wait = |control: &mut Control| control.receive(options.patience, || handle.is_cancelled());
     control.send(&Message::Hello(Hello {
         magic: MAGIC.to_owned(),
@@ -37,18 +45,26 @@ pub(super) fn connect(
             newest: VERSION,
         });
     }
+    let postcopy = options.on_timeout == OnTimeout::Postcopy;
     let regions = parts.pages.regions();
     control.send(&Message::Offer(Offer {
         skeleton: parts.machine.skeleton()?,
         regions: regions.iter().map(|run| (run.start.0, run.count)).collect(),
         streams: options.streams,
+        postcopy,
     }))?;
     match wait(control)? {
-        Message::Accept => {}
+        Message::Accept if !postcopy => {}
+        Message::AcceptPostcopy if postcopy => {}
+        Message::Accept => {
+            let text = "it does not know of post-copy".to_owned();
+            return Err(refused(vec![text]));
+        }
         Message::Refuse(refuse) => return Err(refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     }
-    (0..options.streams)
+    let extra = u16::from(postcopy);
+    let data: Result<Vec<_>, SourceError> = (0..options.streams + extra)
         .map(|index| {
             let failed = |source| SourceError::Dial { index, source };
             let mut channel = dial.dial(welcome.data_url.as_deref()).map_err(failed)?;
@@ -60,7 +76,11 @@ pub(super) fn connect(
             attach.send(&mut *channel).map_err(failed)?;
             Ok(channel)
         })
-        .collect()
+        .collect();
+    let mut data = data?;
+    // The last one.
+    let priority = if postcopy { data.pop() } else { None };
+    Ok(Links { data, priority })
 }
 
 fn refused(mut reasons: Vec<String>) -> SourceError {

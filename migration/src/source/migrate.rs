@@ -14,7 +14,7 @@ use super::stream::{Shared, Stream, Totals};
 use super::switchover::{Ending, Switchover};
 use crate::handoff::{Cause, Doubt, Outcome, Reason};
 use crate::ports::{Breaker, Channel, Dial, DirtyTracker, Machine, PageStore};
-use crate::progress::{Blackout, MigrationHandle, Phase, RoundReport};
+use crate::progress::{Blackout, MigrationHandle, Phase, Postcopy, RoundReport};
 use crate::wire::Message;
 use crate::wire::message::Reasons;
 
@@ -41,10 +41,11 @@ impl Drop for Breakers {
 
 /// What there is to report, whatever the end.
 #[derive(Default)]
-struct Record {
+pub(super) struct Record {
     rounds: Vec<RoundReport>,
     totals: Totals,
-    blackout: Option<Blackout>,
+    pub(super) blackout: Option<Blackout>,
+    pub(super) postcopy: Option<Postcopy>,
     predicted: Option<Duration>,
 }
 
@@ -91,6 +92,7 @@ pub fn migrate(
         total: began.elapsed(),
         predicted_blackout: record.predicted,
         blackout: record.blackout,
+        postcopy: record.postcopy,
         pages,
         wire_bytes: totals.wire_bytes.load(Ordering::Relaxed),
         streams: options.streams,
@@ -142,8 +144,9 @@ fn attempt(
     if !blockers.is_empty() {
         return Err(SourceError::Blocked(blockers));
     }
-    let channels = connect::connect(control, dial, parts, options, handle)?;
-    let breakers = Breakers(channels.iter().map(|channel| channel.breaker()).collect());
+    let links = connect::connect(control, dial, parts, options, handle)?;
+    let channels = links.data.iter().chain(&links.priority);
+    let breakers = Breakers(channels.map(|channel| channel.breaker()).collect());
     let shared = Shared {
         pages: parts.pages,
         tracker: parts.tracker,
@@ -160,7 +163,7 @@ fn attempt(
         let breakers = breakers;
         let (results, inbox) = channel();
         let mut orders = Vec::new();
-        for (channel, index) in channels.into_iter().zip(0..) {
+        for (channel, index) in links.data.into_iter().zip(0..) {
             let (order, plans) = std::sync::mpsc::channel();
             orders.push(order);
             let stream = Stream::new(&shared, index, channel);
@@ -178,7 +181,7 @@ fn attempt(
         let precopied = rounds.precopy(parts, control);
         let ending = precopied.and_then(|last| {
             let switchover = Switchover::new(&mut rounds, control, handle, options);
-            switchover.run(parts, last, &mut record.blackout)
+            switchover.run(parts, last, links.priority, record)
         });
         record.rounds = std::mem::take(&mut rounds.reports);
         record.predicted = rounds.predicted;

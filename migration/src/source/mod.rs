@@ -11,6 +11,7 @@
 //! | `stream` | a data connection's thread |
 //! | `pacer` | the bandwidth limit |
 //! | `rounds` | pre-copy |
+//! | `serve` | post-copy: pages that the destination waits for |
 //! | `switchover` | the last pages, device states, the hand-off |
 
 mod connect;
@@ -19,6 +20,7 @@ mod migrate;
 pub mod options;
 mod pacer;
 mod rounds;
+mod serve;
 mod stream;
 mod switchover;
 

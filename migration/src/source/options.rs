@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::handoff::{Outcome, Reason};
 use crate::ports::PortError;
-use crate::progress::{Blackout, PageMix, RoundReport};
+use crate::progress::{Blackout, PageMix, Postcopy, RoundReport};
 use crate::wire::FrameError;
 
 /// How pages that are not zero travel.
@@ -35,6 +35,8 @@ pub enum OnTimeout {
     Cancel,
     /// The VM is stopped, however long the rest takes.
     Force,
+    /// The VM goes on at the destination, which fetches the rest.
+    Postcopy,
 }
 
 /// What is asked for.
@@ -129,6 +131,8 @@ pub struct SourceReport {
     pub predicted_blackout: Option<Duration>,
     /// How long it stood still, part by part; `None` when it did not.
     pub blackout: Option<Blackout>,
+    /// What came afterwards, if anything.
+    pub postcopy: Option<Postcopy>,
     /// The rounds before that.
     pub rounds: Vec<RoundReport>,
     /// All pages.

@@ -11,6 +11,7 @@ use super::options::{OnTimeout, SourceError, SourceOptions};
 use super::stream::{RoundPlan, Shared};
 use crate::bitmap::DirtyBitmap;
 use crate::convergence::{Decision, Limits, decide, predicted_blackout};
+use crate::handoff::Mode;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::progress::{MigrationHandle, PageMix, Phase, RoundReport};
 use crate::wire::Message;
@@ -33,6 +34,9 @@ pub(super) struct Workers {
     pub(super) orders: Vec<Sender<Arc<RoundPlan>>>,
     pub(super) results: Receiver<Result<(), SourceError>>,
 }
+
+/// Pages that are dirty when the machine is stopped, and when they travel.
+pub(super) type LastPages = (Vec<DirtyBitmap>, Mode);
 
 /// Counts at some moment.
 #[derive(Clone, Copy)]
@@ -95,7 +99,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// A clean or a full bitmap per region.
-    fn bitmaps(&self, full: bool) -> Vec<DirtyBitmap> {
+    pub(super) fn bitmaps(&self, full: bool) -> Vec<DirtyBitmap> {
         let bitmap = |region: &PageRun| {
             let mut bitmap = DirtyBitmap::new(region.start, region.count);
             if full {
@@ -112,7 +116,7 @@ impl<'a> Rounds<'a> {
         &mut self,
         parts: &mut Parts<'_>,
         control: &mut Control,
-    ) -> Result<Vec<DirtyBitmap>, SourceError> {
+    ) -> Result<LastPages, SourceError> {
         // What a tracker may report at first is re-armed with everything else.
         drop(self.harvest());
         let mut dirty = self.bitmaps(true);
@@ -137,11 +141,14 @@ impl<'a> Rounds<'a> {
             let predicted = predicted_blackout(&self.reports, FIXED);
             self.predicted = Some(predicted);
             self.publish(predicted);
+            let postcopy = self.options.on_timeout == OnTimeout::Postcopy;
             match decide(&self.reports, &limits) {
-                Decision::Switchover => return Ok(dirty),
+                Decision::Switchover => return Ok((dirty, Mode::Precopy)),
                 _ if self.is_late() && self.options.on_timeout == OnTimeout::Force => {
-                    return Ok(dirty);
+                    return Ok((dirty, Mode::Precopy));
                 }
+                _ if self.is_late() && postcopy => return Ok((dirty, Mode::Postcopy)),
+                Decision::Diverges if postcopy => return Ok((dirty, Mode::Postcopy)),
                 // Rounds may be shorter than the time between two looks at the clock.
                 _ if self.is_late() => return Err(SourceError::Timeout(self.options.timeout)),
                 Decision::Continue | Decision::Diverges => {}
@@ -189,6 +196,7 @@ impl<'a> Rounds<'a> {
             running: true,
             last: false,
             remember: true,
+            whole: false,
         });
         self.await_streams(|rounds| rounds.watch(control, pages))?;
         Ok(self.report_since(begin))
@@ -203,7 +211,40 @@ impl<'a> Rounds<'a> {
             running: false,
             last: true,
             remember: false,
+            whole: false,
         });
+    }
+
+    /// Sends the pages that a post-copy has left; the machine is the destination's.
+    pub(super) fn push(&mut self, missing: Vec<DirtyBitmap>) {
+        self.number += 1;
+        self.order(RoundPlan {
+            number: self.number,
+            dirty: missing,
+            running: false,
+            last: true,
+            remember: false,
+            whole: true,
+        });
+    }
+
+    /// What has become of the streams within `wait`: how many have done what they were told.
+    pub(super) fn streams_done(&self, wait: Duration) -> Result<usize, SourceError> {
+        let Ok(first) = self.workers.results.recv_timeout(wait) else {
+            return Ok(0);
+        };
+        first?;
+        let mut done = 1;
+        for result in self.workers.results.try_iter() {
+            result?;
+            done += 1;
+        }
+        Ok(done)
+    }
+
+    /// How many data connections there are.
+    pub(super) fn streams(&self) -> usize {
+        self.workers.orders.len()
     }
 
     fn order(&self, plan: RoundPlan) {
@@ -246,12 +287,7 @@ impl<'a> Rounds<'a> {
         }
         listen(control, Duration::ZERO)?;
         self.show_life(control, pages)?;
-        if self.refreshed.at.elapsed() >= REFRESH {
-            let done = self.shared.totals.done_pages.load(Ordering::Relaxed);
-            self.handle
-                .update(|progress| progress.remaining_pages = pages.saturating_sub(done));
-            self.refresh();
-        }
+        self.show_push(pages);
         Ok(())
     }
 
@@ -342,6 +378,16 @@ impl<'a> Rounds<'a> {
                 Ok(()) | Err(_) => error,
             },
             error => error,
+        }
+    }
+
+    /// New figures while pages are pushed, now and then.
+    pub(super) fn show_push(&mut self, pages: u64) {
+        if self.refreshed.at.elapsed() >= REFRESH {
+            let done = self.shared.totals.done_pages.load(Ordering::Relaxed);
+            self.handle
+                .update(|progress| progress.remaining_pages = pages.saturating_sub(done));
+            self.refresh();
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use super::options::{EncodingChoice, SourceError};
 use super::pacer::Pacer;
+use super::serve::write_all;
 use crate::bitmap::DirtyBitmap;
 use crate::codec::{Adaptive, BatchFacts, Encoder, Encoding};
 use crate::page::{PageIndex, PageRun};
@@ -34,6 +35,9 @@ pub(super) struct RoundPlan {
     pub(super) last: bool,
     /// Whether pages are kept for deltas.
     pub(super) remember: bool,
+    /// Whether the destination has thrown its versions away, so that each page travels whole, also
+    /// one of zeroes.
+    pub(super) whole: bool,
 }
 
 /// Counts of all connections, for whoever watches.
@@ -53,7 +57,7 @@ pub(super) struct Totals {
 }
 
 impl Totals {
-    fn count(&self, pages: &PageMix) {
+    pub(super) fn count(&self, pages: &PageMix) {
         for (total, count) in [
             (&self.zero, pages.zero),
             (&self.raw, pages.raw),
@@ -190,18 +194,19 @@ impl<'a> Stream<'a> {
         for run in self.shared.pages.data_runs(chunk)? {
             data.insert(run);
         }
+        let whole = if plan.whole { u64::MAX } else { 0 };
         let mut start = chunk.start.0;
         while start < chunk.end().0 {
             let base = PageIndex(start);
             let sent = self.sent.get(region);
             let sent_word = sent.map_or(0, |sent| sent.word_at(base));
             let (dirty, data) = (dirty.word_at(base), data.word_at(base));
-            let (pages, zeroes) = (dirty & data, dirty & !data & sent_word);
+            let (pages, zeroes) = (dirty & data, dirty & !data & (sent_word | whole));
             if pages | zeroes != 0 {
                 if let Some(sent) = self.sent.get_mut(region) {
                     sent.set_word_at(base, (sent_word | pages) & !zeroes);
                 }
-                self.batch(base, pages, zeroes)?;
+                self.batch(plan, base, (pages, zeroes))?;
             }
             start += BATCH_PAGES;
         }
@@ -210,7 +215,12 @@ impl<'a> Stream<'a> {
         Ok(())
     }
 
-    fn batch(&mut self, base: PageIndex, pages: u64, zeroes: u64) -> Result<(), SourceError> {
+    fn batch(
+        &mut self,
+        plan: &RoundPlan,
+        base: PageIndex,
+        (pages, zeroes): (u64, u64),
+    ) -> Result<(), SourceError> {
         let begin = Instant::now();
         let runs: Vec<_> = runs_of(base, pages).collect();
         let zeroes: Vec<_> = runs_of(base, zeroes).collect();
@@ -223,7 +233,10 @@ impl<'a> Stream<'a> {
             self.shared.pages.read(*run, target)?;
             rest = after;
         }
-        let encoding = self.choose();
+        let encoding = match self.choose() {
+            Encoding::Delta if plan.whole => Encoding::Lz4,
+            encoding => encoding,
+        };
         let (counts, raw) = self.encoder.encode(
             base,
             (&runs, &self.buffer),
@@ -270,16 +283,7 @@ impl<'a> Stream<'a> {
         slices.extend(parts.map(IoSlice::new));
         let bytes = slices.iter().map(|slice| slice.len()).sum::<usize>();
         self.was_paced = self.shared.pacer.take(bytes);
-        let mut rest = slices.as_mut_slice();
-        while !rest.is_empty() {
-            match self.channel.write_vectored(rest) {
-                Ok(0) if rest.iter().all(|slice| slice.is_empty()) => break,
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => IoSlice::advance_slices(&mut rest, count),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        write_all(&mut *self.channel, &mut slices)?;
         let total = &self.shared.totals.wire_bytes;
         total.fetch_add(bytes as u64, Ordering::Relaxed);
         self.out.clear();

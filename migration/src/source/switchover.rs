@@ -1,24 +1,53 @@
 //! The time that the VM stands still: last pages, device states, the hand-off.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::control::{Control, TICK};
-use super::migrate::{Parts, resume};
+use super::migrate::{Parts, Record, resume};
 use super::options::{OnTimeout, SourceError, SourceOptions};
-use super::rounds::{Rounds, micros};
+use super::rounds::{LastPages, Rounds, micros};
+use super::serve::Server;
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::{
     self, Awaited, Cause, Mode, Outcome, SourceAction, SourceEvent, SourceHandoff,
 };
-use crate::progress::{Blackout, MigrationHandle, Phase};
-use crate::wire::message::{Commit, Prepare, Reasons};
+use crate::ports::{Breaker, Channel, Reclaim};
+use crate::progress::{Blackout, MigrationHandle, Phase, Postcopy};
+use crate::wire::message::{Commit, Complete, Missing, Prepare, Reasons};
 use crate::wire::{FrameError, Message};
+
+/// Runs of missing pages in one message at most.
+const MISSING_RUNS: usize = 32 << 10;
 
 /// How a migration ended.
 pub(super) struct Ending {
     pub(super) outcome: Outcome,
     /// Why the machine is not the destination's.
     pub(super) error: Option<SourceError>,
+}
+
+/// Post-copy's part of a switchover.
+#[derive(Default)]
+struct Later {
+    /// Pages that the destination does not have.
+    missing: Vec<DirtyBitmap>,
+    report: Option<Postcopy>,
+    began: Option<Instant>,
+    /// Streams that have sent all of theirs.
+    pushed: usize,
+    /// Whether the destination has, for all that is known, taken the machine over.
+    peer_has_it: bool,
+    breaker: Option<Arc<dyn Breaker>>,
+    /// The thread that answers the destination's requests.
+    server: ServerFlags,
+}
+
+#[derive(Clone, Default)]
+struct ServerFlags {
+    stopped: Arc<AtomicBool>,
+    failed: Arc<AtomicBool>,
 }
 
 pub(super) struct Switchover<'r, 'a> {
@@ -29,7 +58,10 @@ pub(super) struct Switchover<'r, 'a> {
     /// However long the last pages take: a stream that makes no progress still ends it.
     forced: bool,
     blackout: Blackout,
+    stopped: Instant,
     sections: u32,
+    mode: Mode,
+    later: Later,
     /// What the peer said last, when it gave up.
     words: Option<String>,
 }
@@ -48,7 +80,10 @@ impl<'r, 'a> Switchover<'r, 'a> {
             patience: options.patience,
             forced: options.on_timeout == OnTimeout::Force,
             blackout: Blackout::default(),
+            stopped: Instant::now(),
             sections: 0,
+            mode: Mode::Precopy,
+            later: Later::default(),
             words: None,
         }
     }
@@ -57,24 +92,52 @@ impl<'r, 'a> Switchover<'r, 'a> {
     pub(super) fn run(
         mut self,
         parts: &mut Parts<'_>,
-        dirty: Vec<DirtyBitmap>,
-        blackout: &mut Option<Blackout>,
+        (dirty, mode): LastPages,
+        priority: Option<Box<dyn Channel>>,
+        record: &mut Record,
     ) -> Result<Ending, SourceError> {
         self.handle
             .update(|progress| progress.phase = Phase::Switchover);
-        let stopped = Instant::now();
+        self.mode = mode;
+        self.stopped = Instant::now();
         parts.machine.pause()?;
-        self.blackout.pause_us = micros(stopped.elapsed());
-        let ending = match self.send_rest(parts, dirty) {
-            Ok(()) => Ok(self.hand_over(parts)),
-            Err(error) => {
-                let error = Rounds::explain(self.control, error);
-                resume(parts, error)
-            }
-        };
-        self.blackout.total_us = micros(stopped.elapsed());
-        *blackout = Some(self.blackout);
+        self.blackout.pause_us = micros(self.stopped.elapsed());
+        let ending = std::thread::scope(|scope| {
+            let spawned = match (mode, priority) {
+                (Mode::Postcopy, Some(channel)) => {
+                    self.later.breaker = Some(channel.breaker());
+                    let server = Server::new(self.rounds.shared, channel);
+                    let flags = self.later.server.clone();
+                    let serve = move || server.run(&flags.stopped, &flags.failed);
+                    let thread = std::thread::Builder::new().name("mig-fetch".to_owned());
+                    thread.spawn_scoped(scope, serve).map(drop)
+                }
+                (Mode::Postcopy | Mode::Precopy, _) => Ok(()),
+            };
+            let sent = spawned.map_err(SourceError::from);
+            let ending = match sent.and_then(|()| self.send_rest(parts, dirty)) {
+                Ok(()) => Ok(self.hand_over(parts)),
+                Err(error) => {
+                    let error = Rounds::explain(self.control, error);
+                    resume(parts, error)
+                }
+            };
+            self.stop_server();
+            ending
+        });
+        if self.later.began.is_none() {
+            self.blackout.total_us = micros(self.stopped.elapsed());
+        }
+        record.blackout = Some(self.blackout);
+        record.postcopy = self.later.report;
         ending
+    }
+
+    fn stop_server(&self) {
+        self.later.server.stopped.store(true, Ordering::SeqCst);
+        if let Some(breaker) = &self.later.breaker {
+            breaker.break_off();
+        }
     }
 
     fn send_rest(
@@ -87,6 +150,11 @@ impl<'r, 'a> Switchover<'r, 'a> {
             bitmap.merge(&last);
         }
         self.blackout.harvest_us = micros(begin.elapsed());
+        if self.mode == Mode::Postcopy {
+            // The streams only say that they are done; their pages come later.
+            let none = self.rounds.bitmaps(false);
+            self.later.missing = std::mem::replace(&mut dirty, none);
+        }
         self.blackout.pages = Rounds::bytes_of(&dirty) / crate::PAGE_BYTES;
         let sent = |rounds: &Rounds<'_>| {
             let bytes = &rounds.shared.totals.wire_bytes;
@@ -97,6 +165,7 @@ impl<'r, 'a> Switchover<'r, 'a> {
         // Meanwhile the streams are at work.
         let frames = self.save(parts)?;
         self.control.send_bytes(&frames)?;
+        self.send_missing()?;
         let (handle, pages) = (self.handle, self.blackout.pages);
         let deadline = Instant::now() + self.patience * 10;
         let (control, forced) = (&mut *self.control, self.forced);
@@ -127,9 +196,28 @@ impl<'r, 'a> Switchover<'r, 'a> {
         Ok(frames)
     }
 
+    /// In a post-copy, what the destination does not have.
+    fn send_missing(&mut self) -> Result<(), SourceError> {
+        if self.mode == Mode::Precopy {
+            return Ok(());
+        }
+        let runs = self.later.missing.iter().flat_map(DirtyBitmap::runs);
+        let runs: Vec<_> = runs.map(|run| (run.start.0, run.count)).collect();
+        let mut rest = runs.as_slice();
+        loop {
+            let (some, after) = rest.split_at(rest.len().min(MISSING_RUNS));
+            let runs = some.to_vec();
+            self.control.send(&Message::Missing(Missing { runs }))?;
+            if after.is_empty() {
+                return Ok(());
+            }
+            rest = after;
+        }
+    }
+
     /// Drives the hand-off to its end.
     fn hand_over(&mut self, parts: &mut Parts<'_>) -> Ending {
-        let (mut handoff, mut action) = SourceHandoff::begin(Mode::Precopy);
+        let (mut handoff, mut action) = SourceHandoff::begin(self.mode);
         let mut begin = Instant::now();
         let outcome = loop {
             if handoff.may_give_up()
@@ -147,8 +235,9 @@ impl<'r, 'a> Switchover<'r, 'a> {
                     }
                     self.send(message)
                 }
+                SourceAction::Wait(Awaited::Link) => self.wait_for_link(),
                 SourceAction::Wait(awaited) => self.wait(awaited),
-                SourceAction::Serve => SourceEvent::LinkLost,
+                SourceAction::Serve => self.serve(begin),
                 SourceAction::Release => match parts.machine.release() {
                     Ok(mark) => SourceEvent::Released(mark),
                     Err(error) => {
@@ -158,7 +247,10 @@ impl<'r, 'a> Switchover<'r, 'a> {
                     }
                 },
                 SourceAction::Reclaim => match parts.machine.reclaim() {
-                    Ok(reclaim) => SourceEvent::Reclaim(reclaim),
+                    Ok(reclaim) => {
+                        self.later.peer_has_it |= reclaim == Reclaim::HeldByPeer;
+                        SourceEvent::Reclaim(reclaim)
+                    }
                     Err(error) => {
                         log::error!(error:% = error; "the disks could not be taken back");
                         SourceEvent::ReclaimFailed
@@ -183,8 +275,102 @@ impl<'r, 'a> Switchover<'r, 'a> {
                 }
             };
         };
-        self.blackout.commit_us = micros(begin.elapsed());
+        if self.later.began.is_none() {
+            self.blackout.commit_us = micros(begin.elapsed());
+        }
         self.ending(outcome)
+    }
+
+    /// The destination has answered the commit that was sent at `begin`: pages are pushed and served until it has
+    /// all of them.
+    fn serve(&mut self, begin: Instant) -> SourceEvent {
+        self.begin_serving(begin);
+        let pages = self.later.report.map_or(0, |report| report.pages);
+        let mut heard = Instant::now();
+        loop {
+            if self.later.server.failed.load(Ordering::SeqCst) {
+                return SourceEvent::LinkLost;
+            }
+            let streams = self.rounds.streams_done(Duration::ZERO);
+            let life = self.rounds.show_life(self.control, pages);
+            let message = self.control.poll(TICK);
+            match (streams, life, message) {
+                (_, _, Ok(Some(Message::Complete(complete)))) => {
+                    self.complete(complete);
+                    return SourceEvent::Received(handoff::Message::Complete);
+                }
+                (_, _, Ok(Some(message))) => {
+                    return SourceEvent::Received(self.understand(message));
+                }
+                (Ok(done), Ok(()), Ok(None)) => {
+                    self.later.pushed += done;
+                    if self.later.pushed < self.rounds.streams() || done > 0 {
+                        // Streams have deadlines of their own.
+                        heard = Instant::now();
+                    }
+                }
+                (Err(error), _, _) | (_, Err(error), _) => {
+                    log::warn!(error:% = error; "post-copy");
+                    return SourceEvent::LinkLost;
+                }
+                (_, _, Err(error)) => {
+                    log::warn!(error:% = error; "connection lost in post-copy");
+                    return SourceEvent::LinkLost;
+                }
+            }
+            self.rounds.show_push(pages);
+            if heard.elapsed() > self.patience {
+                return SourceEvent::DeadlinePassed;
+            }
+        }
+    }
+
+    fn begin_serving(&mut self, begin: Instant) {
+        self.later.peer_has_it = true;
+        if self.later.began.is_some() {
+            return;
+        }
+        self.blackout.commit_us = micros(begin.elapsed());
+        self.blackout.total_us = micros(self.stopped.elapsed());
+        self.later.began = Some(Instant::now());
+        let missing = std::mem::take(&mut self.later.missing);
+        let pages = Rounds::bytes_of(&missing) / crate::PAGE_BYTES;
+        self.later.report = Some(Postcopy {
+            pages,
+            ..Postcopy::default()
+        });
+        log::info!(pages; "the destination runs the VM and fetches what is missing");
+        self.handle
+            .update(|progress| progress.phase = Phase::Postcopy);
+        self.rounds.push(missing);
+    }
+
+    fn complete(&mut self, complete: Complete) {
+        let total = self.later.began.map_or(Duration::ZERO, |at| at.elapsed());
+        if let Some(report) = &mut self.later.report {
+            report.total_us = micros(total);
+            report.faults = complete.faults;
+            report.mean_fault_us = complete.waited_us / complete.faults.max(1);
+            report.longest_fault_us = complete.longest_us;
+        }
+    }
+
+    /// The machine's halves stand still on both sides until somebody gives up.
+    fn wait_for_link(&mut self) -> SourceEvent {
+        self.control.channel.breaker().break_off();
+        self.stop_server();
+        log::error!(
+            "the connection broke in post-copy: the VM stands still, with parts of its memory here"
+        );
+        self.handle
+            .update(|progress| progress.phase = Phase::Unlinked);
+        loop {
+            let in_doubt = !self.later.peer_has_it;
+            if self.handle.is_abandoned() || (in_doubt && self.handle.is_cancelled()) {
+                return SourceEvent::GiveUp;
+            }
+            std::thread::sleep(TICK);
+        }
     }
 
     fn ending(&mut self, outcome: Outcome) -> Ending {
@@ -265,6 +451,7 @@ impl<'r, 'a> Switchover<'r, 'a> {
                 handoff::Message::Prepared
             }
             Message::Committed => handoff::Message::Committed,
+            Message::Complete(_) => handoff::Message::Complete,
             Message::Abort(reasons) => {
                 self.words = Some(reasons.reasons.join("; "));
                 handoff::Message::Abort(reasons.cause)
@@ -283,7 +470,10 @@ impl<'r, 'a> Switchover<'r, 'a> {
             | Message::Round(_)
             | Message::Section(_)
             | Message::Prepare(_)
-            | Message::Commit(_) => handoff::Message::Prepare,
+            | Message::Commit(_)
+            | Message::AcceptPostcopy
+            | Message::Missing(_)
+            | Message::Fetch(_) => handoff::Message::Prepare,
         }
     }
 }

@@ -47,10 +47,18 @@ pub enum FrameKind {
     Committed = 15,
     /// The destination cannot take over.
     Declined = 16,
+    /// The destination has built it and can fetch pages after it has started.
+    AcceptPostcopy = 17,
+    /// Pages that come after the machine has started.
+    Missing = 18,
+    /// The destination needs a page now.
+    Fetch = 19,
+    /// Every page has come.
+    Complete = 20,
 }
 
 impl FrameKind {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 20] = [
         Self::Hello,
         Self::Welcome,
         Self::Offer,
@@ -67,6 +75,10 @@ impl FrameKind {
         Self::Commit,
         Self::Committed,
         Self::Declined,
+        Self::AcceptPostcopy,
+        Self::Missing,
+        Self::Fetch,
+        Self::Complete,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {

@@ -52,6 +52,15 @@ pub struct Offer {
     pub regions: Vec<(u64, u64)>,
     /// Data connections that the source will open.
     pub streams: u16,
+    /// Whether pages may come after the machine has started, see docs/handoff.md. The source then
+    /// opens one more data connection, for pages that are needed at once.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub postcopy: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// First frame of a data connection.
@@ -113,6 +122,34 @@ pub struct Commit {
     pub mark: u64,
 }
 
+/// Pages that come after the machine has started. Several of these may be sent; at least one is,
+/// if there is to be a post-copy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// First page and count of each run.
+    pub runs: Vec<(u64, u64)>,
+}
+
+/// Pages that somebody waits for at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetch {
+    /// The first page.
+    pub page: u64,
+    /// How many, from 1 to [`BATCH_PAGES`](super::batch::BATCH_PAGES).
+    pub count: u16,
+}
+
+/// What a post-copy was like for the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Complete {
+    /// Pages that somebody had to wait for.
+    pub faults: u64,
+    /// How long that took in all, in microseconds.
+    pub waited_us: u64,
+    /// How long the longest took, in microseconds.
+    pub longest_us: u64,
+}
+
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "as the frame kinds of the same names")]
@@ -132,6 +169,10 @@ pub enum Message {
     Commit(Commit),
     Committed,
     Declined(Reasons),
+    AcceptPostcopy,
+    Missing(Missing),
+    Fetch(Fetch),
+    Complete(Complete),
 }
 
 impl Message {
@@ -154,6 +195,10 @@ impl Message {
             Self::Commit(_) => FrameKind::Commit,
             Self::Committed => FrameKind::Committed,
             Self::Declined(_) => FrameKind::Declined,
+            Self::AcceptPostcopy => FrameKind::AcceptPostcopy,
+            Self::Missing(_) => FrameKind::Missing,
+            Self::Fetch(_) => FrameKind::Fetch,
+            Self::Complete(_) => FrameKind::Complete,
         }
     }
 
@@ -169,7 +214,12 @@ impl Message {
             Self::Prepared(body) => cbor(body),
             Self::Refuse(body) | Self::Abort(body) | Self::Declined(body) => cbor(body),
             Self::Commit(body) => cbor(body),
-            Self::Accept | Self::StreamEnd | Self::Committed => Ok(Vec::new()),
+            Self::Missing(body) => cbor(body),
+            Self::Fetch(body) => cbor(body),
+            Self::Complete(body) => cbor(body),
+            Self::Accept | Self::AcceptPostcopy | Self::StreamEnd | Self::Committed => {
+                Ok(Vec::new())
+            }
         }
     }
 
@@ -218,6 +268,10 @@ impl Message {
             FrameKind::StreamEnd => empty(kind, payload, Self::StreamEnd)?,
             FrameKind::Commit => Self::Commit(parse(kind, payload)?),
             FrameKind::Committed => empty(kind, payload, Self::Committed)?,
+            FrameKind::AcceptPostcopy => empty(kind, payload, Self::AcceptPostcopy)?,
+            FrameKind::Missing => Self::Missing(parse(kind, payload)?),
+            FrameKind::Fetch => Self::Fetch(parse(kind, payload)?),
+            FrameKind::Complete => Self::Complete(parse(kind, payload)?),
             FrameKind::Pages => {
                 let text = "pages on the control connection".to_owned();
                 return Err(FrameError::Invalid(text));

@@ -37,6 +37,8 @@ impl From<CommandError> for ApiError {
             | CommandError::Waiting
             | CommandError::Migrating
             | CommandError::TakingSnapshot
+            | CommandError::PagesMissing
+            | CommandError::PagesCut
             | CommandError::Disks(_) => StatusCode::CONFLICT,
             CommandError::NoDevice(_) | CommandError::NoMigration => StatusCode::NOT_FOUND,
             CommandError::Balloon(_)

@@ -164,17 +164,20 @@ impl VcpuSet {
     /// # Errors
     /// [`KvmError::Stuck`] when one does not come.
     pub fn pause(&self) -> Result<(), KvmError> {
-        let answers: Vec<_> = self
-            .handles
-            .iter()
-            .map(|handle| {
-                let (answer, answered) = channel();
-                handle.order(Order::Pause(answer));
-                kick::kick(&handle.thread);
-                answered
-            })
-            .collect();
+        let answers: Vec<_> = self.handles.iter().map(Handle::call_out).collect();
         self.await_all(&answers)
+    }
+
+    /// Takes those vCPUs out of the guest that come within `limit`. Those that wait for memory stay
+    /// where they are, and stop as soon as it has come. Returns how many have stopped.
+    pub fn hold(&self, limit: Duration) -> usize {
+        let deadline = Instant::now() + limit;
+        let answers: Vec<_> = self.handles.iter().map(Handle::call_out).collect();
+        let stops = |answer: &&Receiver<()>| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            answer.recv_timeout(left).is_ok()
+        };
+        answers.iter().filter(stops).count()
     }
 
     /// Runs `job` on every paused vCPU, side by side, and returns the results by vCPU.
@@ -255,6 +258,14 @@ impl VcpuSet {
 }
 
 impl Handle {
+    /// Tells the vCPU to leave the guest; it answers when it has.
+    fn call_out(&self) -> Receiver<()> {
+        let (answer, answered) = channel();
+        self.order(Order::Pause(answer));
+        kick::kick(&self.thread);
+        answered
+    }
+
     fn order(&self, order: Order) {
         // The receiver lives as long as the thread, which ends only when the sender is dropped.
         let _ = self.orders.send(order);

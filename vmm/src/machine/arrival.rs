@@ -3,22 +3,27 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use migration::Section;
 use migration::handoff::Mark;
-use migration::ports::{Host, Incoming, PageStore, PortError};
+use migration::ports::{Host, Incoming, LazyMemory, PageStore, PortError};
+use migration::{DirtyBitmap, Section};
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 
 use super::assembly::{BuildError, Origin, cpu_reasons};
-use super::controller::Terminals;
+use super::controller::{Controller, Fate, MachineLink, Terminals};
 use super::notices::Notices;
 use super::peripherals::DiskLocks;
 use super::placement::Placement;
+use super::receive::ReceiveError;
 use super::resources::Resources;
 use super::runtime::{Machine, MachineError};
 use crate::config::{CharTarget, RngConfig, VmConfig, VmName};
 use crate::control::errors::chain;
-use crate::migrate::{RamPages, Skeleton};
+use crate::memory::check_userfault;
+use crate::migrate::{LazyRam, RamPages, Skeleton};
 
 /// What is different here from the host that the machine comes from.
 #[derive(Clone, Debug, Default)]
@@ -43,6 +48,21 @@ pub(super) struct Arrived {
     pub(super) config: VmConfig,
     pub(super) terminals: Terminals,
     pub(super) paused: bool,
+    /// Set when parts of its memory come later.
+    pub(super) postcopy: Option<Arc<Fate>>,
+}
+
+/// How long the controller may take to hold the machine.
+const HOLD_TIME: Duration = Duration::from_secs(5);
+
+/// To the machine's controller, which gets the machine before the migration is over when parts of
+/// its memory come later.
+#[derive(Clone)]
+pub(super) struct ControllerSeat {
+    /// Emptied by whoever hands the machine, or the reason why there is none, over.
+    pub(super) done: Arc<Mutex<Option<oneshot::Sender<Result<Arrived, ReceiveError>>>>>,
+    pub(super) machine: MachineLink,
+    pub(super) fate: Arc<Fate>,
 }
 
 type Slot = Arc<Mutex<Option<Arrived>>>;
@@ -52,6 +72,7 @@ pub(super) struct ArrivalHost {
     pub(super) site: ArrivalSite,
     /// Where the machine is found after it has come.
     pub(super) slot: Slot,
+    pub(super) seat: ControllerSeat,
 }
 
 /// Where a machine that was described elsewhere is built.
@@ -145,6 +166,7 @@ impl ArrivalSite {
             config,
             terminals,
             paused: skeleton.paused,
+            postcopy: None,
         })
     }
 }
@@ -250,6 +272,8 @@ impl Host for ArrivalHost {
         Ok(Box::new(Arrival {
             slot: Arc::clone(&self.slot),
             pages,
+            seat: self.seat.clone(),
+            lazy: false,
         }))
     }
 }
@@ -258,6 +282,9 @@ impl Host for ArrivalHost {
 struct Arrival {
     slot: Slot,
     pages: Arc<RamPages>,
+    seat: ControllerSeat,
+    /// Whether parts of memory come later.
+    lazy: bool,
 }
 
 impl Arrival {
@@ -274,6 +301,32 @@ impl Arrival {
             what,
             source: Box::new(error),
         })
+    }
+
+    /// Hands the machine to its controller, if that has not happened yet.
+    fn hand_over(&self) {
+        let Some(mut arrived) = self.slot.lock().take() else {
+            return;
+        };
+        arrived.postcopy = Some(Arc::clone(&self.seat.fate));
+        if let Some(done) = self.seat.done.lock().take()
+            && let Err(Ok(arrived)) = done.send(Ok(arrived))
+        {
+            // Whoever waits for a page must not go on without it.
+            std::mem::forget(arrived);
+        }
+    }
+
+    /// Has the controller do something with the machine, if it comes to it in time.
+    fn tell(&self, job: impl FnOnce(&mut Controller) + Send + 'static) {
+        let (done, is_done) = std::sync::mpsc::channel();
+        self.seat.machine.post(move |controller| {
+            job(controller);
+            let _ = done.send(());
+        });
+        if is_done.recv_timeout(HOLD_TIME).is_err() {
+            log::warn!("the VM's controller is busy or gone");
+        }
     }
 }
 
@@ -293,12 +346,65 @@ impl Incoming for Arrival {
     }
 
     fn start(&mut self) -> Result<(), PortError> {
-        self.with("the VM cannot be started", |arrived| {
+        if self.lazy && self.slot.lock().is_none() {
+            self.tell(Controller::go_on_with_pages);
+            return Ok(());
+        }
+        if self.lazy {
+            self.seat.fate.started.store(true, Ordering::SeqCst);
+        }
+        let started = self.with("the VM cannot be started", |arrived| {
             if !arrived.paused {
+                // Unless it comes to the end of this, for whoever is to resume it.
+                arrived.paused = true;
                 arrived.machine.start()?;
                 arrived.machine.announce();
+                arrived.paused = false;
             }
             Ok::<_, MachineError>(())
-        })
+        });
+        if self.lazy {
+            self.hand_over();
+        }
+        started
+    }
+
+    fn postcopy_obstacle(&self) -> Option<String> {
+        let slot = self.slot.lock();
+        let huge = slot
+            .as_ref()
+            .and_then(|arrived| arrived.config.memory.hugepages);
+        if huge.is_some() {
+            return Some("its memory is of huge pages, which cannot come in pieces".to_owned());
+        }
+        check_userfault().err().map(|error| chain(&error))
+    }
+
+    fn make_lazy(&mut self, missing: &[DirtyBitmap]) -> Result<Arc<dyn LazyMemory>, PortError> {
+        self.lazy = true;
+        let memory = self.with("memory", |arrived| {
+            Ok::<_, MachineError>(Arc::clone(arrived.machine.memory()))
+        })?;
+        let in_use = Arc::clone(&self.seat.fate.started);
+        Ok(Arc::new(LazyRam::new(&memory, missing, in_use)?))
+    }
+
+    fn hold(&mut self) {
+        self.seat.fate.cut.store(true, Ordering::SeqCst);
+        let mut is_new = false;
+        if let Some(arrived) = self.slot.lock().as_mut() {
+            // It was never started.
+            arrived.paused = true;
+            is_new = true;
+        }
+        if is_new {
+            self.hand_over();
+        } else {
+            self.tell(Controller::hold_for_pages);
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.seat.fate.ended.load(Ordering::SeqCst)
     }
 }

@@ -25,6 +25,7 @@ mod client;
 #[cfg(feature = "testing")]
 mod fake;
 mod migration;
+mod postcopy;
 mod snapshot;
 mod views;
 mod waiting;
@@ -38,6 +39,7 @@ pub(in crate::machine) use migration::Job;
 pub(crate) use migration::MachineLink;
 use migration::Migration;
 pub use migration::MigrationMachineError;
+pub(in crate::machine) use postcopy::Fate;
 use snapshot::Snapshot;
 pub(in crate::machine) use waiting::Waiting;
 
@@ -65,6 +67,8 @@ pub(crate) struct Controller {
     /// What a migration's thread wants done.
     jobs: UnboundedReceiver<Job>,
     jobs_sender: UnboundedSender<Job>,
+    /// How the machine came, when that was before all of its memory.
+    postcopy: Option<Arc<Fate>>,
 }
 
 impl Controller {
@@ -106,6 +110,7 @@ impl Controller {
             snapshot: None,
             jobs,
             jobs_sender,
+            postcopy: None,
         }
     }
 
@@ -140,8 +145,9 @@ impl Controller {
     fn finish(mut self, reason: EndReason) -> EndReason {
         self.abandon_migration();
         self.abandon_snapshot();
-        drop(self.machine);
-        self.events.publish(EventKind::Ended { reason });
+        let events = self.events.clone();
+        self.take_apart();
+        events.publish(EventKind::Ended { reason });
         reason
     }
 
@@ -201,6 +207,7 @@ impl Controller {
         if request != Request::Stop {
             self.check_idle()?;
         }
+        self.check_pages(request)?;
         if request == Request::Resume {
             // A migration that ended in doubt has let them go; the operator knows better.
             self.machine.disks.lock()?;

@@ -121,6 +121,9 @@ pub enum EventKind {
         #[schema(value_type = String)]
         directory: PathBuf,
     },
+    /// Post-copy: the connection to the source is cut, and parts of memory are still there. The VM
+    /// stands still.
+    PagesCut,
     /// The VM has ended; the last event.
     Ended {
         /// Why.

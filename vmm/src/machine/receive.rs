@@ -11,8 +11,8 @@ use migration::ports::{Accept, Channel};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::arrival::{ArrivalHost, ArrivalOptions, ArrivalSite, Arrived};
-use super::controller::{Controller, ControllerClient, Waiting};
+use super::arrival::{ArrivalHost, ArrivalOptions, ArrivalSite, Arrived, ControllerSeat};
+use super::controller::{Controller, ControllerClient, Fate, Waiting};
 use super::handle::{FAREWELL_TIME, LaunchError, LaunchOptions, VmHandle, follow_terminal_size};
 use super::lifecycle::EndReason;
 use super::notices::{Notice, Notices};
@@ -222,9 +222,19 @@ impl Entrance {
         let (done, mut arrived) = tokio::sync::oneshot::channel();
         let take = {
             let cancelled = Arc::clone(&cancelled);
+            let seat = ControllerSeat {
+                done: Arc::new(Mutex::new(Some(done))),
+                machine: waiting.machine_link(),
+                fate: Arc::new(Fate::default()),
+            };
             move || {
+                let result = self.take(&cancelled, &seat);
+                seat.fate.over.store(true, Ordering::SeqCst);
                 // The other end is there until this has come.
-                let _ = done.send(self.take(&cancelled));
+                match seat.done.lock().take() {
+                    Some(done) => drop(done.send(result)),
+                    None => log::info!("post-copy is over"),
+                }
             }
         };
         let thread = std::thread::Builder::new().name("mig".to_owned());
@@ -243,7 +253,11 @@ impl Entrance {
     }
 
     /// The migration's thread: takes connections until one brings the VM.
-    fn take(&self, cancelled: &AtomicBool) -> Result<Arrived, ReceiveError> {
+    fn take(
+        &self,
+        cancelled: &AtomicBool,
+        seat: &ControllerSeat,
+    ) -> Result<Arrived, ReceiveError> {
         loop {
             if cancelled.load(Ordering::SeqCst) {
                 return Err(ReceiveError::Stopped);
@@ -258,7 +272,7 @@ impl Entrance {
                 Err(error) => return Err(error.into()),
             };
             // Nothing from one that is no source, or that tried several of this host's addresses.
-            if let Some(arrived) = self.take_from(channel, &peer, cancelled)? {
+            if let Some(arrived) = self.take_from(channel, &peer, cancelled, seat)? {
                 return Ok(arrived);
             }
         }
@@ -270,6 +284,7 @@ impl Entrance {
         channel: Box<dyn Channel>,
         peer: &PeerInfo,
         cancelled: &AtomicBool,
+        seat: &ControllerSeat,
     ) -> Result<Option<Arrived>, ReceiveError> {
         log::info!(peer:%; "a source has connected");
         let token = random_bytes().map_err(ReceiveError::Token)?;
@@ -287,12 +302,17 @@ impl Entrance {
                 notices: Arc::clone(&self.notices),
             },
             slot: Arc::clone(&slot),
+            seat: seat.clone(),
         };
         let mut further = Further::new(self, peer)?;
         let received = receive(channel, &mut further, &mut host, &options, cancelled);
         let received = match received {
             Ok(received) => received,
             // A source that has described its VM is one, also when it dies without a word.
+            // It has gone to its controller already; whether its pages came has been said.
+            Err(error) if seat.done.lock().is_none() => {
+                return Err(ReceiveError::Migration(error));
+            }
             Err(error) if is_stranger(&error) && slot.lock().is_none() => {
                 log::debug!(peer:%, error:% = error; "a connection brought nothing");
                 return Ok(None);

@@ -125,6 +125,7 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
         config,
         terminals,
         paused,
+        postcopy: _,
     } = arrived;
     machine.restore(manifest.sections)?;
     let (mut controller, client) = Controller::new(machine, Arc::new(config), terminals, inbox);

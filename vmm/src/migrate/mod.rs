@@ -9,6 +9,7 @@
 //! | `report` | what operators ask for and are told |
 
 mod kvm_log;
+mod lazy_ram;
 mod page_store;
 mod report;
 mod session;
@@ -17,6 +18,7 @@ mod snapshot;
 mod write_log;
 
 pub use kvm_log::{KvmLogTracker, UnionTracker};
+pub(crate) use lazy_ram::LazyRam;
 pub use migration::progress;
 pub use migration::source::{EncodingChoice, OnTimeout};
 pub use page_store::RamPages;

@@ -1,7 +1,7 @@
 //! Migrations as operators see them.
 
 use migration::handoff::{Doubt, Outcome};
-use migration::progress::{Blackout, PageMix, Progress, RoundReport};
+use migration::progress::{Blackout, PageMix, Postcopy, Progress, RoundReport};
 use migration::source::{EncodingChoice, OnTimeout, SourceReport};
 use serde::{Deserialize, Serialize};
 
@@ -136,6 +136,9 @@ pub struct MigrationReport {
     pub total_ms: u64,
     /// How long the VM stood still, part by part; absent when it did not.
     pub blackout: Option<Blackout>,
+    /// What came after the VM had started at the destination, if anything.
+    #[serde(default)]
+    pub postcopy: Option<Postcopy>,
     /// What was expected right before, in microseconds.
     pub predicted_blackout_us: Option<u64>,
     /// The rounds before the VM was stopped.
@@ -177,6 +180,7 @@ impl MigrationReport {
             error,
             total_ms,
             blackout: report.blackout,
+            postcopy: report.postcopy,
             predicted_blackout_us: report
                 .predicted_blackout
                 .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
@@ -204,6 +208,7 @@ impl MigrationReport {
             error: Some(error),
             total_ms,
             blackout: None,
+            postcopy: None,
             predicted_blackout_us: None,
             rounds: Vec::new(),
             pages: PageMix::default(),

@@ -43,6 +43,15 @@ pub enum CommandError {
     /// The VM is not here yet.
     #[error("the VM is still on its way in from another process")]
     Waiting,
+    /// Parts of its memory have not come yet.
+    #[error("parts of the VM's memory are still at its source")]
+    PagesMissing,
+    /// Nor will they: the connection is cut.
+    #[error(
+        "parts of the VM's memory are at its source, and the connection to it is cut; `stop` gives \
+         the VM up"
+    )]
+    PagesCut,
     /// No migration is under way.
     #[error("the VM is not being moved")]
     NoMigration,

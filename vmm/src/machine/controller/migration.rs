@@ -208,7 +208,7 @@ impl Controller {
         let Some(migration) = &mut self.migration else {
             return;
         };
-        migration.handle.cancel();
+        migration.handle.abandon();
         // Whatever its thread still wants of the machine, it shall not wait for it.
         self.jobs.close();
         while self.jobs.try_recv().is_ok() {}

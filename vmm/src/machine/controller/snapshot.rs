@@ -62,6 +62,9 @@ impl Controller {
         if self.is_migrating() {
             return Err(CommandError::Migrating);
         }
+        if self.has_missing_pages() {
+            return Err(CommandError::PagesMissing);
+        }
         match self.snapshot {
             Some(_) => Err(CommandError::TakingSnapshot),
             None => Ok(()),

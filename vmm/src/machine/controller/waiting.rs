@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
 
 use super::client::{Command, ConfigCell, QUEUE};
-use super::{CommandError, Controller, ControllerClient, VmInfo};
+use super::{CommandError, Controller, ControllerClient, Job, MachineLink, VmInfo};
 use crate::config::{VmConfig, VmName};
 use crate::machine::arrival::Arrived;
 use crate::machine::events::{EventHub, EventKind};
@@ -19,6 +19,8 @@ pub(in crate::machine) struct Waiting {
     events: EventHub,
     commands: Receiver<Command>,
     notices: UnboundedReceiver<Notice>,
+    jobs: UnboundedReceiver<Job>,
+    jobs_sender: UnboundedSender<Job>,
 }
 
 impl Waiting {
@@ -35,14 +37,22 @@ impl Waiting {
         };
         let config = ConfigCell::new(Arc::new(config));
         let client = ControllerClient::new(commands, events.clone(), config.clone());
+        let (jobs_sender, jobs) = unbounded_channel();
         let waiting = Self {
             name: name.clone(),
             config,
             events,
             commands: inbox,
             notices,
+            jobs,
+            jobs_sender,
         };
         (waiting, client)
+    }
+
+    /// To the machine, once it is there.
+    pub(in crate::machine) fn machine_link(&self) -> MachineLink {
+        MachineLink::new(self.jobs_sender.clone())
     }
 
     /// Answers one operator; false when the VM is no longer wanted.
@@ -123,6 +133,9 @@ impl Waiting {
             client.events().clone(),
         );
         controller.state = state;
+        controller.jobs = self.jobs;
+        controller.jobs_sender = self.jobs_sender;
+        controller.postcopy = arrived.postcopy;
         self.events.publish(EventKind::Arrived);
         controller
     }

@@ -1,0 +1,102 @@
+//! A machine that runs here while parts of its memory are still at its source.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{CommandError, Controller};
+use crate::machine::events::EventKind;
+use crate::machine::lifecycle::{Request, VmState};
+
+/// How long vCPUs may take to stop that do not wait for a page.
+const HOLD_TIME: Duration = Duration::from_millis(200);
+
+/// How long the source may take to hear that nobody needs its pages any more.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+const TICK: Duration = Duration::from_millis(10);
+
+/// How a post-copy stands: what the thread that fetches pages and the controller tell each other.
+#[derive(Debug, Default)]
+pub(in crate::machine) struct Fate {
+    /// The machine was started, or is about to be.
+    pub(in crate::machine) started: Arc<AtomicBool>,
+    /// The connection is cut.
+    pub(in crate::machine) cut: AtomicBool,
+    /// The machine is no more.
+    pub(in crate::machine) ended: AtomicBool,
+    /// All pages are here, or nobody fetches them any more.
+    pub(in crate::machine) over: AtomicBool,
+}
+
+impl Fate {
+    fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::SeqCst)
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+}
+
+impl Controller {
+    /// The post-copy, while pages are missing.
+    fn open_postcopy(&self) -> Option<&Fate> {
+        self.postcopy.as_deref().filter(|fate| !fate.is_over())
+    }
+
+    /// Whether pages are missing.
+    pub(super) fn has_missing_pages(&self) -> bool {
+        self.open_postcopy().is_some()
+    }
+
+    /// What cannot be done while the connection to the pages is cut.
+    pub(super) fn check_pages(&self, request: Request) -> Result<(), CommandError> {
+        match request {
+            Request::Resume | Request::Reset if self.open_postcopy().is_some_and(Fate::is_cut) => {
+                Err(CommandError::PagesCut)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The connection is cut: vCPUs that do not wait for a page stop, too.
+    pub(in crate::machine) fn hold_for_pages(&mut self) {
+        let held = self.machine.vcpus.hold(HOLD_TIME);
+        log::warn!(held, vcpus = self.machine.vcpus.len(); "vCPUs stopped, the others wait for memory");
+        if self.state == VmState::Running {
+            self.set_paused();
+        }
+        self.events.publish(EventKind::PagesCut);
+    }
+
+    /// Pages come again.
+    pub(in crate::machine) fn go_on_with_pages(&mut self) {
+        if let Some(fate) = &self.postcopy {
+            fate.cut.store(false, Ordering::SeqCst);
+        }
+        self.machine.vcpus.run();
+        self.state = VmState::Running;
+        self.events.publish(EventKind::Resumed);
+    }
+
+    /// Takes the machine apart at its end.
+    pub(super) fn take_apart(self) {
+        let Some(fate) = self.postcopy.clone().filter(|fate| !fate.is_over()) else {
+            return;
+        };
+        if fate.is_cut() {
+            // Whoever waits for a page would wait for ever, or go on with zeroes and write them to
+            // a disk. The end of the process ends them.
+            log::warn!("the machine is left as it is: parts of its memory never came");
+            std::mem::forget(self.machine);
+        } else {
+            drop(self.machine);
+        }
+        fate.ended.store(true, Ordering::SeqCst);
+        let deadline = Instant::now() + FAREWELL;
+        while !fate.is_over() && Instant::now() < deadline {
+            std::thread::sleep(TICK);
+        }
+    }
+}
