@@ -12,7 +12,8 @@ use migration::codec::{Decoder, Encoder, Encoding};
 use migration::handoff::Cause;
 use migration::testing::FakeMemory;
 use migration::wire::message::{
-    Attach, Commit, Hello, MAGIC, Offer, Prepare, Prepared, Reasons, Round, Welcome,
+    Attach, Commit, Complete, Fetch, Hello, MAGIC, Missing, Offer, Prepare, Prepared, Reasons,
+    Round, Welcome,
 };
 use migration::wire::{FrameKind, FrameReader, Message, OLDEST_VERSION, VERSION};
 use migration::{PageIndex, PageRun, Section};
@@ -108,6 +109,37 @@ fn messages() -> Vec<(&'static str, Message)> {
         (
             "declined",
             Message::Declined(reasons(Cause::ClaimFailed, &["disk0 is locked"])),
+        ),
+        (
+            "offer-postcopy",
+            Message::Offer(Offer {
+                skeleton: b"a machine".to_vec(),
+                regions: vec![(0, 0xa0)],
+                streams: 4,
+                postcopy: true,
+            }),
+        ),
+        ("accept-postcopy", Message::AcceptPostcopy),
+        (
+            "missing",
+            Message::Missing(Missing {
+                runs: vec![(0x10, 2), (0x0010_0000, 512)],
+            }),
+        ),
+        (
+            "fetch",
+            Message::Fetch(Fetch {
+                page: 0x0010_0003,
+                count: 1,
+            }),
+        ),
+        (
+            "complete",
+            Message::Complete(Complete {
+                faults: 19,
+                waited_us: 12_000,
+                longest_us: 1500,
+            }),
         ),
     ]
 }

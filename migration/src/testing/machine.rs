@@ -1,13 +1,14 @@
 //! A machine on its way, and the host that it goes to.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{Copies, FakeDisk, FakeMemory, FakeTracker, Side};
+use super::{Copies, FakeDisk, FakeLazy, FakeMemory, FakeTracker, Side};
+use crate::bitmap::DirtyBitmap;
 use crate::handoff::Mark;
 use crate::page::{PageIndex, PageRun};
-use crate::ports::{Host, Incoming, Machine, PageStore, PortError, Reclaim};
+use crate::ports::{Host, Incoming, LazyMemory, Machine, PageStore, PortError, Reclaim};
 use crate::section::Section;
 
 /// What can be made to fail.
@@ -23,6 +24,7 @@ pub enum Step {
     Restore,
     Claim,
     Start,
+    MakeLazy,
 }
 
 /// What fails, on either side.
@@ -202,6 +204,10 @@ pub struct FakeHost {
     pub memory: Option<Arc<FakeMemory>>,
     /// Device states that the machine took over.
     pub restored: Arc<Mutex<Vec<Section>>>,
+    /// Why there can be no post-copy.
+    pub postcopy_obstacle: Option<String>,
+    /// How a post-copy goes.
+    pub postcopy: Arc<FakePostcopy>,
     regions: Vec<PageRun>,
     disk: FakeDisk,
     copies: Copies,
@@ -221,6 +227,8 @@ impl FakeHost {
             refusals: Vec::new(),
             memory: None,
             restored: Arc::default(),
+            postcopy_obstacle: None,
+            postcopy: Arc::default(),
             regions,
             disk: disk.clone(),
             copies: copies.clone(),
@@ -239,6 +247,8 @@ impl Host for FakeHost {
         Ok(Box::new(FakeIncoming {
             memory,
             restored: Arc::clone(&self.restored),
+            obstacle: self.postcopy_obstacle.clone(),
+            postcopy: Arc::clone(&self.postcopy),
             disk: self.disk.clone(),
             copies: self.copies.clone(),
             failures: self.failures.clone(),
@@ -246,9 +256,29 @@ impl Host for FakeHost {
     }
 }
 
+/// How a post-copy goes, and what an operator does about it.
+#[derive(Default)]
+pub struct FakePostcopy {
+    /// Memory while pages are missing.
+    pub lazy: Mutex<Option<Arc<FakeLazy>>>,
+    /// Whether the machine was held because the connection was cut.
+    pub held: AtomicBool,
+    /// Set by an operator who ends the machine.
+    pub ended: AtomicBool,
+}
+
+impl FakePostcopy {
+    fn lazy(&self) -> Option<Arc<FakeLazy>> {
+        let lazy = self.lazy.lock().expect("no test thread panicked");
+        lazy.clone()
+    }
+}
+
 struct FakeIncoming {
     memory: Arc<FakeMemory>,
     restored: Arc<Mutex<Vec<Section>>>,
+    obstacle: Option<String>,
+    postcopy: Arc<FakePostcopy>,
     disk: FakeDisk,
     copies: Copies,
     failures: Failures,
@@ -276,7 +306,34 @@ impl Incoming for FakeIncoming {
     fn start(&mut self) -> Result<(), PortError> {
         self.failures.check(Step::Start)?;
         self.copies.set(Side::Destination, true);
+        if let Some(lazy) = self.postcopy.lazy() {
+            std::thread::spawn(move || lazy.touch_everything());
+        }
         Ok(())
+    }
+
+    fn postcopy_obstacle(&self) -> Option<String> {
+        self.obstacle.clone()
+    }
+
+    fn make_lazy(&mut self, missing: &[DirtyBitmap]) -> Result<Arc<dyn LazyMemory>, PortError> {
+        self.failures.check(Step::MakeLazy)?;
+        let lazy = Arc::new(FakeLazy::new(&self.memory, missing));
+        let mut place = self.postcopy.lazy.lock().expect("no test thread panicked");
+        *place = Some(Arc::clone(&lazy));
+        Ok(lazy)
+    }
+
+    fn hold(&mut self) {
+        self.copies.set(Side::Destination, false);
+        if let Some(lazy) = self.postcopy.lazy() {
+            lazy.close();
+        }
+        self.postcopy.held.store(true, Ordering::SeqCst);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.postcopy.ended.load(Ordering::SeqCst)
     }
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `memory`, `tracker`, `clock` | guest memory, the log of writes to it, the time |
 //! | [`channel`] | connections within the process, which can be told to go wrong |
+//! | `lazy` | memory whose pages come when they are touched |
 //! | [`machine`] | a machine that moves, and the host that it moves to |
 //! | [`disk`] | the disk that only one copy of a machine may hold, and who runs |
 
@@ -11,6 +12,7 @@ pub mod channel;
 mod clock;
 pub mod disk;
 mod frames;
+mod lazy;
 pub mod machine;
 mod memory;
 mod tracker;
@@ -18,6 +20,7 @@ mod tracker;
 pub use channel::{FakeAccept, FakeChannel, FakeDial, Fault, FaultKind, Wire, network, pair};
 pub use clock::FakeClock;
 pub use disk::{Copies, FakeDisk, Side};
+pub use lazy::FakeLazy;
 pub use machine::{Failures, FakeHost, FakeMachine, Step};
 pub use memory::FakeMemory;
 pub use tracker::FakeTracker;

@@ -4,4 +4,5 @@ mod cancel;
 mod failures;
 mod faults;
 mod good;
+mod postcopy;
 mod world;

@@ -316,7 +316,7 @@ impl Controller {
         let uptime = self.started.elapsed().as_millis();
         VmInfo {
             name: self.config.name.to_string(),
-            state: self.state,
+            state: self.visible_state(),
             pid: std::process::id(),
             vcpus: self.config.cpus.count,
             memory_bytes: self.config.memory.size.bytes(),

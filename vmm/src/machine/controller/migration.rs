@@ -8,7 +8,7 @@ use std::time::Duration;
 use migration::Section;
 use migration::handoff::Mark;
 use migration::ports::Reclaim;
-use migration::progress::{MigrationHandle, RoundReport, Tuning};
+use migration::progress::{MigrationHandle, Phase, RoundReport, Tuning};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{CommandError, Controller};
@@ -97,6 +97,19 @@ impl Controller {
     pub(super) fn is_migrating(&self) -> bool {
         let migration = self.migration.as_ref();
         migration.is_some_and(|migration| migration.thread.is_some())
+    }
+
+    /// The state as operators see it: a machine that is the destination's while its memory is still
+    /// here does not run here.
+    pub(super) fn visible_state(&self) -> VmState {
+        let migration = self.migration.as_ref();
+        let phase = migration.map(|migration| migration.handle.progress().phase);
+        match phase {
+            Some(Phase::Postcopy | Phase::Unlinked) if self.state == VmState::Running => {
+                VmState::Paused
+            }
+            _ => self.state,
+        }
     }
 
     /// Starts a migration.
