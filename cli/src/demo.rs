@@ -130,9 +130,9 @@ impl Second {
         let status = self.child.wait()?;
         let verdict = verdict.context("the guest has not said whether its memory is whole")?;
         let field = |name: &str| {
-            let words = verdict.split_whitespace();
-            let value = words.filter_map(|word| word.strip_prefix(name));
-            value.last().unwrap_or("?").to_owned()
+            let mut words = verdict.split_whitespace();
+            let value = words.find_map(|word| word.strip_prefix(name));
+            value.unwrap_or("?").to_owned()
         };
         if !status.success() || field("bad=") != "0" || field("result=") != "ok" {
             bail!("the guest found its memory damaged: {verdict}");

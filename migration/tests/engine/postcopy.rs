@@ -57,7 +57,7 @@ fn migrate(world: &mut World, wiring: &Wiring) -> End {
         });
         let end = world.migrate(wiring);
         done.store(true, Ordering::SeqCst);
-        if let Some(lazy) = &*postcopy.lazy.lock().unwrap() {
+        if let Some(lazy) = &*postcopy.lazy.lock().expect("no test thread panicked") {
             lazy.undo();
         }
         end

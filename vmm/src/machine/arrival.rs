@@ -60,10 +60,13 @@ const HOLD_TIME: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub(super) struct ControllerSeat {
     /// Emptied by whoever hands the machine, or the reason why there is none, over.
-    pub(super) done: Arc<Mutex<Option<oneshot::Sender<Result<Arrived, ReceiveError>>>>>,
+    pub(super) done: Arc<Mutex<Option<Done>>>,
     pub(super) machine: MachineLink,
     pub(super) fate: Arc<Fate>,
 }
+
+/// Hears what has come of the wait, once.
+pub(super) type Done = oneshot::Sender<Result<Arrived, ReceiveError>>;
 
 type Slot = Arc<Mutex<Option<Arrived>>>;
 

@@ -253,11 +253,7 @@ impl Entrance {
     }
 
     /// The migration's thread: takes connections until one brings the VM.
-    fn take(
-        &self,
-        cancelled: &AtomicBool,
-        seat: &ControllerSeat,
-    ) -> Result<Arrived, ReceiveError> {
+    fn take(&self, cancelled: &AtomicBool, seat: &ControllerSeat) -> Result<Arrived, ReceiveError> {
         loop {
             if cancelled.load(Ordering::SeqCst) {
                 return Err(ReceiveError::Stopped);
