@@ -19,6 +19,7 @@ use super::peripherals::DiskLocks;
 use super::placement::Placement;
 use super::receive::ReceiveError;
 use super::resources::Resources;
+use super::restore::check_lazy;
 use super::runtime::{Machine, MachineError};
 use crate::config::{CharTarget, RngConfig, VmConfig, VmName};
 use crate::control::errors::chain;
@@ -373,12 +374,13 @@ impl Incoming for Arrival {
     }
 
     fn postcopy_obstacle(&self) -> Option<String> {
-        let slot = self.slot.lock();
-        let huge = slot
-            .as_ref()
-            .and_then(|arrived| arrived.config.memory.hugepages);
-        if huge.is_some() {
-            return Some("its memory is of huge pages, which cannot come in pieces".to_owned());
+        if let Some(arrived) = self.slot.lock().as_ref() {
+            if arrived.config.memory.hugepages.is_some() {
+                return Some("its memory is of huge pages, which cannot come in pieces".to_owned());
+            }
+            if let Err(error) = check_lazy(&arrived.config) {
+                return Some(chain(&error));
+            }
         }
         check_userfault().err().map(|error| chain(&error))
     }

@@ -140,7 +140,7 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
 }
 
 /// Another process would find zeroes where memory is not loaded yet.
-fn check_lazy(config: &VmConfig) -> Result<(), RestoreError> {
+pub(super) fn check_lazy(config: &VmConfig) -> Result<(), RestoreError> {
     let disks = config.disk.iter().map(|disk| disk.vhost_user.is_some());
     let nets = config.net.iter().map(|net| net.vhost_user.is_some());
     let shared = !config.fs.is_empty() || disks.chain(nets).any(|served| served);

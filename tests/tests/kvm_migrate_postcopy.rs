@@ -1,0 +1,129 @@
+//! Post-copy on KVM: a guest that writes faster than any link goes on at the destination, and finds
+//! every page as it left it.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use tests::harness::ground::{Ground, skip};
+use tests::harness::moving::{Place, Waiting, migrate};
+use tests::harness::process::wait_until;
+use tests::harness::vm::{LATER, SOON, Vm};
+
+type Outcome = anyhow::Result<()>;
+
+/// Its time is up as soon as memory was sent once.
+const POSTCOPY: [&str; 4] = ["--timeout", "1s", "--on-timeout", "postcopy"];
+
+/// A guest that writes all the time to 96 MiB, in any order.
+fn writer(ground: &Ground, cpus: &str) -> anyhow::Result<Vm> {
+    let cmdline = format!(
+        "run=dirty dirty.dirty_len=96M dirty.rate_mib_s=0 dirty.order=random dirty.prefill=text \
+         dirty.cpus={cpus}"
+    );
+    let spec = ground.vm(&cmdline).name("here").memory("256M");
+    let mut vm = spec.cpus(cpus).start_controlled()?;
+    vm.ready()?;
+    vm.report("dirty", "touches", LATER)?;
+    Ok(vm)
+}
+
+/// Page faults of KVM can be served by root, and by who may open the device or whom the host lets.
+fn may_serve_faults() -> bool {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let device = File::options().read(true).write(true);
+    device.clone().open("/dev/userfaultfd").is_ok()
+        || read("/proc/sys/vm/unprivileged_userfaultfd").trim() == "1"
+        || read("/proc/self/status").contains("\nUid:\t0\t0\t")
+}
+
+fn ground() -> anyhow::Result<Option<Ground>> {
+    if may_serve_faults() {
+        return Ground::kvm();
+    }
+    skip("userfaultfd", "this user may not serve page faults")?;
+    Ok(None)
+}
+
+#[test]
+fn guest_that_never_converges_moves_and_finds_every_page() -> Outcome {
+    let Some(ground) = ground()? else {
+        return Ok(());
+    };
+    for cpus in ["1", "2"] {
+        let mut vm = writer(&ground, cpus)?;
+        let mut place = Place::new(&ground, "there").start()?;
+        let report = migrate(vm.control(), &place.url, &POSTCOPY)?;
+        vm.wait_exit(SOON)?;
+        let later = &report["postcopy"];
+        println!("{cpus} vCPUs: {later}, blackout {}", report["blackout"]);
+        ensure!(later["pages"].as_u64() > Some(1000), "{report}");
+        ensure!(later["faults"].as_u64() > Some(0), "{report}");
+        assert_eq!(place.vm.control().state()?, "running");
+        place.vm.type_text("s")?;
+        let ended = place.vm.wait_end(LATER)?;
+        ended.check().with_context(|| format!("{cpus} vCPUs"))?;
+    }
+    Ok(())
+}
+
+/// A post-copy that takes some seconds; it is under way.
+fn slowly(ground: &Ground, vm: &Vm) -> anyhow::Result<(Waiting, std::process::Child)> {
+    let place = Place::new(ground, "there").start()?;
+    let mut command = vm.control().command("migrate", &[&place.url]);
+    command.args(POSTCOPY).args(["--bandwidth", "30M"]);
+    let child = command.stdout(std::process::Stdio::null()).spawn()?;
+    let is_running = || {
+        let state = place.vm.control().state().ok()?;
+        (state == "running").then_some(())
+    };
+    wait_until(Instant::now() + LATER, is_running).context("it never ran there")?;
+    assert_eq!(vm.control().state()?, "paused");
+    Ok((place, child))
+}
+
+#[test]
+fn destination_whose_source_dies_stands_still_and_can_be_stopped() -> Outcome {
+    let Some(ground) = ground()? else {
+        return Ok(());
+    };
+    let mut vm = writer(&ground, "2")?;
+    let (mut place, mut child) = slowly(&ground, &vm)?;
+    vm.kill()?;
+    child.wait()?;
+    let is_held = || {
+        let events = place.vm.control().event_names().ok()?;
+        let cut = events.iter().any(|name| name == "pages-cut");
+        cut.then_some(())
+    };
+    wait_until(Instant::now() + SOON, is_held).context("nobody said so")?;
+    assert_eq!(place.vm.control().state()?, "paused");
+    place.vm.memory()?.check_still(Duration::from_millis(100))?;
+    let refused = place.vm.control().post("/v1/resume");
+    let refused = format!("{:#}", refused.err().context("it was resumed")?);
+    ensure!(refused.contains("at its source"), "{refused}");
+    place.vm.control().post("/v1/stop")?;
+    place.vm.wait_exit(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn source_whose_destination_dies_stands_still_and_can_be_stopped() -> Outcome {
+    let Some(ground) = ground()? else {
+        return Ok(());
+    };
+    let mut vm = writer(&ground, "1")?;
+    let (mut place, mut child) = slowly(&ground, &vm)?;
+    place.vm.kill()?;
+    let is_unlinked = || {
+        let status = vm.control().curl("GET", "/v1/migration").ok()?;
+        status.body.contains("\"unlinked\"").then_some(())
+    };
+    wait_until(Instant::now() + SOON, is_unlinked).context("nobody said so")?;
+    assert_eq!(vm.control().state()?, "paused");
+    vm.memory()?.check_still(Duration::from_millis(100))?;
+    vm.control().post("/v1/stop")?;
+    vm.wait_exit(SOON)?;
+    child.wait()?;
+    Ok(())
+}
