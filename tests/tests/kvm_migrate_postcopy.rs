@@ -24,15 +24,18 @@ fn writer(ground: &Ground, cpus: &str) -> anyhow::Result<Vm> {
     let spec = ground.vm(&cmdline).name("here").memory("256M");
     let mut vm = spec.cpus(cpus).start_controlled()?;
     vm.ready()?;
-    vm.report("dirty", "touches", LATER)?;
+    // All of it was written once.
+    vm.memory()?
+        .wait_heartbeat(LATER, |beat| beat.progress > 100_000)?;
     Ok(vm)
 }
 
 /// Page faults of KVM can be served by root, and by who may open the device or whom the host lets.
 fn may_serve_faults() -> bool {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
-    let device = File::options().read(true).write(true);
-    device.clone().open("/dev/userfaultfd").is_ok()
+    let mut both = File::options();
+    both.read(true).write(true);
+    both.open("/dev/userfaultfd").is_ok()
         || read("/proc/sys/vm/unprivileged_userfaultfd").trim() == "1"
         || read("/proc/self/status").contains("\nUid:\t0\t0\t")
 }
