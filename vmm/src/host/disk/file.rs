@@ -1,6 +1,6 @@
 //! Opening an image file or block device and finding out what it can do.
 
-use std::fs::{File, FileType, OpenOptions};
+use std::fs::{File, FileTimes, FileType, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -128,13 +128,25 @@ impl HostFile {
         Ok(ImageLock::new(&self.path, description, device))
     }
 
-    /// Whether ranges can be deallocated. Asks by doing so behind the end of a file.
+    /// Whether ranges can be deallocated. Asks by doing so behind the end of a file, whose time of
+    /// modification stays: by it others tell whether anybody has written.
     pub(super) fn can_punch_holes(&self) -> bool {
         const PROBE_BYTES: u64 = 4096;
         let behind = self.bytes.next_multiple_of(PROBE_BYTES);
-        self.kind == FileKind::Regular
-            && self.mode.writable
-            && syscalls::fallocate(&self.file, Fallocate::PunchHole, behind, PROBE_BYTES).is_ok()
+        if self.kind != FileKind::Regular || !self.mode.writable {
+            return false;
+        }
+        let before = self
+            .file
+            .metadata()
+            .and_then(|metadata| metadata.modified());
+        let can =
+            syscalls::fallocate(&self.file, Fallocate::PunchHole, behind, PROBE_BYTES).is_ok();
+        let times = before.map(|before| FileTimes::new().set_modified(before));
+        if let Err(error) = times.and_then(|times| self.file.set_times(times)) {
+            log::debug!(path:% = self.path.display(), error:%; "image has a new time of modification");
+        }
+        can
     }
 
     /// Whether a block device can discard.
