@@ -19,6 +19,8 @@ pub(in crate::machine) struct Waiting {
     events: EventHub,
     commands: Receiver<Command>,
     notices: UnboundedReceiver<Notice>,
+    /// Came after the machine began to run, maybe, and before there was a controller to hear of it.
+    held: Vec<Notice>,
     jobs: UnboundedReceiver<Job>,
     jobs_sender: UnboundedSender<Job>,
 }
@@ -44,6 +46,7 @@ impl Waiting {
             events,
             commands: inbox,
             notices,
+            held: Vec::new(),
             jobs,
             jobs_sender,
         };
@@ -58,13 +61,17 @@ impl Waiting {
     /// Answers one operator; false when the VM is no longer wanted.
     pub(in crate::machine) async fn answer(&mut self) -> bool {
         tokio::select! {
-            Some(notice) = self.notices.recv() => !matches!(notice, Notice::Quit),
+            Some(notice) = self.notices.recv() => {
+                let goes_on = !matches!(notice, Notice::Quit);
+                self.held.push(notice);
+                goes_on
+            }
             Some(command) = self.commands.recv() => self.follow(command),
             else => false,
         }
     }
 
-    fn follow(&self, command: Command) -> bool {
+    fn follow(&mut self, command: Command) -> bool {
         // The one who asked may no longer wait for the answer.
         match command {
             Command::Info(answer) => {
@@ -72,6 +79,8 @@ impl Waiting {
             }
             Command::Request(Request::Stop, answer) => {
                 let _ = answer.send(Ok(()));
+                // Too late for the migration, it still concerns the machine.
+                self.held.push(Notice::Quit);
                 return false;
             }
             Command::Request(_, answer)
@@ -137,6 +146,9 @@ impl Waiting {
         controller.jobs_sender = self.jobs_sender;
         controller.postcopy = arrived.postcopy;
         self.events.publish(EventKind::Arrived);
+        for notice in self.held {
+            controller.handle_notice(notice);
+        }
         controller
     }
 }
