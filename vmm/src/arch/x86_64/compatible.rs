@@ -128,7 +128,11 @@ mod tests {
 
     fn template(entries: &[kvm_cpuid_entry2]) -> CpuidTemplate {
         let options = CpuidOptions {
-            topology: Topology::new(CpuCounts::default()).unwrap(),
+            topology: Topology::new(CpuCounts {
+                vcpus: 1,
+                ..CpuCounts::default()
+            })
+            .unwrap(),
             masked: Vec::new(),
             tsc_khz: None,
             tsc_deadline: false,
