@@ -87,8 +87,8 @@ const fn put(path: &'static str, body: &'static str, status: u16) -> Change {
 }
 
 /// Every change that there is, in an order in which each has the status given. Migrations that
-/// take place are tested in `kvm_migrate_orders.rs`.
-const CHANGES: [Change; 21] = [
+/// take place are tested in `kvm_migrate_orders.rs`, snapshots in `kvm_snapshot.rs`.
+const CHANGES: [Change; 22] = [
     Change {
         method: "POST",
         path: "/v1/migration",
@@ -101,6 +101,12 @@ const CHANGES: [Change; 21] = [
         path: "/v1/migration",
         body: "",
         status: 404,
+    },
+    Change {
+        method: "POST",
+        path: "/v1/snapshot",
+        body: r#"{"directory":"relative"}"#,
+        status: 400,
     },
     post("/v1/pause", 204),
     post("/v1/pause", 204),
