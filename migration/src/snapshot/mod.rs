@@ -9,7 +9,7 @@
 //! | [`layout`] | where pages lie in the image |
 //! | [`checks`] | check sums of the image, chunk by chunk |
 //! | [`manifest`] | the manifest, byte by byte |
-//! | [`take`] | from a running machine to image and manifest |
+//! | [`mod@take`] | from a running machine to image and manifest |
 
 pub mod checks;
 pub mod layout;

@@ -370,7 +370,7 @@ impl Accept for Further<'_> {
             Self::Beside(listener, _) => listener,
         };
         loop {
-            match listener.accept(deadline) {
+            match listener.accept_patiently(deadline) {
                 Ok((channel, _)) => return Ok(channel),
                 Err(error) if error.is_peer_fault() => {
                     log::warn!(error:% = chain(&error); "a connection was turned away");
