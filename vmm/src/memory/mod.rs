@@ -7,7 +7,7 @@ mod ram;
 mod userfault;
 
 pub use discard::RamDiscard;
-pub use holes::data_ranges;
+pub use holes::{DataMap, data_ranges};
 pub(crate) use layout::{
     ECAM_BASE, ECAM_BYTES, IOAPIC_BASE, KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE, LOCAL_APIC_BASE,
 };

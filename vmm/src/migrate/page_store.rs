@@ -8,18 +8,22 @@ use migration::ports::{PageStore, PortError};
 use migration::{PAGE_BYTES, PageIndex, PageRun};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::memory::data_ranges;
+use crate::memory::DataMap;
 
 /// Guest RAM as the engine reads and writes it.
 pub struct RamPages {
     memory: Arc<GuestRam>,
+    data: DataMap,
 }
 
 impl RamPages {
     /// Pages of `memory`.
     #[must_use]
     pub fn new(memory: Arc<GuestRam>) -> Self {
-        Self { memory }
+        Self {
+            memory,
+            data: DataMap::default(),
+        }
     }
 
     fn outside(run: PageRun) -> PortError {
@@ -66,7 +70,10 @@ impl PageStore for RamPages {
             .file_offset()
             .ok_or_else(|| failed(io::Error::other("the region has no file behind it")))?;
         let start = file.start() + offset;
-        let ranges = data_ranges(file.file(), start, run.bytes()).map_err(failed)?;
+        let ranges = self
+            .data
+            .ranges(file.file(), start, run.bytes())
+            .map_err(failed)?;
         let page = |position: u64| run.start.0 + (position - start) / PAGE_BYTES;
         Ok(ranges
             .into_iter()
