@@ -44,7 +44,7 @@ impl GuestMemory {
     /// The memory of the VM in process `pid`.
     ///
     /// # Errors
-    /// When the process has no guest memory.
+    /// When the process has no guest memory, or has not given it its size yet.
     pub fn of(pid: u32) -> anyhow::Result<Self> {
         let folder = format!("/proc/{pid}/fd");
         for entry in std::fs::read_dir(&folder).with_context(|| folder.clone())? {
@@ -52,7 +52,9 @@ impl GuestMemory {
             let target = std::fs::read_link(&path).unwrap_or_default();
             if target.to_string_lossy().starts_with("/memfd:guest-ram") {
                 let file = File::open(&path).with_context(|| path.display().to_string())?;
-                return Ok(Self { file });
+                let memory = Self { file };
+                ensure!(memory.size_bytes()? > 0, "guest memory has no size yet");
+                return Ok(memory);
             }
         }
         bail!("process {pid} has no guest memory")
