@@ -1,7 +1,6 @@
 //! A migration's peer that reads a script out.
 
 use std::io::{self, Cursor, ErrorKind, Read, Write};
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -107,10 +106,6 @@ impl Channel for Scripted {
 
     fn is_congested(&self) -> bool {
         false
-    }
-
-    fn plain_socket(&self) -> Option<BorrowedFd<'_>> {
-        None
     }
 }
 

@@ -4,7 +4,6 @@
 //! `testing` (a feature).
 
 use std::io::{self, Read, Write};
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -265,10 +264,6 @@ pub trait Channel: Read + Write + Send {
 
     /// Whether the connection has no room at present, so that the next write would wait.
     fn is_congested(&self) -> bool;
-
-    /// The socket, when bytes written to it reach the peer as they are: guest memory can then go
-    /// from and to it without a copy.
-    fn plain_socket(&self) -> Option<BorrowedFd<'_>>;
 }
 
 /// Opens further connections to the destination.

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::BorrowedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -299,10 +298,6 @@ impl Channel for FakeChannel {
 
     fn is_congested(&self) -> bool {
         self.ends.outgoing.flow().bytes >= self.ends.outgoing.wire.capacity
-    }
-
-    fn plain_socket(&self) -> Option<BorrowedFd<'_>> {
-        None
     }
 }
 

@@ -11,14 +11,12 @@
 //! | `listen`, `inherited` | accepting, also from what the service manager hands over |
 //! | `socket` | a connection over a TCP or unix socket |
 //! | `tls` | a connection that is encrypted and whose sides have proven who they are |
-//! | `direct` | guest memory from and to a socket |
 //! | `poll` | waiting for one socket |
 
 #![expect(unsafe_code)]
 
 mod cancel;
 mod connect;
-mod direct;
 mod error;
 mod inherited;
 mod listen;
@@ -32,7 +30,6 @@ mod tls;
 mod url;
 
 pub use connect::{Connected, connect, connect_one};
-pub use direct::{receive_range, send_ranges};
 pub use error::LinkError;
 pub use listen::{Listener, PeerInfo};
 pub use security::{Security, TlsFiles};

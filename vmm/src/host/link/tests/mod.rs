@@ -1,7 +1,6 @@
 //! Tests over real sockets.
 
 mod activation;
-mod direct;
 mod plain;
 mod tls;
 

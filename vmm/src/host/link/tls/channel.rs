@@ -1,7 +1,7 @@
 //! An established connection.
 
 use std::io::{self, BufReader, IoSlice, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -208,10 +208,6 @@ impl Channel for TlsChannel {
 
     fn is_congested(&self) -> bool {
         self.connection.wants_write() || poll::is_full(self.socket().as_fd())
-    }
-
-    fn plain_socket(&self) -> Option<BorrowedFd<'_>> {
-        None
     }
 }
 
