@@ -1,12 +1,18 @@
 //! Guest RAM by pages.
 
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use devices::GuestRam;
+use devices::memory::WriteLog;
 use migration::ports::{PageStore, PortError};
 use migration::{PAGE_BYTES, PageIndex, PageRun};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 use crate::memory::DataMap;
 
@@ -89,9 +95,49 @@ impl PageStore for RamPages {
         read.map_err(|_| Self::outside(run))
     }
 
+    /// Through the file behind memory where it can be: a page that was a hole is then neither
+    /// cleared before it is overwritten nor mapped before somebody uses it, which takes longer
+    /// than the copy itself.
     fn write(&self, run: PageRun, buf: &[u8]) -> Result<(), PortError> {
-        let written = self.memory.write_slice(buf, Self::address(run)?);
-        written.map_err(|_| Self::outside(run))
+        let mut address = Self::address(run)?;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let region = self.memory.find_region(address);
+            let region = region.ok_or_else(|| Self::outside(run))?;
+            let offset = address.0 - region.start_addr().raw_value();
+            let left = usize::try_from(region.len() - offset).unwrap_or(usize::MAX);
+            let (part, after) = rest.split_at(rest.len().min(left));
+            write_region(region, offset, part)?;
+            address = GuestAddress(address.0 + part.len() as u64);
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+fn write_region(
+    region: &GuestRegionMmap<WriteLog>,
+    offset: u64,
+    bytes: &[u8],
+) -> Result<(), PortError> {
+    let failed = |source| PortError::Host {
+        what: "guest memory could not be written",
+        source,
+    };
+    // hugetlbfs has no write(2).
+    match region.file_offset() {
+        Some(file) if region.is_hugetlbfs() != Some(true) => {
+            let at = file.start() + offset;
+            file.file().write_all_at(bytes, at).map_err(failed)?;
+            region
+                .bitmap()
+                .mark_dirty(usize::try_from(offset).unwrap_or(usize::MAX), bytes.len());
+            Ok(())
+        }
+        _ => {
+            let written = region.write_slice(bytes, MemoryRegionAddress(offset));
+            written.map_err(|error| failed(io::Error::other(error)))
+        }
     }
 }
 
