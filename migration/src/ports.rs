@@ -147,7 +147,9 @@ pub trait Machine: Send {
     /// [`PortError::Machine`].
     fn save(&self) -> Result<Vec<Section>, PortError>;
 
-    /// Slows the vCPUs down to `percent` of their time, 1 to 100; 100 is full speed.
+    /// Slows those vCPUs down to `percent` of their time, 1 to 100, that write to memory, and lets
+    /// the others run at full speed, which is 100. Called before the first round and after each,
+    /// so that it can see who has written since the last call.
     ///
     /// # Errors
     /// [`PortError::Machine`].

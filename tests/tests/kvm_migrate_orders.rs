@@ -10,7 +10,7 @@ use tests::harness::ground::Ground;
 use tests::harness::json_schema;
 use tests::harness::moving::{Place, Waiting, failure, migrate, reason_not_moved, try_migrate};
 use tests::harness::process::{self, Finished};
-use tests::harness::vm::{SOON, Vm};
+use tests::harness::vm::{LATER, SOON, Vm};
 
 type Outcome = anyhow::Result<()>;
 
@@ -368,4 +368,61 @@ fn api_moves_a_vm_tells_of_it_and_lets_it_be_tuned_and_cancelled() -> Outcome {
         Some("arrived")
     );
     Ok(())
+}
+
+/// Seconds on a CPU of each vCPU's thread (proc(5), schedstat).
+fn vcpu_seconds(vm: &Vm) -> anyhow::Result<[f64; 2]> {
+    let mut seconds = [0.0; 2];
+    for thread in vm.process().threads()? {
+        let index = ["vcpu-0", "vcpu-1"]
+            .iter()
+            .position(|name| *name == thread.name);
+        if let Some(index) = index {
+            let path = format!("/proc/{}/task/{}/schedstat", vm.pid(), thread.tid);
+            let account = std::fs::read_to_string(&path)?;
+            let nanos: u64 = account.split(' ').next().context(path)?.parse()?;
+            seconds[index] = Duration::from_nanos(nanos).as_secs_f64();
+        }
+    }
+    Ok(seconds)
+}
+
+/// Both vCPUs are busy, and the first one writes faster than the link carries.
+#[test]
+fn who_writes_is_slowed_down_and_who_does_not_write_is_not() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let cmdline = "run=dirty cpus=2 writers=1 dirty_len=4M rate_mib_s=0 prefill=incompressible \
+                   progress_ms=0";
+    let mut vm = ground
+        .vm(cmdline)
+        .args(&["--cpus", "2"])
+        .start_controlled()?;
+    vm.report("command=dirty", "event", LATER)?;
+    let place = Place::new(&ground, "there").start()?;
+    let mut command = vm.control().command("migrate", &[&place.url]);
+    command.args(["--bandwidth", "8M", "--encoding", "raw"]);
+    let (mut child, _output) = vm.control().spawn(command)?;
+    let slowed = |vm: &Vm| {
+        let percent = status(vm).ok()?["progress"]["cpu_percent"].as_u64()?;
+        (percent <= 5).then_some(())
+    };
+    process::wait_until(Instant::now() + LATER, || slowed(&vm))
+        .context("the guest is not slowed down")?;
+    // Other work on this machine takes from both, so that they are looked at until it does not.
+    let look = || -> anyhow::Result<bool> {
+        let before = vcpu_seconds(&vm)?;
+        std::thread::sleep(Duration::from_secs(1));
+        let after = vcpu_seconds(&vm)?;
+        let [writer, other] = [0, 1].map(|vcpu| after[vcpu] - before[vcpu]);
+        ensure!(writer < 0.15, "the writer has had {writer} of a second");
+        Ok(other > 4.0 * writer)
+    };
+    let looks: anyhow::Result<Vec<_>> = (0..5).map(|_| look()).collect();
+    ensure!(looks?.contains(&true), "both are slowed down");
+    migration(&ground, "cancel", &[])?.success()?;
+    process::wait_exit(&mut child, SOON)?.context("drover migrate does not end")?;
+    vm.type_text("s")?;
+    vm.wait_end(LATER)?.check()
 }

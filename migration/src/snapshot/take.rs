@@ -181,6 +181,7 @@ fn precopy(
     let mut cpu_percent = 100;
     // What a tracker may report at first is re-armed with everything else.
     drop(harvest(parts, &writer.layout));
+    parts.machine.throttle(cpu_percent)?;
     let mut dirty: Vec<_> = harvest_all(&writer.layout);
     loop {
         let (round_began, before) = (Instant::now(), writer.written_bytes);
@@ -211,10 +212,10 @@ fn precopy(
             Decision::Continue => {}
             Decision::Throttle(percent) => {
                 log::info!(percent; "the guest is slowed down: it writes faster than the snapshot");
-                parts.machine.throttle(percent)?;
                 cpu_percent = percent;
             }
         }
+        parts.machine.throttle(cpu_percent)?;
     }
 }
 

@@ -119,6 +119,7 @@ impl<'a> Rounds<'a> {
     ) -> Result<LastPages, SourceError> {
         // What a tracker may report at first is re-armed with everything else.
         drop(self.harvest());
+        parts.machine.throttle(self.cpu_percent)?;
         let mut dirty = self.bitmaps(true);
         loop {
             let report = self.round(dirty, control);
@@ -154,10 +155,10 @@ impl<'a> Rounds<'a> {
                 Decision::Continue | Decision::Diverges => {}
                 Decision::Throttle(percent) => {
                     log::info!(percent; "the guest is slowed down: it writes faster than the link carries");
-                    parts.machine.throttle(percent)?;
                     self.cpu_percent = percent;
                 }
             }
+            parts.machine.throttle(self.cpu_percent)?;
         }
     }
 

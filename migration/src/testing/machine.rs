@@ -115,7 +115,7 @@ pub struct FakeMachine {
     pub blockers: Vec<String>,
     /// Its devices.
     pub sections: Vec<Section>,
-    /// Speeds that were asked for.
+    /// Changes of its speed that were asked for.
     pub throttled: Vec<u8>,
     disk: FakeDisk,
     copies: Copies,
@@ -178,7 +178,9 @@ impl Machine for FakeMachine {
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), PortError> {
-        self.throttled.push(percent);
+        if self.guest.percent() != percent {
+            self.throttled.push(percent);
+        }
         self.failures.check(Step::Throttle)?;
         self.guest.percent.store(percent, Ordering::SeqCst);
         Ok(())

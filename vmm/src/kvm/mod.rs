@@ -12,7 +12,7 @@
 //! | `state`, `msrs`, `tsc` | its registers, and its time across a move |
 //! | `vcpu_state`, `bytes` | its state on the wire |
 //! | `thread`, `kick` | the thread a vCPU runs on, and how to call it out of the guest |
-//! | `throttle` | slowing vCPUs down |
+//! | `throttle`, `writers` | slowing vCPUs down, and which ones |
 
 mod bytes;
 mod clock;
@@ -32,6 +32,7 @@ mod tsc;
 mod vcpu;
 mod vcpu_state;
 mod vm;
+mod writers;
 
 pub use clock::ClockState;
 pub use dirty_log::DirtyLog;

@@ -13,6 +13,7 @@ use super::error::KvmError;
 use super::kick;
 use super::throttle::{Brake, FULL, Throttle, throttled};
 use super::vcpu::{Buses, Exit, ExitCounters, Vcpu, VcpuExitError};
+use super::writers::{FaultCounter, writers};
 
 /// How long a vCPU may take to leave the guest. It leaves in microseconds, unless a device
 /// handler on its thread waits for a disk.
@@ -89,6 +90,7 @@ struct Handle {
     orders: Sender<Order>,
     thread: JoinHandle<()>,
     counters: Arc<ExitCounters>,
+    faults: Option<FaultCounter>,
     brake: Arc<Brake>,
 }
 
@@ -99,6 +101,8 @@ pub struct VcpuSet {
     handles: Vec<Handle>,
     /// Only while some vCPU is slowed down.
     throttle: Mutex<Option<Throttle>>,
+    /// Each vCPU's faults when they were last looked at.
+    faults: Mutex<Vec<Option<u64>>>,
 }
 
 impl VcpuSet {
@@ -115,9 +119,13 @@ impl VcpuSet {
         let mut set = Self {
             handles: Vec::with_capacity(vcpus.len()),
             throttle: Mutex::default(),
+            faults: Mutex::default(),
         };
+        // Of one alone there is nothing to find out.
+        let has_others = vcpus.len() > 1;
         for vcpu in vcpus {
             let index = vcpu.index();
+            let faults = has_others.then(|| vcpu.fault_counter()).flatten();
             let (orders, inbox) = channel();
             let counters = vcpu.counters();
             let context = context.clone();
@@ -139,6 +147,7 @@ impl VcpuSet {
                 orders,
                 thread,
                 counters,
+                faults,
                 brake,
             });
         }
@@ -204,24 +213,15 @@ impl VcpuSet {
         self.await_all(&answers)
     }
 
-    /// Lets all vCPUs run `percent` of the time, 1 to 100; 100 is full speed.
+    /// Lets those vCPUs run `percent` of the time, 1 to 100, that have written to logged memory
+    /// since the last call, as far as KVM tells; the others run at full speed, which is 100.
     ///
     /// # Errors
     /// [`KvmError::Throttle`] when the host has no thread left.
-    pub fn throttle(&self, percent: u8) -> Result<(), KvmError> {
-        self.set_throttle(0..self.len(), percent)
-    }
-
-    /// Lets one vCPU run `percent` of the time; the others stay as they are.
-    ///
-    /// # Errors
-    /// [`KvmError::Throttle`] when the host has no thread left.
-    pub fn throttle_vcpu(&self, vcpu: u32, percent: u8) -> Result<(), KvmError> {
-        let index = usize::try_from(vcpu).unwrap_or(usize::MAX);
-        self.set_throttle(index..index.saturating_add(1), percent)
-    }
-
-    fn set_throttle(&self, vcpus: std::ops::Range<usize>, percent: u8) -> Result<(), KvmError> {
+    pub fn throttle_writers(&self, percent: u8) -> Result<(), KvmError> {
+        let faults = self.new_faults();
+        let writers = writers(&faults);
+        log::debug!(percent, faults:?, writers:?; "vCPUs that write are slowed down");
         let mut throttle = self.throttle.lock();
         let running = match throttle.take() {
             Some(running) => running,
@@ -232,11 +232,23 @@ impl VcpuSet {
                 Throttle::start(vcpus.collect()).map_err(KvmError::Throttle)?
             }
         };
-        for vcpu in vcpus {
-            running.set(vcpu, percent);
+        for (vcpu, writes) in writers.into_iter().enumerate() {
+            running.set(vcpu, if writes { percent } else { FULL });
         }
         *throttle = (!running.is_idle()).then_some(running);
         Ok(())
+    }
+
+    /// Faults that each vCPU has had since the last call.
+    fn new_faults(&self) -> Vec<Option<u64>> {
+        let counters = self.handles.iter().map(|handle| handle.faults.as_ref());
+        let now: Vec<_> = counters.map(|counter| counter?.read().ok()).collect();
+        let before = std::mem::replace(&mut *self.faults.lock(), now.clone());
+        let before = before.into_iter().chain(std::iter::repeat(Some(0)));
+        let pairs = now.into_iter().zip(before);
+        pairs
+            .map(|(now, before)| Some(now?.wrapping_sub(before?)))
+            .collect()
     }
 
     /// Counts of exits by vCPU.

@@ -17,6 +17,7 @@ use super::msrs;
 use super::state::{StateShape, VcpuState};
 use super::tsc::{self, TscSource};
 use super::vm::Vm;
+use super::writers::FaultCounter;
 
 mod saved;
 
@@ -181,6 +182,11 @@ impl Vcpu {
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// KVM's count of the vCPU's page faults, if this kernel tells.
+    pub(super) fn fault_counter(&self) -> Option<FaultCounter> {
+        FaultCounter::open(&self.fd)
     }
 
     /// Counts of exits.

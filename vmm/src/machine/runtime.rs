@@ -182,14 +182,6 @@ impl Machine {
             .map_err(MachineError::Reset)
     }
 
-    /// Lets vCPUs run `percent` of the time, 1 to 100; 100 is full speed.
-    ///
-    /// # Errors
-    /// [`KvmError`] when the host has no thread left.
-    pub fn throttle(&self, percent: u8) -> Result<(), KvmError> {
-        self.vcpus.throttle(percent)
-    }
-
     /// The log of what vCPUs write to guest memory.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! `dirty`: write pages at a requested rate, remembering each page's last generation, and check them all.
 //!
 //! With `cpus=` other CPUs take their share of the range; the boot CPU also keeps the clock, the
-//! heartbeat and the serial port.
+//! heartbeat and the serial port. Those past `writers=` are as busy and write nothing.
 
 use super::memory::{self, Verdict};
 use super::{Context, Failure, Outcome, event};
@@ -65,6 +65,9 @@ impl Share {
 
     /// Writes what is due, at most a batch; returns the number of pages.
     fn step(&mut self) -> u64 {
+        if self.len() == 0 {
+            return 0;
+        }
         let due = self.pacer.due(clock::now(), BATCH_PAGES);
         for _ in 0..due {
             let index = if self.style.random {
@@ -155,7 +158,7 @@ fn work(share: &mut Share) {
 }
 
 /// `dirty base= dirty_len= rate_mib_s= write=few|full|incompressible|text prefill= order=seq|random
-/// seconds= progress_ms= poll_ms= seed= cpus=`.
+/// seconds= progress_ms= poll_ms= seed= cpus= writers=`.
 pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     let arguments = context.arguments;
     let regions = memory::select(context, "dirty_len")?;
@@ -169,6 +172,7 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     };
     let pages_per_second = arguments.number("rate_mib_s", 100)? * 256;
     let cpus = arguments.number("cpus", 1)?.max(1);
+    let writers = arguments.number("writers", cpus)?.clamp(1, cpus);
     let timing = Timing {
         end: Deadline::after_ms(arguments.number("seconds", 0)?.saturating_mul(1000)),
         progress_ms: arguments.number("progress_ms", 1000)?,
@@ -178,7 +182,7 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
         return Err(Failure::new("no-clock"));
     }
     let crew = smp::start(context.machine, arguments, cpus - 1)?;
-    let mut shares = split(regions, style, pages_per_second, cpus)?;
+    let mut shares = split(regions, style, pages_per_second / writers, (cpus, writers))?;
     for share in &mut shares {
         share.fill_first();
     }
@@ -186,7 +190,7 @@ pub(crate) fn run(context: &mut Context<'_>, line: &mut Line) -> Outcome {
     // The clock starts after the first fill.
     let start = clock::now();
     for share in &mut shares {
-        share.pacer = Pacer::new(pages_per_second / cpus, clock::tsc_khz() * 1000, start);
+        share.pacer = Pacer::new(pages_per_second / writers, clock::tsc_khz() * 1000, start);
     }
     let timing = Timing {
         end: timing.end.restarted(),
@@ -222,26 +226,23 @@ fn split(
     regions: Regions,
     style: Style,
     pages_per_second: u64,
-    cpus: u64,
+    (cpus, writers): (u64, u64),
 ) -> Result<Vec<Share>, Failure> {
     let pages = regions.total() / PAGE_SIZE;
-    if pages < cpus {
+    if pages < writers {
         return Err(Failure::new("not-enough-memory").with("pages", pages));
     }
     let mut shares = Vec::new();
     for cpu in 0..cpus {
-        let (first, end) = (pages * cpu / cpus, pages * (cpu + 1) / cpus);
+        let part = |cpu: u64| pages * cpu.min(writers) / writers;
+        let (first, end) = (part(cpu), part(cpu + 1));
         shares.push(Share {
             style,
             regions,
             first,
             generations: vec![0; (end - first) as usize],
-            pacer: Pacer::new(
-                pages_per_second / cpus,
-                clock::tsc_khz() * 1000,
-                clock::now(),
-            ),
-            next: end - first - 1,
+            pacer: Pacer::new(pages_per_second, clock::tsc_khz() * 1000, clock::now()),
+            next: (end - first).saturating_sub(1),
             random_state: pattern::mix(style.seed ^ cpu),
             control: Arc::default(),
         });

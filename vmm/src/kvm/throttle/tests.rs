@@ -95,17 +95,17 @@ impl Spinning {
 #[test]
 fn throttled_guest_gets_its_share_and_then_everything_again() {
     let Some(f) = spinning() else { return };
-    f.set.throttle(50).unwrap();
+    f.set.throttle_writers(50).unwrap();
     let usual = f.usual_share();
     assert!(usual < 0.65, "{usual}");
     assert!(f.gets_more_than(0.25), "at half speed");
-    f.set.throttle_vcpu(0, 10).unwrap();
+    f.set.throttle_writers(10).unwrap();
     let usual = f.usual_share();
     assert!(usual < 0.25, "{usual}");
     let before = f.count();
     assert!(f.gets_more_than(0.02), "at a tenth");
     assert_ne!(f.count(), before);
-    f.set.throttle(100).unwrap();
+    f.set.throttle_writers(100).unwrap();
     // Well above a tenth; more cannot be asked of a machine that has other work.
     assert!(f.gets_more_than(0.3), "at full speed again");
 }
@@ -115,7 +115,7 @@ fn throttled_vcpu_obeys_at_once() {
     let Some(Spinning { vm: _vm, set, .. }) = spinning() else {
         return;
     };
-    set.throttle(1).unwrap();
+    set.throttle_writers(1).unwrap();
     let mut times = Vec::new();
     for _ in 0..15 {
         std::thread::sleep(Duration::from_millis(13));
@@ -134,7 +134,7 @@ fn set_that_is_dropped_while_throttled_ends() {
     let Some(Spinning { vm: _vm, set, .. }) = spinning() else {
         return;
     };
-    set.throttle(1).unwrap();
+    set.throttle_writers(1).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     drop(set);
 }

@@ -309,7 +309,7 @@ impl Controller {
     }
 
     pub(crate) fn throttle_for_migration(&self, percent: u8) -> Result<(), MigrationMachineError> {
-        let throttled = self.machine.vcpus.throttle(percent);
+        let throttled = self.machine.vcpus.throttle_writers(percent);
         Ok(throttled.map_err(MachineError::from)?)
     }
 
