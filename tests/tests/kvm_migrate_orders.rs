@@ -1,10 +1,12 @@
 //! What operators order while a VM moves.
 
+use std::net::TcpListener;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use tests::harness::certificates::Authority;
 use tests::harness::follower::Follower;
 use tests::harness::ground::Ground;
 use tests::harness::json_schema;
@@ -261,6 +263,39 @@ fn vm_is_stopped_while_it_moves() -> Outcome {
     let said = slow.end_of_place()?;
     ensure!(said.contains("no VM has come over: "), "{said}");
     assert_eq!(ground.runtime_files(), Vec::<String>::new());
+    Ok(())
+}
+
+/// A migration that waits for an answer holds up neither who cancels it nor who stops the VM.
+#[test]
+fn migration_that_connects_obeys_at_once() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let mut vm = writing(&ground, WRITES)?;
+    // Never says who it is.
+    let silent = TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("tls://{}", silent.local_addr()?);
+    let files = Authority::new(ground.scratch().path(), "ours")?.sign("vm")?;
+    for stops in [false, true] {
+        let mut command = vm.control().command("migrate", &[&url]);
+        command
+            .args(files.arguments())
+            .stderr(std::process::Stdio::null());
+        let (mut child, output) = vm.control().spawn(command)?;
+        let active = || status(&vm).ok().filter(|status| status["active"] == true);
+        process::wait_until(Instant::now() + SOON, active).context("it does not begin")?;
+        let begin = Instant::now();
+        if stops {
+            vm.control().drover("stop", &[])?;
+            assert_eq!(vm.wait_exit(SOON)?.code(), Some(0));
+        } else {
+            migration(&ground, "cancel", &[])?.success()?;
+        }
+        process::wait_exit(&mut child, SOON)?.context("drover migrate does not end")?;
+        let took = begin.elapsed();
+        ensure!(took < Duration::from_secs(3), "{took:?}: {}", output.text());
+    }
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use super::report::{MigrationReport, MigrationRequest};
 use super::{KvmLogTracker, RamPages, UnionTracker, WriteLogTracker};
 use crate::control::errors::chain;
-use crate::host::link::{LinkUrl, Security, connect, connect_one};
+use crate::host::link::{LinkUrl, Security, connect_one, connect_unless};
 use crate::kvm::DirtyLog;
 use crate::machine::{MachineLink, MigrationMachineError};
 
@@ -71,10 +71,15 @@ impl Session {
             return MigrationReport::not_connected(&name, memory_bytes, elapsed_ms(), error);
         }
         let deadline = began + CONNECT_TIME;
-        let connected = match connect(&request.urls, &request.security, deadline) {
+        let cancelled = || handle.is_cancelled();
+        let connected = connect_unless(&request.urls, &request.security, deadline, &cancelled);
+        let connected = match connected {
             Ok(connected) => connected,
             Err(error) => {
-                let error = chain(&error);
+                let error = match handle.is_cancelled() {
+                    true => chain(&SourceError::Cancelled),
+                    false => chain(&error),
+                };
                 return MigrationReport::not_connected(&name, memory_bytes, elapsed_ms(), error);
             }
         };
@@ -136,7 +141,12 @@ impl Dial for Dialer {
     fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
         let deadline = Instant::now() + CONNECT_TIME;
         if let Some(url) = url {
-            let url = url.parse().map_err(io::Error::other)?;
+            let url: LinkUrl = url.parse().map_err(io::Error::other)?;
+            let first = &self.ways[0];
+            if std::mem::discriminant(&url) != std::mem::discriminant(first) {
+                let text = format!("{url} is no way beside {first}: it is of another kind");
+                return Err(io::Error::other(text));
+            }
             return connect_one(&url, &self.security, deadline).map_err(io::Error::other);
         }
         let way = self.next % self.ways.len();

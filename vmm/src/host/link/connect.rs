@@ -57,6 +57,19 @@ pub fn connect(
     security: &Security,
     deadline: Instant,
 ) -> Result<Connected, LinkError> {
+    connect_unless(urls, security, deadline, &|| false)
+}
+
+/// As [`connect`], given up soon after `cancelled` says so.
+///
+/// # Errors
+/// As [`connect`]; those that were given up have not answered.
+pub fn connect_unless(
+    urls: &[LinkUrl],
+    security: &Security,
+    deadline: Instant,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Connected, LinkError> {
     let first = urls.first().ok_or(LinkError::NoCandidates)?;
     let dialer = Arc::new(Dialer::new(urls, security)?);
     let attempts = urls.iter().map(|url| {
@@ -64,7 +77,7 @@ pub fn connect(
         let attempt = move |cancel: &Cancel| dialer.open(&url, cancel, deadline);
         Box::new(attempt) as Attempt<Box<dyn Channel>, LinkError>
     });
-    let ended = race(attempts.collect(), &Cancel::default(), deadline);
+    let ended = race(attempts.collect(), &Cancel::default(), cancelled, deadline);
     let ended = ended.map_err(LinkError::host(first, "no thread to connect with"))?;
     let (winner, outcomes) = settle(urls, ended);
     match winner {
@@ -241,7 +254,8 @@ fn connect_any(
         };
         Box::new(attempt) as Attempt<Socket, LinkError>
     });
-    let ended = race(attempts.collect(), cancel, deadline);
+    let given_up = || cancel.is_cancelled();
+    let ended = race(attempts.collect(), cancel, &given_up, deadline);
     let ended = ended.map_err(LinkError::host(url, "no thread to connect with"))?;
     let (winner, outcomes) = settle(&urls, ended);
     let winner = winner.map(|(_, socket)| socket);

@@ -11,6 +11,9 @@ use super::cancel::Cancel;
 /// An attempt may be this much slower than the one after it and still be preferred.
 const HEAD_START: Duration = Duration::from_millis(30);
 
+/// How often a race looks whether anybody still wants it.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// One attempt. It must end when it is cancelled, or soon after the deadline.
 pub(super) type Attempt<T, E> = Box<dyn FnOnce(&Cancel) -> Result<T, E> + Send>;
 
@@ -25,13 +28,14 @@ pub(super) struct Race<T, E> {
 }
 
 /// Starts all attempts. Those given first have a head start when it comes to choosing, yet nobody
-/// waits for one that does not answer.
+/// waits for one that does not answer. It ends without a winner when `stop` says so.
 ///
 /// # Errors
 /// The host has no thread left.
 pub(super) fn race<T, E>(
     attempts: Vec<Attempt<T, E>>,
     parent: &Cancel,
+    stop: &dyn Fn() -> bool,
     deadline: Instant,
 ) -> io::Result<Race<T, E>>
 where
@@ -65,7 +69,7 @@ where
             None => deadline,
         };
         let wait = until.saturating_duration_since(Instant::now());
-        match results.recv_timeout(wait) {
+        match results.recv_timeout(wait.min(LOOK)) {
             Ok((number, took, Ok(value))) => {
                 outcomes[number] = Some(Ok(took));
                 let new = Best {
@@ -78,6 +82,7 @@ where
                 }
             }
             Ok((number, _, Err(error))) => outcomes[number] = Some(Err(error)),
+            Err(RecvTimeoutError::Timeout) if Instant::now() < until && !stop() => {}
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
         }
     }
@@ -132,7 +137,7 @@ mod tests {
 
     fn run(attempts: Vec<Attempt<u64, u64>>) -> Race<u64, u64> {
         let deadline = Instant::now() + Duration::from_secs(1);
-        race(attempts, &Cancel::default(), deadline).unwrap()
+        race(attempts, &Cancel::default(), &|| false, deadline).unwrap()
     }
 
     #[test]
