@@ -40,7 +40,7 @@ impl LazyRam {
         in_use: Arc<AtomicBool>,
     ) -> Result<Self, PortError> {
         let pages = RamPages::new(Arc::clone(ram));
-        discard(ram, &pages, missing)?;
+        discard(ram, missing)?;
         let faults = Userfault::register(Arc::clone(ram)).map_err(port_error)?;
         Ok(Self {
             faults: Some(faults),
@@ -57,11 +57,7 @@ impl LazyRam {
 
 /// Throws pages away. One that is part of a huge page which cannot be split at the moment would
 /// stay, full of zeroes, and never be asked for.
-fn discard(
-    ram: &Arc<GuestRam>,
-    pages: &RamPages,
-    missing: &[DirtyBitmap],
-) -> Result<(), PortError> {
+fn discard(ram: &Arc<GuestRam>, missing: &[DirtyBitmap]) -> Result<(), PortError> {
     let reclaim = RamDiscard::new(Arc::clone(ram), None);
     let failed = |source: io::Error| PortError::Host {
         what: "stale pages of guest memory cannot be thrown away",
@@ -77,6 +73,8 @@ fn discard(
                 .discard(GuestAddress(start), run.bytes())
                 .map_err(failed)?;
         }
+        // A look of its own each time: what was data before is remembered as such.
+        let pages = RamPages::new(Arc::clone(ram));
         let stay: Result<Vec<_>, _> = left.iter().map(|run| pages.data_runs(*run)).collect();
         left = stay?.concat();
         if left.is_empty() {
