@@ -203,6 +203,7 @@ impl Machine {
             disks: DiskHandover::new(resources.peripherals.disks),
             nets: resources.peripherals.nets,
             stopped: None,
+            announce_due: false,
             has_run: false,
         })
     }

@@ -18,7 +18,7 @@ use crate::arch::x86_64::cpuid::CpuidTemplate;
 use crate::boot::{BootImage, RamContents};
 use crate::host::chardev::CharPump;
 use crate::host::disk::DiskHandover;
-use crate::kvm::{ClockState, DirtyLog, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
+use crate::kvm::{ClockState, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
 use crate::memory::Layout;
 use crate::migrate::LazyMemory;
 
@@ -75,6 +75,8 @@ pub struct Machine {
     pub(super) tsc_khz: Option<u32>,
     /// When it was paused, or has been paused on the host that it comes from.
     pub(super) stopped: Option<StoppedTime>,
+    /// Whether the network does not know yet that the machine is here.
+    pub(super) announce_due: bool,
     /// Whether it was ever started.
     pub(super) has_run: bool,
 }
@@ -115,6 +117,9 @@ impl Machine {
         self.has_run = true;
         self.gate.open();
         self.vcpus.run();
+        if std::mem::take(&mut self.announce_due) {
+            self.announce();
+        }
         Ok(())
     }
 
@@ -182,16 +187,8 @@ impl Machine {
             .map_err(MachineError::Reset)
     }
 
-    /// The log of what vCPUs write to guest memory.
-    ///
-    /// # Errors
-    /// [`KvmError`].
-    pub fn dirty_log(&self) -> Result<DirtyLog, KvmError> {
-        self.vm.dirty_log()
-    }
-
     /// Tells the network that the guest's interfaces are here now.
-    pub(super) fn announce(&self) {
+    fn announce(&self) {
         for net in &self.nets {
             let answer = net.announce();
             log::debug!(answer:?; "interface announced");

@@ -181,6 +181,7 @@ impl Machine {
             restored.map_err(|source| MachineStateError::Vcpu { id, source })?;
         }
         self.stopped = Some(StoppedTime { clock, tsc });
+        self.announce_due = true;
         Ok(())
     }
 

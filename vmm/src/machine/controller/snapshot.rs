@@ -27,6 +27,7 @@ impl Controller {
     /// Starts to take a snapshot.
     pub(super) fn take_snapshot(&mut self, request: SnapshotRequest) -> Result<(), CommandError> {
         self.check_idle()?;
+        self.check_doubt()?;
         let invalid = |why: &str| Err(CommandError::InvalidSnapshot(why.to_owned()));
         if !request.directory.is_absolute() {
             return invalid("its directory is not an absolute path");
@@ -121,7 +122,6 @@ impl Controller {
     ) -> Result<(), MachineError> {
         if !paused {
             self.machine.start()?;
-            self.machine.announce();
             self.state = VmState::Running;
         }
         let directory = directory.to_owned();
