@@ -86,6 +86,7 @@ fn lose(ground: &Ground, kind: FrameKind, with_disk: bool) -> Outcome {
             ensure!(finished.stdout.starts_with(said), "{finished:?}");
             let events = vm.control().event_names()?;
             ensure!(events.iter().any(|name| name == "paused"), "{events:?}");
+            refuses_in_doubt(ground, &vm)?;
         }
         Here::Gone => assert_eq!(vm.wait_exit(SOON)?.code(), Some(0)),
     }
@@ -102,6 +103,26 @@ fn lose(ground: &Ground, kind: FrameKind, with_disk: bool) -> Outcome {
         }
         (Here::Runs, false) => move_on(ground, vm),
     }
+}
+
+/// Nothing but an operator's `resume` makes a second copy of a VM that may run elsewhere.
+fn refuses_in_doubt(ground: &Ground, vm: &Vm) -> Outcome {
+    let folder = ground.scratch().join("never").display().to_string();
+    let place = Place::new(ground, "third").start()?;
+    for (command, argument) in [
+        ("reset", None),
+        ("snapshot", Some(folder.as_str())),
+        ("migrate", Some(place.url.as_str())),
+    ] {
+        let finished = vm.control().try_drover(command, argument.as_slice())?;
+        let said = format!("{}{}", finished.stdout, finished.stderr);
+        ensure!(
+            finished.code() == Some(1) && said.contains("migration ended in doubt"),
+            "{command}: {finished:?}"
+        );
+    }
+    assert_eq!(vm.control().state()?, "paused");
+    vm.memory()?.check_still(Duration::from_millis(50))
 }
 
 /// A second migration, to another place, works.

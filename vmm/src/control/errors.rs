@@ -39,6 +39,7 @@ impl From<CommandError> for ApiError {
             | CommandError::TakingSnapshot
             | CommandError::PagesMissing
             | CommandError::PagesCut
+            | CommandError::InDoubt
             | CommandError::Disks(_) => StatusCode::CONFLICT,
             CommandError::NoDevice(_) | CommandError::NoMigration => StatusCode::NOT_FOUND,
             CommandError::Balloon(_)

@@ -69,6 +69,8 @@ pub(crate) struct Controller {
     jobs_sender: UnboundedSender<Job>,
     /// How the machine came, when that was before all of its memory.
     postcopy: Option<Arc<Fate>>,
+    /// Whether the last migration ended so that another copy may be running.
+    in_doubt: bool,
 }
 
 impl Controller {
@@ -111,6 +113,7 @@ impl Controller {
             jobs,
             jobs_sender,
             postcopy: None,
+            in_doubt: false,
         }
     }
 
@@ -212,8 +215,14 @@ impl Controller {
             // A migration that ended in doubt has let them go; the operator knows better.
             self.machine.disks.lock()?;
         }
+        if request == Request::Reset {
+            self.check_doubt()?;
+        }
         let transition = admit(self.state, request)?;
         self.perform(transition)?;
+        if request == Request::Resume {
+            self.in_doubt = false;
+        }
         Ok(())
     }
 

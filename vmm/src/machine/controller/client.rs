@@ -52,6 +52,12 @@ pub enum CommandError {
          the VM up"
     )]
     PagesCut,
+    /// Another copy of it may be running.
+    #[error(
+        "the VM's last migration ended in doubt, its destination may run it: look there, then \
+         `stop` this one, or `resume` it if the destination does not have it"
+    )]
+    InDoubt,
     /// No migration is under way.
     #[error("the VM is not being moved")]
     NoMigration,

@@ -25,6 +25,9 @@ use crate::migrate::{
 /// Work on the machine that a migration's thread has for the controller.
 pub(in crate::machine) type Job = Box<dyn FnOnce(&mut Controller) + Send>;
 
+/// How often a guest may reboot while it is being stopped.
+const MAX_REBOOTS: u32 = 8;
+
 /// Data connections at most.
 const MAX_STREAMS: u16 = 16;
 
@@ -43,6 +46,9 @@ pub enum MigrationMachineError {
     /// The guest has ended its run while it was being moved.
     #[error("the guest has powered off or crashed meanwhile")]
     GuestEnded,
+    /// The guest reboots each time that it is stopped.
+    #[error("the guest reboots again and again")]
+    Reboots,
     /// The controller is gone.
     #[error("the VM has ended")]
     Ended,
@@ -115,6 +121,7 @@ impl Controller {
     /// Starts a migration.
     pub(super) fn migrate(&mut self, request: MigrationRequest) -> Result<(), CommandError> {
         self.check_idle()?;
+        self.check_doubt()?;
         let invalid = |why: String| Err(CommandError::InvalidMigration(why));
         if request.urls.is_empty() {
             return invalid("no destination is given".to_owned());
@@ -164,6 +171,15 @@ impl Controller {
             report: None,
         });
         Ok(())
+    }
+
+    /// What a VM must not do that may be running elsewhere; resuming it is the operator's word
+    /// that it does not.
+    pub(super) fn check_doubt(&self) -> Result<(), CommandError> {
+        match self.in_doubt {
+            true => Err(CommandError::InDoubt),
+            false => Ok(()),
+        }
     }
 
     fn note_round(&mut self, round: RoundReport) {
@@ -240,8 +256,11 @@ impl Controller {
             migration.thread = None;
             migration.report = Some(report.clone());
         }
-        if outcome == MigrationOutcome::InDoubt && self.state == VmState::Running {
-            self.set_paused();
+        if outcome == MigrationOutcome::InDoubt {
+            self.in_doubt = true;
+            if self.state == VmState::Running {
+                self.set_paused();
+            }
         }
         let report = Box::new(report);
         self.events.publish(EventKind::MigrationEnded { report });
@@ -282,18 +301,26 @@ impl Controller {
     /// must neither be lost nor happen twice.
     pub(crate) fn pause_for_migration(&mut self) -> Result<(), MigrationMachineError> {
         let was_running = self.state == VmState::Running;
-        let paused = self.machine.pause();
-        if let Err(error) = paused {
-            self.resume_after_migration()?;
-            return Err(error.into());
+        for _ in 0..MAX_REBOOTS {
+            if let Err(error) = self.machine.pause() {
+                if let Err(error) = self.resume_after_migration() {
+                    log::error!(error:% = error; "a VM that could not be stopped does not go on either");
+                    self.set_paused();
+                }
+                return Err(error.into());
+            }
+            while let Ok(notice) = self.notices.try_recv() {
+                self.handle_notice(notice);
+            }
+            if self.end.is_some() || was_running != (self.state == VmState::Running) {
+                return Err(MigrationMachineError::GuestEnded);
+            }
+            // A guest that wanted a reboot runs again.
+            if self.machine.stopped.is_some() {
+                return Ok(());
+            }
         }
-        while let Ok(notice) = self.notices.try_recv() {
-            self.handle_notice(notice);
-        }
-        if self.end.is_some() || was_running != (self.state == VmState::Running) {
-            return Err(MigrationMachineError::GuestEnded);
-        }
-        Ok(())
+        Err(MigrationMachineError::Reboots)
     }
 
     /// Lets the machine go on that was stopped for the switchover.
