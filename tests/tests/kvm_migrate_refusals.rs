@@ -1,7 +1,8 @@
 //! Migrations that do not take place, as an operator meets them: exit codes, messages, and a VM
 //! that goes on.
 
-use std::net::TcpListener;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -179,6 +180,72 @@ fn files_outside_of_what_is_allowed_are_refused() -> Outcome {
         )
     );
     Ok(())
+}
+
+/// The source's words are no way out of the directory, and a new file in it is no offence.
+#[test]
+fn files_that_are_not_there_yet_are_judged_by_where_they_would_be() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let real = ground.scratch().join("real");
+    std::fs::create_dir(&real)?;
+    let allowed = ground.scratch().join("allowed");
+    std::os::unix::fs::symlink(&real, &allowed)?;
+    let kernel = real.join("kernel");
+    std::fs::copy(ground.guest(), &kernel)?;
+    let kernel = allowed.join("kernel");
+    let dangling = allowed.join("dangling");
+    let elsewhere = ground.scratch().join("elsewhere");
+    let outside = allowed.join("../outside");
+    let new = allowed.join("new");
+    for (serial, moves) in [(&outside, false), (&dangling, false), (&new, true)] {
+        let target = format!("file={}", serial.display());
+        let spec = ground.vm_with_kernel(&kernel).cmdline("run=heartbeat");
+        let vm = spec.serial(&target).start_controlled()?;
+        vm.memory()?.wait_beat(SOON)?;
+        // What the source has made itself.
+        std::fs::remove_file(serial)?;
+        if *serial == dangling {
+            std::os::unix::fs::symlink(&elsewhere, &dangling)?;
+        }
+        let allowed = allowed.display().to_string();
+        let place = Place::new(&ground, "there").args(&["--allow-path", &allowed]);
+        let place = place.start()?;
+        if moves {
+            migrate(vm.control(), &place.url, &[])?;
+            ensure!(
+                real.join("new").exists(),
+                "the serial port's file was not made"
+            );
+        } else {
+            let reason = refused(&vm, &place.url, &[])?;
+            let named = format!(
+                "the destination refuses: serial: {} is not below a directory given by --allow-path",
+                serial.display()
+            );
+            assert_eq!(reason, named);
+            ensure!(!elsewhere.exists(), "the destination has made a file");
+        }
+    }
+    Ok(())
+}
+
+/// Whoever connects without being a source leaves the place waiting for one.
+#[test]
+fn strangers_do_not_end_the_wait() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let place = Place::new(&ground, "there").start()?;
+    let address = place.url.trim_start_matches("tcp://");
+    // Gone without a word, in the middle of a header, with words of another kind.
+    drop(TcpStream::connect(address)?);
+    TcpStream::connect(address)?.write_all(&[1, 2, 3])?;
+    TcpStream::connect(address)?.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let vm = started(&ground.vm("run=heartbeat"))?;
+    migrate(vm.control(), &place.url, &[])?;
+    place.vm.memory()?.wait_beat(SOON).map(drop)
 }
 
 #[test]

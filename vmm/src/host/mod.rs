@@ -5,6 +5,7 @@ pub mod disk;
 pub mod entropy;
 pub(crate) mod exchange;
 pub mod link;
+pub mod meminfo;
 pub mod net;
 pub mod pin;
 pub(crate) mod socket_file;

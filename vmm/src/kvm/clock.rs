@@ -19,8 +19,7 @@ pub struct ClockState {
 #[derive(Serialize, Deserialize)]
 struct ClockStateV1 {
     nanos: u64,
-    /// Told for the destination's log: how long the guest stood still, as far as the two hosts'
-    /// clocks agree. It is not added to the guest's time, see `tsc`.
+    /// Not added to the guest's time, see `tsc`: two hosts' clocks need not agree.
     realtime_nanos: Option<u64>,
 }
 

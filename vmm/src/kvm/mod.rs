@@ -42,7 +42,7 @@ pub use msi::KvmMsiRouter;
 pub use state::VcpuState;
 pub use system::{Capability, REQUIRED, System};
 pub use thread::{GuestGate, VcpuContext, VcpuEvent, VcpuEvents, VcpuSet};
-pub use tsc::HostTsc;
+pub use tsc::{HostTsc, is_same_frequency};
 pub use vcpu::{Buses, ExitCounters, InternalError, Vcpu, VcpuExitError};
 pub use vcpu_state::VcpuStateError;
 pub use vm::Vm;

@@ -122,7 +122,7 @@ impl TscSource {
         let (Some(wanted), Some(here)) = (wanted, frequency(fd)) else {
             return Ok(());
         };
-        if is_close(wanted, here) {
+        if is_same_frequency(wanted, here) {
             return Ok(());
         }
         let refused = VcpuStateError::TscFrequency {
@@ -145,9 +145,10 @@ impl TscSource {
     }
 }
 
-/// Hosts of one model measure their frequency with an error of a few millionths at each boot; the
-/// kernel itself tolerates 250 (`tsc_tolerance_ppm`).
-fn is_close(a: u32, b: u32) -> bool {
+/// Whether two frequencies in kHz count as one. Hosts of one model measure theirs with an error of
+/// a few millionths at each boot; the kernel itself tolerates 250 (`tsc_tolerance_ppm`).
+#[must_use]
+pub fn is_same_frequency(a: u32, b: u32) -> bool {
     const TOLERANCE_PPM: u64 = 250;
     u64::from(a.abs_diff(b)) * 1_000_000 <= u64::from(a) * TOLERANCE_PPM
 }
@@ -189,8 +190,8 @@ mod tests {
 
     #[test]
     fn frequencies_measured_on_two_boots_count_as_one() {
-        assert!(is_close(2_600_000, 2_600_649));
-        assert!(!is_close(2_600_000, 2_600_651));
-        assert!(!is_close(0, 1));
+        assert!(is_same_frequency(2_600_000, 2_600_649));
+        assert!(!is_same_frequency(2_600_000, 2_600_651));
+        assert!(!is_same_frequency(0, 1));
     }
 }

@@ -21,8 +21,10 @@ use super::receive::ReceiveError;
 use super::resources::Resources;
 use super::restore::check_lazy;
 use super::runtime::{Machine, MachineError};
-use crate::config::{CharTarget, RngConfig, VmConfig, VmName};
+use crate::config::{CharTarget, MemoryConfig, RngConfig, VmConfig, VmName};
 use crate::control::errors::chain;
+use crate::host::meminfo::HostMemory;
+use crate::kvm::is_same_frequency;
 use crate::memory::check_userfault;
 use crate::migrate::{LazyRam, RamPages, Skeleton};
 
@@ -145,9 +147,15 @@ impl ArrivalSite {
         locks: DiskLocks,
     ) -> Result<Arrived, Vec<String>> {
         let mut config = skeleton.config.clone();
-        self.adapt(&mut config)?;
-        let one = |error: &dyn std::error::Error| vec![chain(error)];
         let cpuid = skeleton.cpuid();
+        let mut reasons = self.adapt(&mut config).err().unwrap_or_default();
+        reasons.extend(memory_reason(&config.memory));
+        if !reasons.is_empty() {
+            // Nothing that the source names is opened then.
+            reasons.extend(cpu_reasons(&config, &cpuid));
+            return Err(reasons);
+        }
+        let one = |error: &dyn std::error::Error| vec![chain(error)];
         let placement = Placement::apply(&config.cpus).map_err(|error| one(&error))?;
         let events = Arc::clone(&self.notices);
         let opened = Resources::open_all(&config, self.builtin_kernel, locks, events);
@@ -175,6 +183,24 @@ impl ArrivalSite {
     }
 }
 
+/// Why this host can never hold this much memory. What it is short of at the moment is for its
+/// operator to judge: much of a guest's memory may be holes.
+fn memory_reason(memory: &MemoryConfig) -> Option<String> {
+    let info = HostMemory::read()?;
+    let wanted = memory.size.bytes();
+    let (limit, of) = match (memory.prefault, memory.hugepages) {
+        // Its pool is looked at when memory is allocated.
+        (_, Some(_)) => return None,
+        (true, None) => (
+            info.available_bytes,
+            "of free memory, and `prefault` takes all at once",
+        ),
+        (false, None) => (info.total_bytes, "of memory and swap"),
+    };
+    (wanted > limit)
+        .then(|| format!("the VM has {wanted} bytes of memory, this host has {limit} {of}"))
+}
+
 /// Devices and clock are the source's.
 fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
     let mut reasons = Vec::new();
@@ -192,7 +218,7 @@ fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
     }
     if let (Some(wanted), Some(found)) = (skeleton.tsc_khz, machine.tsc_khz)
         && !machine.vm.can_scale_tsc()
-        && wanted.abs_diff(found) > wanted / 1000
+        && !is_same_frequency(wanted, found)
     {
         reasons.push(format!(
             "the guest's time stamp counter runs at {wanted} kHz, this host's at {found} kHz, and KVM \
@@ -205,14 +231,31 @@ fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
     }
 }
 
+/// A file's path without links, also of a file that is not there yet.
+fn what_would_be_opened(path: &Path) -> Option<PathBuf> {
+    if !path.is_absolute() {
+        return None;
+    }
+    if let Ok(real) = path.canonicalize() {
+        return Some(real);
+    }
+    if path.symlink_metadata().is_ok() {
+        // A link to nothing: opening it may create a file anywhere.
+        return None;
+    }
+    let folder = path.parent()?.canonicalize().ok()?;
+    Some(folder.join(path.file_name()?))
+}
+
 /// Files that the source names and must not.
 fn forbidden(config: &VmConfig, options: &ArrivalOptions, allowed: &[PathBuf]) -> Vec<String> {
     let is_allowed = |path: &Path| {
-        // Links are followed: what counts is what would be opened.
-        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let Some(real) = what_would_be_opened(path) else {
+            return false;
+        };
         allowed.iter().any(|dir| {
             let dir = dir.canonicalize().unwrap_or_else(|_| dir.clone());
-            real.starts_with(dir) && real.is_absolute()
+            real.starts_with(dir)
         })
     };
     let mut named: Vec<(String, &Path)> = Vec::new();
@@ -362,7 +405,6 @@ impl Incoming for Arrival {
                 // Unless it comes to the end of this, for whoever is to resume it.
                 arrived.paused = true;
                 arrived.machine.start()?;
-                arrived.machine.announce();
                 arrived.paused = false;
             }
             Ok::<_, MachineError>(())

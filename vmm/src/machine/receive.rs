@@ -304,11 +304,11 @@ impl Entrance {
         let received = receive(channel, &mut further, &mut host, &options, cancelled);
         let received = match received {
             Ok(received) => received,
-            // A source that has described its VM is one, also when it dies without a word.
             // It has gone to its controller already; whether its pages came has been said.
             Err(error) if seat.done.lock().is_none() => {
                 return Err(ReceiveError::Migration(error));
             }
+            // A source that has described its VM is one, also when it dies without a word.
             Err(error) if is_stranger(&error) && slot.lock().is_none() => {
                 log::debug!(peer:%, error:% = error; "a connection brought nothing");
                 return Ok(None);
@@ -325,12 +325,9 @@ impl Entrance {
 
 /// Whether a connection ended before it had brought anything.
 fn is_stranger(error: &DestinationError) -> bool {
-    use migration::wire::FrameError;
     matches!(
         error,
-        DestinationError::Link(
-            FrameError::Closed | FrameError::Invalid(_) | FrameError::Damaged { .. }
-        ) | DestinationError::Protocol(_)
+        DestinationError::Link(_) | DestinationError::Protocol(_)
     )
 }
 

@@ -7,10 +7,12 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, channel, u
 use super::client::{Command, ConfigCell, QUEUE};
 use super::{CommandError, Controller, ControllerClient, Job, MachineLink, VmInfo};
 use crate::config::{VmConfig, VmName};
+use crate::control::errors::chain;
 use crate::machine::arrival::Arrived;
 use crate::machine::events::{EventHub, EventKind};
 use crate::machine::lifecycle::{Request, VmState};
 use crate::machine::notices::Notice;
+use crate::machine::placement::Placement;
 
 /// Stands where the controller will be.
 pub(in crate::machine) struct Waiting {
@@ -145,6 +147,10 @@ impl Waiting {
         controller.jobs = self.jobs;
         controller.jobs_sender = self.jobs_sender;
         controller.postcopy = arrived.postcopy;
+        // This thread goes where the VM's configuration wants it, which is known only now.
+        if let Err(error) = Placement::apply(&controller.config.cpus) {
+            log::warn!(error:% = chain(&error); "the VM's controller");
+        }
         self.events.publish(EventKind::Arrived);
         for notice in self.held {
             controller.handle_notice(notice);
