@@ -28,12 +28,16 @@ pub struct Parts<'a> {
     pub tracker: &'a dyn DirtyTracker,
 }
 
-/// Breaks connections off when it is dropped, so that no thread waits on one.
-struct Breakers(Vec<Arc<dyn Breaker>>);
+/// Breaks connections off when it is dropped, so that no thread waits on one, or to use one.
+struct Breakers<'a> {
+    connections: Vec<Arc<dyn Breaker>>,
+    pacer: &'a Pacer<'a>,
+}
 
-impl Drop for Breakers {
+impl Drop for Breakers<'_> {
     fn drop(&mut self) {
-        for breaker in &self.0 {
+        self.pacer.end();
+        for breaker in &self.connections {
             breaker.break_off();
         }
     }
@@ -146,12 +150,16 @@ fn attempt(
     }
     let links = connect::connect(control, dial, parts, options, handle)?;
     let channels = links.data.iter().chain(&links.priority);
-    let breakers = Breakers(channels.map(|channel| channel.breaker()).collect());
+    let pacer = Pacer::new(handle);
+    let breakers = Breakers {
+        connections: channels.map(|channel| channel.breaker()).collect(),
+        pacer: &pacer,
+    };
     let shared = Shared {
         pages: parts.pages,
         tracker: parts.tracker,
         handle,
-        pacer: Pacer::new(handle),
+        pacer: &pacer,
         totals: std::mem::take(&mut record.totals),
         streams: u64::from(options.streams),
         encoding: options.encoding,

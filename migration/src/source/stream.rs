@@ -83,7 +83,7 @@ pub(super) struct Shared<'a> {
     pub(super) pages: &'a dyn PageStore,
     pub(super) tracker: &'a dyn DirtyTracker,
     pub(super) handle: &'a MigrationHandle,
-    pub(super) pacer: Pacer<'a>,
+    pub(super) pacer: &'a Pacer<'a>,
     pub(super) totals: Totals,
     pub(super) streams: u64,
     pub(super) encoding: EncodingChoice,
