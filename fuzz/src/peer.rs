@@ -30,34 +30,20 @@ pub const GOLDEN: &[&[u8]] = golden![
     "commit",
     "committed",
     "declined",
+    "offer-postcopy",
+    "accept-postcopy",
+    "missing",
+    "fetch",
+    "complete",
 ];
 
 /// Frames of pages.
 pub const PAGE_FRAMES: &[&[u8]] = golden!["pages-lz4", "pages-raw", "pages-zero", "pages-delta"];
 
-const KINDS: [FrameKind; 16] = [
-    FrameKind::Hello,
-    FrameKind::Welcome,
-    FrameKind::Offer,
-    FrameKind::Accept,
-    FrameKind::Refuse,
-    FrameKind::Attach,
-    FrameKind::Pages,
-    FrameKind::StreamEnd,
-    FrameKind::Round,
-    FrameKind::Section,
-    FrameKind::Prepare,
-    FrameKind::Prepared,
-    FrameKind::Abort,
-    FrameKind::Commit,
-    FrameKind::Committed,
-    FrameKind::Declined,
-];
-
 /// A frame with right check sums; a kind that is unknown becomes one that is known.
 pub fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
-    let index = usize::from(kind.wrapping_sub(1)) % KINDS.len();
-    let header = FrameHeader::of(KINDS[index], payload);
+    let index = usize::from(kind.wrapping_sub(1)) % FrameKind::ALL.len();
+    let header = FrameHeader::of(FrameKind::ALL[index], payload);
     let mut frame = Vec::with_capacity(HEADER_BYTES + payload.len());
     frame.extend(header.expect("inputs are short").encode());
     frame.extend(payload);

@@ -97,6 +97,7 @@ fn source([control, ..]: &[Vec<u8>; 3]) {
         timeout: PATIENCE,
         on_timeout: OnTimeout::Cancel,
         patience: PATIENCE,
+        prepare_patience: PATIENCE,
     };
     let handle = MigrationHandle::new(Tuning {
         bandwidth_bytes_per_s: None,

@@ -8,6 +8,12 @@ pub const HEADER_BYTES: usize = 16;
 /// Largest payload of a control frame: a device's state, a machine's description.
 pub const MAX_CONTROL_BYTES: u32 = 16 << 20;
 
+/// Largest payload of a list of missing pages.
+pub const MAX_LIST_BYTES: u32 = 1 << 20;
+
+/// Largest payload of every other control frame. A peer may be anybody when it sends its first.
+pub const MAX_SMALL_BYTES: u32 = 64 << 10;
+
 /// Largest payload of a frame of pages: its table, and 64 pages that LZ4 has made a little larger.
 pub const MAX_BATCH_BYTES: u32 = 320 << 10;
 
@@ -58,7 +64,8 @@ pub enum FrameKind {
 }
 
 impl FrameKind {
-    const ALL: [Self; 20] = [
+    /// All of them.
+    pub const ALL: [Self; 20] = [
         Self::Hello,
         Self::Welcome,
         Self::Offer,
@@ -88,7 +95,24 @@ impl FrameKind {
     fn max_payload(self) -> u32 {
         match self {
             Self::Pages => MAX_BATCH_BYTES,
-            _ => MAX_CONTROL_BYTES,
+            Self::Offer | Self::Section => MAX_CONTROL_BYTES,
+            Self::Missing => MAX_LIST_BYTES,
+            Self::Hello
+            | Self::Welcome
+            | Self::Accept
+            | Self::Refuse
+            | Self::Attach
+            | Self::StreamEnd
+            | Self::Round
+            | Self::Prepare
+            | Self::Prepared
+            | Self::Abort
+            | Self::Commit
+            | Self::Committed
+            | Self::Declined
+            | Self::AcceptPostcopy
+            | Self::Fetch
+            | Self::Complete => MAX_SMALL_BYTES,
         }
     }
 }
@@ -283,7 +307,7 @@ impl FrameReader {
     }
 
     /// Takes up to `limit` bytes of what was read ahead.
-    pub fn take_ahead(&mut self, limit: usize) -> &[u8] {
+    fn take_ahead(&mut self, limit: usize) -> &[u8] {
         let count = limit.min(self.buffer.len() - self.start);
         let taken = self.start..self.start + count;
         self.start += count;
@@ -349,5 +373,22 @@ mod tests {
         };
         let refused = FrameHeader::decode(&header.encode());
         assert!(matches!(refused, Err(FrameError::Invalid(_))));
+    }
+
+    /// Whoever connects may send a first frame of any kind.
+    #[test]
+    fn little_is_taken_of_what_is_short_by_nature() {
+        for kind in FrameKind::ALL {
+            let limit = kind.max_payload();
+            let of = |payload_bytes| FrameHeader {
+                kind,
+                payload_bytes,
+                payload_crc: 0,
+            };
+            assert!(FrameHeader::decode(&of(limit).encode()).is_ok());
+            assert!(FrameHeader::decode(&of(limit + 1).encode()).is_err());
+        }
+        let small = [FrameKind::Hello, FrameKind::Attach, FrameKind::Refuse];
+        assert!(small.iter().all(|kind| kind.max_payload() == 64 << 10));
     }
 }

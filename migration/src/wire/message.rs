@@ -13,9 +13,6 @@ use crate::section::Section;
 /// Deepest nesting accepted while decoding.
 const MAX_DEPTH: usize = 8;
 
-/// Longest id or kind of a section.
-const MAX_NAME_BYTES: usize = 255;
-
 /// First words of a source, so that a stranger's are told apart.
 pub const MAGIC: &str = "drover migration";
 
@@ -105,7 +102,32 @@ pub struct Reasons {
     pub reasons: Vec<String>,
 }
 
+/// Reasons in one message at most, and bytes of each.
+const MAX_REASONS: usize = 64;
+const MAX_REASON_BYTES: usize = 512;
+
 impl Reasons {
+    /// As they are sent and as they are shown: not too many, none too long, and nothing in them
+    /// but text, whatever the peer has put there.
+    fn tidy(mut self) -> Self {
+        let more = self.reasons.len().saturating_sub(MAX_REASONS);
+        if more > 0 {
+            self.reasons.truncate(MAX_REASONS - 1);
+            self.reasons.push(format!("and {} more", more + 1));
+        }
+        for reason in &mut self.reasons {
+            if reason.len() > MAX_REASON_BYTES {
+                let end = reason.floor_char_boundary(MAX_REASON_BYTES - "...".len());
+                reason.truncate(end);
+                reason.push_str("...");
+            }
+            if reason.contains(char::is_control) {
+                *reason = reason.replace(char::is_control, " ");
+            }
+        }
+        self
+    }
+
     /// One reason.
     pub fn one(cause: Cause, reason: impl Into<String>) -> Self {
         Self {
@@ -212,7 +234,9 @@ impl Message {
             Self::Section(section) => section_bytes(section),
             Self::Prepare(body) => cbor(body),
             Self::Prepared(body) => cbor(body),
-            Self::Refuse(body) | Self::Abort(body) | Self::Declined(body) => cbor(body),
+            Self::Refuse(body) | Self::Abort(body) | Self::Declined(body) => {
+                cbor(&body.clone().tidy())
+            }
             Self::Commit(body) => cbor(body),
             Self::Missing(body) => cbor(body),
             Self::Fetch(body) => cbor(body),
@@ -256,14 +280,14 @@ impl Message {
             FrameKind::Hello => Self::Hello(parse(kind, payload)?),
             FrameKind::Welcome => Self::Welcome(parse(kind, payload)?),
             FrameKind::Offer => Self::Offer(parse(kind, payload)?),
-            FrameKind::Refuse => Self::Refuse(parse(kind, payload)?),
+            FrameKind::Refuse => Self::Refuse(parse::<Reasons>(kind, payload)?.tidy()),
             FrameKind::Attach => Self::Attach(parse(kind, payload)?),
             FrameKind::Round => Self::Round(parse(kind, payload)?),
             FrameKind::Section => Self::Section(parse_section(payload)?),
             FrameKind::Prepare => Self::Prepare(parse(kind, payload)?),
             FrameKind::Prepared => Self::Prepared(parse(kind, payload)?),
-            FrameKind::Abort => Self::Abort(parse(kind, payload)?),
-            FrameKind::Declined => Self::Declined(parse(kind, payload)?),
+            FrameKind::Abort => Self::Abort(parse::<Reasons>(kind, payload)?.tidy()),
+            FrameKind::Declined => Self::Declined(parse::<Reasons>(kind, payload)?.tidy()),
             FrameKind::Accept => empty(kind, payload, Self::Accept)?,
             FrameKind::StreamEnd => empty(kind, payload, Self::StreamEnd)?,
             FrameKind::Commit => Self::Commit(parse(kind, payload)?),
@@ -338,7 +362,7 @@ fn parse_section(payload: &[u8]) -> Result<Section, FrameError> {
     let malformed = || FrameError::Invalid("Section: its table is cut short".to_owned());
     let name = |payload: &mut &[u8]| {
         let (length, rest) = payload.split_first()?;
-        let (text, rest) = rest.split_at_checked(usize::from(*length).min(MAX_NAME_BYTES))?;
+        let (text, rest) = rest.split_at_checked(usize::from(*length))?;
         *payload = rest;
         String::from_utf8(text.to_vec()).ok()
     };
@@ -352,4 +376,35 @@ fn parse_section(payload: &[u8]) -> Result<Section, FrameError> {
         version: u32::from_le_bytes(*version),
         bytes: bytes.to_vec(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_text_and_few_and_short_whoever_wrote_them() {
+        let long = "\u{e4}".repeat(1000);
+        let mut reasons = vec!["\x1b[2Jcleared\nand more".to_owned(), long];
+        reasons.resize(1000, String::new());
+        let all = Reasons {
+            cause: Cause::Cancelled,
+            reasons,
+        };
+        let payload = cbor(&all).unwrap();
+        let sent = Message::Refuse(all).encode().unwrap();
+        let received = [
+            Message::decode(FrameKind::Refuse, &payload).unwrap(),
+            Message::receive(&mut FrameReader::default(), &mut sent.as_slice()).unwrap(),
+        ];
+        for message in received {
+            let Message::Refuse(Reasons { reasons, .. }) = message else {
+                panic!("{message:?}");
+            };
+            assert_eq!(reasons.len(), 64);
+            assert_eq!(reasons[0], " [2Jcleared and more");
+            assert!(reasons[1].len() <= 512 && reasons[1].ends_with("\u{e4}..."));
+            assert_eq!(reasons[63], "and 937 more");
+        }
+    }
 }
