@@ -20,7 +20,7 @@
 //! | [`wire`] | frames and messages |
 //! | [`progress`] | what others see of a migration, and may change |
 //! | [`page`], [`bitmap`], [`section`] | page numbers and runs, dirty pages, device states |
-//! | [`ports`] | what the engine needs of a machine, its memory, a connection and the time |
+//! | [`ports`] | what the engine needs of a machine, its memory and a connection |
 #![forbid(unsafe_code)]
 #![warn(clippy::indexing_slicing)]
 

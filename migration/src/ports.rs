@@ -5,7 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::Mark;
@@ -293,20 +293,4 @@ pub trait Accept {
 pub trait Breaker: Send + Sync {
     /// Does so. Later calls do nothing.
     fn break_off(&self);
-}
-
-/// The time.
-pub trait Clock: Send + Sync {
-    /// Now.
-    fn now(&self) -> Instant;
-}
-
-/// The host's clock.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SystemClock;
-
-impl Clock for SystemClock {
-    fn now(&self) -> Instant {
-        Instant::now()
-    }
 }

@@ -8,9 +8,6 @@ use crate::progress::MigrationHandle;
 use crate::wire::message::{Attach, Hello, MAGIC, Offer};
 use crate::wire::{Message, OLDEST_VERSION, VERSION};
 
-/// Reasons that a destination may give.
-const MAX_REASONS: usize = 64;
-
 /// Connections to the destination.
 pub(super) struct Links {
     /// For pages.
@@ -27,15 +24,15 @@ pub(super) fn connect(
     options: &SourceOptions,
     handle: &MigrationHandle,
 ) -> Result<Links, SourceError> {
-    let wait = |control: &mut Control| control.receive(options.patience, || handle.is_cancelled());
+    let wait = |control: &mut Control, time| control.receive(time, || handle.is_cancelled());
     control.send(&Message::Hello(Hello {
         magic: MAGIC.to_owned(),
         oldest: OLDEST_VERSION,
         newest: VERSION,
     }))?;
-    let welcome = match wait(control)? {
+    let welcome = match wait(control, options.patience)? {
         Message::Welcome(welcome) => welcome,
-        Message::Refuse(refuse) => return Err(refused(refuse.reasons)),
+        Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     };
     if !(OLDEST_VERSION..=VERSION).contains(&welcome.version) {
@@ -53,14 +50,14 @@ pub(super) fn connect(
         streams: options.streams,
         postcopy,
     }))?;
-    match wait(control)? {
+    match wait(control, options.prepare_patience)? {
         Message::Accept if !postcopy => {}
         Message::AcceptPostcopy if postcopy => {}
         Message::Accept => {
             let text = "it does not know of post-copy".to_owned();
-            return Err(refused(vec![text]));
+            return Err(SourceError::Refused(vec![text]));
         }
-        Message::Refuse(refuse) => return Err(refused(refuse.reasons)),
+        Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     }
     let extra = u16::from(postcopy);
@@ -81,11 +78,6 @@ pub(super) fn connect(
     // The last one.
     let priority = if postcopy { data.pop() } else { None };
     Ok(Links { data, priority })
-}
-
-fn refused(mut reasons: Vec<String>) -> SourceError {
-    reasons.truncate(MAX_REASONS);
-    SourceError::Refused(reasons)
 }
 
 pub(super) fn unexpected(message: &Message) -> SourceError {

@@ -54,6 +54,8 @@ pub struct SourceOptions {
     pub on_timeout: OnTimeout,
     /// How long the peer may be silent.
     pub patience: Duration,
+    /// The same while it builds the machine, for which it may have to find all of its memory.
+    pub prepare_patience: Duration,
 }
 
 /// A migration did not take place. The VM runs on, unless the report's outcome says otherwise.

@@ -2,14 +2,13 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | `memory`, `tracker`, `clock` | guest memory, the log of writes to it, the time |
+//! | `memory`, `tracker` | guest memory, the log of writes to it |
 //! | [`channel`] | connections within the process, which can be told to go wrong |
 //! | `lazy` | memory whose pages come when they are touched |
 //! | [`machine`] | a machine that moves, and the host that it moves to |
 //! | [`disk`] | the disk that only one copy of a machine may hold, and who runs |
 
 pub mod channel;
-mod clock;
 pub mod disk;
 mod frames;
 mod lazy;
@@ -18,7 +17,6 @@ mod memory;
 mod tracker;
 
 pub use channel::{FakeAccept, FakeChannel, FakeDial, Fault, FaultKind, Wire, network, pair};
-pub use clock::FakeClock;
 pub use disk::{Copies, FakeDisk, Side};
 pub use lazy::FakeLazy;
 pub use machine::{Failures, FakeHost, FakeMachine, Step};

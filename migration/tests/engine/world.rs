@@ -99,6 +99,7 @@ impl World {
                 timeout: Duration::from_secs(20),
                 on_timeout: OnTimeout::Cancel,
                 patience: PATIENCE,
+                prepare_patience: PATIENCE,
             },
             patience: PATIENCE,
             handle: new_handle(Duration::from_millis(300)),
@@ -125,6 +126,7 @@ impl World {
     pub(crate) fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
         self.options.patience = patience;
+        self.options.prepare_patience = patience;
     }
 
     /// The guest writes when the log is read for the first time.

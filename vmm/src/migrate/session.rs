@@ -24,6 +24,8 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 
 /// How long a peer may be silent.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// The same while it builds the machine. A host that dies meanwhile is noticed by keepalive.
+const PREPARE_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Data connections when nobody says otherwise: more than a few do not make memory faster.
 const MAX_AUTO_STREAMS: usize = 4;
@@ -112,6 +114,7 @@ fn options(request: &MigrationRequest, memory_bytes: u64) -> SourceOptions {
         timeout: Duration::from_secs(request.timeout_s),
         on_timeout: request.on_timeout,
         patience: PATIENCE,
+        prepare_patience: PREPARE_PATIENCE,
     }
 }
 
