@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use super::{PAGE, delta};
+use super::{BATCH_BYTES, PAGE, delta};
 use crate::bitmap::DirtyBitmap;
 use crate::page::{PageIndex, PageRun};
 use crate::ports::{PageStore, PortError};
@@ -28,6 +28,7 @@ fn invalid(text: impl Into<String>) -> DecodeError {
 pub struct Decoder {
     /// Pages that were written, by region: the others are still holes.
     written: Vec<DirtyBitmap>,
+    /// Pages of the batch on their way; never gets shorter, so that it is not cleared each time.
     buffer: Vec<u8>,
 }
 
@@ -38,7 +39,7 @@ impl Decoder {
         let bitmap = |region: &PageRun| DirtyBitmap::new(region.start, region.count);
         Self {
             written: regions.iter().map(bitmap).collect(),
-            buffer: Vec::new(),
+            buffer: vec![0; BATCH_BYTES],
         }
     }
 
@@ -76,8 +77,8 @@ impl Decoder {
         store: &dyn PageStore,
     ) -> Result<&'a [u8], DecodeError> {
         let mut left = batch.pages_of(PageKind::Lz4);
-        self.buffer.resize(left * PAGE, 0);
-        let mut target = self.buffer.as_mut_slice();
+        let bytes = left * PAGE;
+        let mut target = self.buffer.get_mut(..bytes).unwrap_or_default();
         for length in &batch.blocks {
             let pages = left.min(LZ4_BLOCK_PAGES);
             let (block, after) = rest
@@ -93,7 +94,7 @@ impl Decoder {
             }
             (rest, target, left) = (after, others, left - pages);
         }
-        let mut bytes = self.buffer.as_slice();
+        let mut bytes = self.buffer.get(..bytes).unwrap_or_default();
         for run in batch.page_runs(PageKind::Lz4) {
             let (pages, others) = bytes.split_at_checked(length(run)).unwrap_or_default();
             store.write(run, pages)?;
@@ -145,9 +146,9 @@ impl Decoder {
                 .into());
             };
             for used in region.runs_within(run) {
-                self.buffer.clear();
-                self.buffer.resize(length(used), 0);
-                store.write(used, &self.buffer)?;
+                let zeroes = self.buffer.get_mut(..length(used)).unwrap_or_default();
+                zeroes.fill(0);
+                store.write(used, zeroes)?;
             }
         }
         Ok(())
@@ -163,9 +164,9 @@ impl Decoder {
         if pages == 0 {
             return Ok(());
         }
-        self.buffer.resize(pages * PAGE, 0);
-        reader.read_raw(from, &mut self.buffer)?;
-        let found = crc32fast::hash(&self.buffer);
+        let mut bytes = self.buffer.get_mut(..pages * PAGE).unwrap_or_default();
+        reader.read_raw(from, bytes)?;
+        let found = crc32fast::hash(bytes);
         if found != batch.raw_crc {
             return Err(FrameError::Damaged {
                 what: "pages",
@@ -174,9 +175,8 @@ impl Decoder {
             }
             .into());
         }
-        let mut bytes = self.buffer.as_slice();
         for run in batch.page_runs(PageKind::Raw) {
-            let (pages, others) = bytes.split_at_checked(length(run)).unwrap_or_default();
+            let (pages, others) = bytes.split_at_mut_checked(length(run)).unwrap_or_default();
             store.write(run, pages)?;
             mark(&mut self.written, run);
             bytes = others;

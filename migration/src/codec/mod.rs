@@ -22,6 +22,10 @@ pub use encoder::{Encoder, Encoding};
 /// [`crate::PAGE_BYTES`] as a length.
 pub(crate) const PAGE: usize = 4096;
 
+/// Bytes of a batch's pages at most.
+pub(crate) const BATCH_BYTES: usize = 64 * PAGE;
+const _: () = assert!(BATCH_BYTES as u64 == crate::wire::batch::BATCH_PAGES * crate::PAGE_BYTES);
+
 /// Whether a page is all zeroes.
 #[must_use]
 pub fn is_zero(page: &[u8]) -> bool {

@@ -11,7 +11,7 @@ use super::options::{EncodingChoice, SourceError};
 use super::pacer::Pacer;
 use super::serve::write_all;
 use crate::bitmap::DirtyBitmap;
-use crate::codec::{Adaptive, BatchFacts, Encoder, Encoding};
+use crate::codec::{Adaptive, BATCH_BYTES, BatchFacts, Encoder, Encoding};
 use crate::page::{PageIndex, PageRun};
 use crate::ports::{Channel, DirtyTracker, PageStore};
 use crate::progress::{MigrationHandle, PageMix};
@@ -98,7 +98,7 @@ pub(super) struct Stream<'a> {
     encoder: Encoder,
     /// Pages that the destination has as something else than zeroes, by region.
     sent: Vec<DirtyBitmap>,
-    /// Contents of the batch's pages.
+    /// Contents of the batch's pages; never gets shorter, so that it is not cleared each time.
     buffer: Vec<u8>,
     /// Frames that are not written yet.
     out: Vec<u8>,
@@ -117,7 +117,7 @@ impl<'a> Stream<'a> {
             channel,
             encoder: Encoder::new(shared.cache_bytes / shared.streams),
             sent: regions.iter().map(bitmap).collect(),
-            buffer: Vec::new(),
+            buffer: vec![0; BATCH_BYTES],
             out: Vec::with_capacity(2 * FLUSH_BYTES),
             adaptive: Adaptive::default(),
             was_paced: false,
@@ -225,8 +225,7 @@ impl<'a> Stream<'a> {
         let runs: Vec<_> = runs_of(base, pages).collect();
         let zeroes: Vec<_> = runs_of(base, zeroes).collect();
         let bytes = pages.count_ones() as usize * crate::codec::PAGE;
-        self.buffer.resize(bytes, 0);
-        let mut rest = self.buffer.as_mut_slice();
+        let mut rest = self.buffer.get_mut(..bytes).unwrap_or_default();
         for run in &runs {
             let length = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
             let (target, after) = rest.split_at_mut_checked(length).unwrap_or_default();
@@ -239,7 +238,7 @@ impl<'a> Stream<'a> {
         };
         let (counts, raw) = self.encoder.encode(
             base,
-            (&runs, &self.buffer),
+            (&runs, self.buffer.get(..bytes).unwrap_or_default()),
             &zeroes,
             encoding,
             &mut self.out,

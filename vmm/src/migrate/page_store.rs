@@ -8,6 +8,7 @@ use devices::GuestRam;
 use devices::memory::WriteLog;
 use migration::ports::{PageStore, PortError};
 use migration::{PAGE_BYTES, PageIndex, PageRun};
+use parking_lot::Mutex;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
@@ -16,10 +17,17 @@ use vm_memory::{
 
 use crate::memory::DataMap;
 
+/// CPUs of a host on which a migration's threads need not wait for each other.
+const SPARE_CPUS: usize = 8;
+
 /// Guest RAM as the engine reads and writes it.
 pub struct RamPages {
     memory: Arc<GuestRam>,
     data: DataMap,
+    /// Held by the thread that writes through the file: the kernel lets one at a time.
+    writing: Mutex<()>,
+    /// Whether a thread that finds another writing has a CPU to go the longer way meanwhile.
+    has_spare_cpus: bool,
 }
 
 impl RamPages {
@@ -29,6 +37,9 @@ impl RamPages {
         Self {
             memory,
             data: DataMap::default(),
+            writing: Mutex::new(()),
+            has_spare_cpus: std::thread::available_parallelism()
+                .is_ok_and(|cpus| cpus.get() >= SPARE_CPUS),
         }
     }
 
@@ -97,17 +108,22 @@ impl PageStore for RamPages {
 
     /// Through the file behind memory where it can be: a page that was a hole is then neither
     /// cleared before it is overwritten nor mapped before somebody uses it, which takes longer
-    /// than the copy itself.
+    /// than the copy itself. Of several threads one can do so at a time; the others go through the
+    /// mapping, on a host that has the CPUs.
     fn write(&self, run: PageRun, buf: &[u8]) -> Result<(), PortError> {
         let mut address = Self::address(run)?;
         let mut rest = buf;
+        let turn = match self.has_spare_cpus {
+            true => self.writing.try_lock(),
+            false => Some(self.writing.lock()),
+        };
         while !rest.is_empty() {
             let region = self.memory.find_region(address);
             let region = region.ok_or_else(|| Self::outside(run))?;
             let offset = address.0 - region.start_addr().raw_value();
             let left = usize::try_from(region.len() - offset).unwrap_or(usize::MAX);
             let (part, after) = rest.split_at(rest.len().min(left));
-            write_region(region, offset, part)?;
+            write_region(region, offset, part, turn.is_some())?;
             address = GuestAddress(address.0 + part.len() as u64);
             rest = after;
         }
@@ -119,6 +135,7 @@ fn write_region(
     region: &GuestRegionMmap<WriteLog>,
     offset: u64,
     bytes: &[u8],
+    through_file: bool,
 ) -> Result<(), PortError> {
     let failed = |source| PortError::Host {
         what: "guest memory could not be written",
@@ -126,7 +143,7 @@ fn write_region(
     };
     // hugetlbfs has no write(2).
     match region.file_offset() {
-        Some(file) if region.is_hugetlbfs() != Some(true) => {
+        Some(file) if through_file && region.is_hugetlbfs() != Some(true) => {
             let at = file.start() + offset;
             file.file().write_all_at(bytes, at).map_err(failed)?;
             region
