@@ -201,12 +201,19 @@ mod tests {
     fn pages_read_back_and_the_hole_below_4_gib_is_not_memory() {
         let layout = Layout::new(4 << 30, 4096, 40).unwrap();
         let memory = Arc::new(allocate(&layout, &RamOptions::default()).unwrap());
-        let pages = RamPages::new(memory);
+        let mut pages = RamPages::new(memory);
         let run = PageRun::new(PageIndex(0x10_0000), 2).unwrap();
         pages.write(run, &[5; 8192]).unwrap();
         let mut buf = [0; 8192];
         pages.read(run, &mut buf).unwrap();
         assert_eq!(buf, [5; 8192]);
+        // Another thread is writing through the file.
+        pages.has_spare_cpus = true;
+        let turn = pages.writing.lock();
+        pages.write(run, &[6; 8192]).unwrap();
+        drop(turn);
+        pages.read(run, &mut buf).unwrap();
+        assert_eq!(buf, [6; 8192]);
         for start in [3 << 18, (3 << 18) - 1, 5 << 18] {
             let run = PageRun::new(PageIndex(start), 2).unwrap();
             assert!(pages.read(run, &mut buf).is_err(), "{start:#x}");
