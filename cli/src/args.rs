@@ -20,9 +20,10 @@ const EXIT_CODES: &str = "Exit codes:
 /// Exit codes of `drover migrate`.
 const MIGRATE_EXIT_CODES: &str = "Exit codes:
   0  the VM has moved
-  1  it has not, and goes on where it was
+  1  it has not, and goes on where it was, unless it was stopped or has ended there meanwhile
   2  the command line is wrong
-  7  in doubt: it is paused here and may run at the destination; somebody has to look";
+  7  in doubt: it is paused here, or its process is gone, and it may run at the destination;
+     somebody has to look";
 
 const KEY_VALUE_HELP: &str =
     "Lists are KEY=VALUE,KEY=VALUE; a key alone means on. A value in \"quotes\" or [brackets] may

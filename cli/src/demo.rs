@@ -13,7 +13,8 @@ use vmm::migrate::{MigrationOutcome, MigrationReport, MigrationRequest};
 
 use crate::args::DemoArgs;
 use crate::control::block_on;
-use crate::migrate::{follow, print_report};
+use crate::ending::Ending;
+use crate::migrate::{print_report, watch};
 
 /// A bare-metal guest: a PVH ELF that runs commands from its command line.
 pub(crate) static GUEST: &[u8] = include_bytes!(env!("DROVER_GUEST_ELF"));
@@ -77,7 +78,10 @@ fn moved() -> Result<ExitCode> {
     println!("It moves, live:");
     let client = Client::new(source.find(&NAME.parse()?)?);
     let request = MigrationRequest::to(vec![second.url.clone()]);
-    let report = block_on(async { follow(&client, &request, false).await })?;
+    let ending = block_on(async { watch(&client, &request, false).await })?;
+    let Ending::Told(report) = ending else {
+        bail!("the first process has ended before the VM has moved");
+    };
     print_report(&report);
     if report.outcome != MigrationOutcome::Migrated {
         bail!("the VM has not moved");

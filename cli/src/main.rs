@@ -6,6 +6,7 @@ mod console;
 mod control;
 mod demo;
 mod doctor;
+mod ending;
 mod migrate;
 mod receive;
 mod report;

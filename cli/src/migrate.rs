@@ -1,16 +1,17 @@
 //! `drover migrate` and `drover migration`.
 
+use std::convert::Infallible;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use vmm::config::{ByteSize, LinkRate};
 use vmm::control::{Client, ClientError};
 use vmm::host::link::{LinkUrl, Security, TlsFiles};
-use vmm::machine::{EventKind, VmEvent};
+use vmm::machine::EventKind;
 use vmm::migrate::progress::{Phase, Progress, RoundReport};
 use vmm::migrate::{
     MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus, MigrationTuning,
@@ -18,6 +19,7 @@ use vmm::migrate::{
 
 use crate::args::{MigrateArgs, MigrationArgs, MigrationCommand, MigrationSetArgs, SecurityArgs};
 use crate::control::{block_on, find, print_json};
+use crate::ending::{Ending, follow};
 use crate::report::{Page, render};
 
 const PATH: &str = "/v1/migration";
@@ -32,8 +34,19 @@ pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
     let client = find(&args.name)?;
     let (name, json, page) = (args.name.clone(), args.json, args.report.clone());
     let request = request(args)?;
-    let report = block_on(async { follow(&client, &request, json).await })
+    let ending = block_on(async { watch(&client, &request, json).await })
         .with_context(|| format!("VM {name}"))?;
+    let report = match ending {
+        Ending::Told(report) => report,
+        Ending::VmEnded(reason) => bail!("VM {name} has ended before it has moved: {reason}"),
+        Ending::Silent(why) => {
+            eprintln!(
+                "drover: VM {name} does not say what became of its migration ({why}): it may run \
+                 at the destination, look there"
+            );
+            return Ok(ExitCode::from(EXIT_IN_DOUBT));
+        }
+    };
     if let Some(path) = page {
         let text = render(&Page::of(&report), SystemTime::now());
         // The VM has moved, or not: that is told all the same.
@@ -110,55 +123,39 @@ pub(crate) fn security(args: SecurityArgs) -> Result<Security> {
 }
 
 /// Starts the migration and watches it to its end.
-pub(crate) async fn follow(
+pub(crate) async fn watch(
     client: &Client,
     request: &MigrationRequest,
     quiet: bool,
-) -> Result<MigrationReport> {
-    // Events from before do not concern us; there is always one, the start.
-    let mut next = 0;
-    let note = |line: &str| {
-        if let Ok(event) = serde_json::from_str::<VmEvent>(line) {
-            next = event.sequence + 1;
-        }
-        true
-    };
-    client.lines("/v1/events?follow=false", note).await?;
-    client.post_json(PATH, request).await?;
-    let path = format!("/v1/events?since={next}");
-    let mut report = None;
+) -> Result<Ending<MigrationReport>> {
     let mut display = Display::new(quiet);
-    let watch = client.lines(&path, |line| {
-        match serde_json::from_str::<VmEvent>(line).map(|event| event.kind) {
-            Ok(EventKind::MigrationEnded { report: ended }) => report = Some(*ended),
-            Ok(EventKind::MigrationRound { round }) => display.round(&round),
-            _ => {}
+    let last_word = |event| {
+        if let EventKind::MigrationRound { round } = &event {
+            display.round(round);
         }
-        report.is_none()
-    });
+        match event {
+            EventKind::MigrationEnded { report } => Some(*report),
+            _ => None,
+        }
+    };
     let bar = Bar::new(quiet);
-    let result = tokio::select! {
-        result = watch => result,
-        () = refresh(client, &bar) => Ok(()),
+    let ending = tokio::select! {
+        ending = follow(client, PATH, request, last_word) => ending,
+        never = refresh(client, &bar) => match never {},
     };
     bar.clear();
-    match (report, result) {
-        (Some(report), _) => Ok(report),
-        (None, Ok(()) | Err(ClientError::Http(_))) => Err(anyhow!(
-            "the VM's process has gone without a word on what became of the migration"
-        )),
-        (None, Err(error)) => Err(error.into()),
-    }
+    ending
 }
 
 /// Draws progress until the VM no longer answers.
-async fn refresh(client: &Client, bar: &Bar) {
+async fn refresh(client: &Client, bar: &Bar) -> Infallible {
     loop {
         tokio::time::sleep(REFRESH).await;
         match client.get::<MigrationStatus>(PATH).await {
             Ok(status) if status.active => bar.draw(&status.progress),
-            // The last word comes with the events.
-            _ => std::future::pending().await,
+            // Not begun yet, or over: the last word comes with the events.
+            Ok(_) | Err(ClientError::Refused { .. }) => {}
+            Err(_) => std::future::pending().await,
         }
     }
 }

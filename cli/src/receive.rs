@@ -7,10 +7,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use vmm::control::RuntimeDir;
 use vmm::host::link::LinkUrl;
-use vmm::machine::{ArrivalOptions, EndReason, LaunchOptions, ReceiveOptions, Receiver};
+use vmm::machine::{ArrivalOptions, LaunchOptions, ReceiveOptions, Receiver};
 
 use crate::args::{ArrivalArgs, ReceiveArgs};
 use crate::demo::GUEST;
+use crate::ending::ended;
 use crate::migrate::security;
 
 pub(crate) fn receive(args: ReceiveArgs) -> Result<ExitCode> {
@@ -23,11 +24,7 @@ pub(crate) fn receive(args: ReceiveArgs) -> Result<ExitCode> {
         announce(&name, receiver.url(), json)?;
     }
     let vm = receiver.receive().with_context(|| format!("VM {name}"))?;
-    let reason = vm.wait();
-    if !matches!(reason, EndReason::PowerOff | EndReason::Stopped) {
-        eprintln!("drover: VM {name} has ended: {reason}");
-    }
-    Ok(ExitCode::from(reason.exit_code()))
+    Ok(ended(&name, vm.wait()))
 }
 
 /// Whoever started this process waits for the line; standard output may be the guest's terminal

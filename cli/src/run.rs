@@ -8,9 +8,10 @@ use vmm::config::{
     ConfigError, ConsoleConfig, LifecycleConfig, OnGuestEnd, Overrides, VmConfig, from_key_values,
 };
 use vmm::control::RuntimeDir;
-use vmm::machine::{EndReason, LaunchOptions, VmHandle};
+use vmm::machine::{LaunchOptions, VmHandle};
 
 use crate::args::RunArgs;
+use crate::ending::ended;
 
 pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
     let mut config = match &args.config {
@@ -31,11 +32,7 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
         ..LaunchOptions::default()
     };
     let vm = VmHandle::launch(config, options).with_context(|| format!("VM {name}"))?;
-    let reason = vm.wait();
-    if !matches!(reason, EndReason::PowerOff | EndReason::Stopped) {
-        eprintln!("drover: VM {name} has ended: {reason}");
-    }
-    Ok(ExitCode::from(reason.exit_code()))
+    Ok(ended(name.as_str(), vm.wait()))
 }
 
 fn overrides(args: RunArgs, file: &LifecycleConfig) -> Result<Overrides> {

@@ -2,14 +2,15 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, anyhow};
-use vmm::control::{Client, ClientError, RuntimeDir};
-use vmm::machine::{EndReason, EventKind, LaunchOptions, RestoreOptions, VmEvent, VmHandle};
+use anyhow::{Context, Result, bail};
+use vmm::control::RuntimeDir;
+use vmm::machine::{EventKind, LaunchOptions, RestoreOptions, VmHandle};
 use vmm::migrate::{SnapshotReport, SnapshotRequest};
 
 use crate::args::{RestoreArgs, SnapshotArgs};
 use crate::control::{block_on, find, print_json};
 use crate::demo::GUEST;
+use crate::ending::{Ending, ended, follow};
 use crate::receive::arrival;
 
 pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
@@ -20,8 +21,15 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
         directory: std::path::absolute(&args.directory)?,
         max_downtime_us: micros,
     };
-    let report = block_on(async { follow(&client, &request).await })
+    let last_word = |event| match event {
+        EventKind::SnapshotEnded { report } => Some(*report),
+        _ => None,
+    };
+    let ending = block_on(async { follow(&client, "/v1/snapshot", &request, last_word).await })
         .with_context(|| format!("VM {}", args.name))?;
+    let Ending::Told(report) = ending else {
+        bail!("VM {} has ended before its snapshot was taken", args.name);
+    };
     if args.json {
         print_json(&report)?;
     } else {
@@ -31,37 +39,6 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
         None => ExitCode::SUCCESS,
         Some(_) => ExitCode::FAILURE,
     })
-}
-
-/// Starts the snapshot and waits for its end.
-async fn follow(client: &Client, request: &SnapshotRequest) -> Result<SnapshotReport> {
-    // Events from before do not concern us.
-    let mut next = 0;
-    let note = |line: &str| {
-        if let Ok(event) = serde_json::from_str::<VmEvent>(line) {
-            next = event.sequence + 1;
-        }
-        true
-    };
-    client.lines("/v1/events?follow=false", note).await?;
-    client.post_json("/v1/snapshot", request).await?;
-    let mut report = None;
-    let path = format!("/v1/events?since={next}");
-    let watched = client.lines(&path, |line| {
-        let event = serde_json::from_str::<VmEvent>(line);
-        if let Ok(EventKind::SnapshotEnded { report: ended }) = event.map(|event| event.kind) {
-            report = Some(*ended);
-        }
-        report.is_none()
-    });
-    let watched = watched.await;
-    match (report, watched) {
-        (Some(report), _) => Ok(report),
-        (None, Ok(()) | Err(ClientError::Http(_))) => {
-            Err(anyhow!("the VM has ended before its snapshot was taken"))
-        }
-        (None, Err(error)) => Err(error.into()),
-    }
 }
 
 fn print_report(report: &SnapshotReport) {
@@ -108,9 +85,5 @@ pub(crate) fn restore(args: RestoreArgs) -> Result<ExitCode> {
     };
     let vm = VmHandle::restore(options).with_context(|| format!("snapshot {directory}"))?;
     let name = vm.client().config().name.clone();
-    let reason = vm.wait();
-    if !matches!(reason, EndReason::PowerOff | EndReason::Stopped) {
-        eprintln!("drover: VM {name} has ended: {reason}");
-    }
-    Ok(ExitCode::from(reason.exit_code()))
+    Ok(ended(name.as_str(), vm.wait()))
 }

@@ -3,7 +3,7 @@
 //!
 //! `DROVER_KILLS=200` kills more often; `DROVER_SEED` chooses other moments.
 
-use std::process::Child;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -70,21 +70,30 @@ impl Moment {
 struct Migrating {
     child: Child,
     output: Follower,
+    messages: Follower,
 }
 
 impl Migrating {
     fn start(vm: &Vm, url: &str) -> anyhow::Result<Self> {
-        let command = vm.control().command("migrate", &[url]);
-        let (child, output) = vm.control().spawn(command)?;
-        Ok(Self { child, output })
+        let mut command = vm.control().command("migrate", &[url]);
+        command.stderr(Stdio::piped());
+        let (mut child, output) = vm.control().spawn(command)?;
+        let messages = Follower::follow(child.stderr.take().context("piped")?);
+        Ok(Self {
+            child,
+            output,
+            messages,
+        })
     }
 
+    /// Its exit code, and what it has said.
     fn end(mut self) -> anyhow::Result<(i32, String)> {
         let status = process::wait_exit(&mut self.child, Duration::from_secs(60))?;
         let status = status.context("drover migrate does not end")?;
         self.output.wait_end(SOON)?;
+        self.messages.wait_end(SOON)?;
         let code = status.code().context("drover migrate was killed")?;
-        Ok((code, self.output.text()))
+        Ok((code, self.output.text() + &self.messages.text()))
     }
 }
 
@@ -224,8 +233,23 @@ fn kill_source(stage: &mut Stage, moment: Moment, tally: &mut Tally) -> Outcome 
     let migrating = Migrating::start(&vm, &place.url)?;
     moment.wait(&watch);
     vm.kill()?;
-    let (code, _) = migrating.end()?;
-    ensure!([0, 1].contains(&code), "exit status {code}");
+    let (code, said) = migrating.end()?;
+    match code {
+        0 => ensure!(said.contains(" has moved to "), "{said}"),
+        // Not even begun: there was nobody to ask any more.
+        1 => ensure!(
+            ["cannot be reached", "answer broke off", "no VM named"]
+                .iter()
+                .any(|why| said.contains(why))
+                && !said.contains("round "),
+            "exit status 1: {said}"
+        ),
+        7 => ensure!(
+            said.contains(" does not say what became of its migration"),
+            "{said}"
+        ),
+        code => bail!("exit status {code}: {said}"),
+    }
     // The destination runs the VM, or has given up, or was never reached.
     let (deadline, pid) = (Instant::now() + SOON, place.vm.pid());
     let ran = process::wait_until(deadline, || match place.vm.control().state().as_deref() {
@@ -237,12 +261,13 @@ fn kill_source(stage: &mut Stage, moment: Moment, tally: &mut Tally) -> Outcome 
     let seen = watch.finish()?;
     if ran == Some(true) {
         tally.migrated += 1;
+        ensure!(code != 1, "drover migrate said that it has not moved");
         place.vm.memory()?.wait_beat(SOON)?;
         return stage.check_whole(place.vm);
     }
     tally.gone += 1;
     ensure!(seen.first.is_none(), "it ran there and is not there");
-    ensure!(code == 1, "drover migrate told of a success");
+    ensure!(code != 0, "drover migrate told of a success");
     let state = place.vm.control().state();
     if state.is_ok_and(|state| state == "receiving") {
         // Killed before it came to say what it wants.

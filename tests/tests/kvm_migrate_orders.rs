@@ -33,6 +33,7 @@ fn writing(ground: &Ground, cmdline: &str) -> anyhow::Result<Vm> {
 struct Slow {
     child: Child,
     output: Follower,
+    messages: Follower,
     place: Waiting,
 }
 
@@ -40,11 +41,13 @@ impl Slow {
     fn start(ground: &Ground, vm: &Vm) -> anyhow::Result<Self> {
         let place = Place::new(ground, "there").start()?;
         let mut command = vm.control().command("migrate", &[&place.url]);
-        command.args(SLOWLY).stderr(std::process::Stdio::null());
-        let (child, output) = vm.control().spawn(command)?;
+        command.args(SLOWLY).stderr(std::process::Stdio::piped());
+        let (mut child, output) = vm.control().spawn(command)?;
+        let messages = Follower::follow(child.stderr.take().context("piped")?);
         let slow = Self {
             child,
             output,
+            messages,
             place,
         };
         wait_phase(vm, "precopy")?;
@@ -56,10 +59,11 @@ impl Slow {
         let status = process::wait_exit(&mut self.child, SOON)?;
         let status = status.context("drover migrate does not end")?;
         self.output.wait_end(SOON)?;
+        self.messages.wait_end(SOON)?;
         Ok(Finished {
             status,
             stdout: self.output.text(),
-            stderr: String::new(),
+            stderr: self.messages.text(),
         })
     }
 
@@ -259,7 +263,8 @@ fn vm_is_stopped_while_it_moves() -> Outcome {
         begin.elapsed()
     );
     let finished = slow.end()?;
-    assert_eq!(finished.code(), Some(1), "{finished:?}");
+    let expected = "VM vm has ended before it has moved: it was stopped";
+    assert_eq!(failure(&finished, 1)?, expected);
     let said = slow.end_of_place()?;
     ensure!(said.contains("no VM has come over: "), "{said}");
     assert_eq!(ground.runtime_files(), Vec::<String>::new());
