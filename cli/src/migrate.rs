@@ -20,7 +20,7 @@ use vmm::migrate::{
 use crate::args::{MigrateArgs, MigrationArgs, MigrationCommand, MigrationSetArgs, SecurityArgs};
 use crate::control::{block_on, find, print_json};
 use crate::ending::{Ending, follow};
-use crate::report::{Page, render};
+use crate::report::render;
 
 const PATH: &str = "/v1/migration";
 
@@ -48,7 +48,7 @@ pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
         }
     };
     if let Some(path) = page {
-        let text = render(&Page::of(&report), SystemTime::now());
+        let text = render(&report, &host_name(), SystemTime::now());
         // The VM has moved, or not: that is told all the same.
         if let Err(error) = std::fs::write(&path, text) {
             eprintln!("drover: {} cannot be written: {error}", path.display());
@@ -64,6 +64,11 @@ pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
         MigrationOutcome::Resumed => ExitCode::FAILURE,
         MigrationOutcome::InDoubt => ExitCode::from(EXIT_IN_DOUBT),
     })
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    name.unwrap_or_default().trim().to_owned()
 }
 
 /// One of the words that a type has in JSON.

@@ -15,90 +15,23 @@ mod units;
 
 use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
-use vmm::migrate::progress::{Blackout, PageMix, RoundReport};
-use vmm::migrate::{MigrationOutcome, MigrationReport};
+use vmm::migrate::{Bottleneck, MigrationOutcome, MigrationReport};
 
 use units::{count, escape, percent, rate, size, time};
 
-/// What is known of a migration that is over.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Page {
-    /// The VM.
-    pub(crate) name: String,
-    /// The host that it left, and the one that it went to.
-    pub(crate) from: String,
-    pub(crate) to: String,
-    /// How it ended, in a word.
-    pub(crate) outcome: String,
-    /// Why it did not succeed.
-    pub(crate) error: Option<String>,
-    pub(crate) total_ms: u64,
-    /// `None`: the VM never stood still.
-    pub(crate) blackout: Option<Blackout>,
-    /// What was expected when the VM was stopped.
-    pub(crate) predicted_blackout_us: Option<u64>,
-    pub(crate) rounds: Vec<RoundReport>,
-    /// Of all rounds.
-    pub(crate) pages: PageMix,
-    pub(crate) wire_bytes: u64,
-    /// The guest's memory.
-    pub(crate) memory_bytes: u64,
-    /// Connections that carried pages.
-    pub(crate) streams: u16,
-    /// What held it up: `link`, `source-cpu`, `destination`, `dirty-rate`; anything else is shown
-    /// as it is.
-    pub(crate) bottleneck: String,
-}
-
-impl Page {
-    /// The page of `report`.
-    pub(crate) fn of(report: &MigrationReport) -> Self {
-        let word = |value: serde_json::Result<serde_json::Value>| {
-            let value = value.unwrap_or_default();
-            value.as_str().unwrap_or_default().to_owned()
-        };
-        let outcome = match report.outcome {
-            MigrationOutcome::Migrated => "migrated",
-            MigrationOutcome::Resumed => "failed, the VM goes on where it was",
-            MigrationOutcome::InDoubt => "in doubt",
-        };
-        Self {
-            name: report.name.clone(),
-            from: host_name(),
-            to: report.to.clone().unwrap_or_default(),
-            outcome: outcome.to_owned(),
-            error: report.error.clone(),
-            total_ms: report.total_ms,
-            blackout: report.blackout,
-            predicted_blackout_us: report.predicted_blackout_us,
-            rounds: report.rounds.clone(),
-            pages: report.pages,
-            wire_bytes: report.wire_bytes,
-            memory_bytes: report.memory_bytes,
-            streams: report.streams,
-            bottleneck: word(serde_json::to_value(report.bottleneck)),
-        }
-    }
-}
-
-fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
-    name.unwrap_or_default().trim().to_owned()
-}
-
 const STYLE: &str = include_str!("report/style.css");
 
-/// The page. `written` is the time that it shows.
-pub(crate) fn render(report: &Page, written: SystemTime) -> String {
+/// The page of a migration from host `from`. `written` is the time that it shows.
+pub(crate) fn render(report: &MigrationReport, from: &str, written: SystemTime) -> String {
     let parts = [
-        head(report, written),
+        head(report, from, written),
         error(report),
         figures(report),
         advice(report),
         "<div class=\"charts\">\n".to_owned(),
         rounds::charts(report),
         blackout::chart(report),
+        postcopy(report),
         "</div>\n".to_owned(),
         blackout::table(report),
         rounds::table(report),
@@ -115,15 +48,17 @@ fn name(text: &str) -> String {
     }
 }
 
-fn head(report: &Page, written: SystemTime) -> String {
+fn head(report: &MigrationReport, from: &str, written: SystemTime) -> String {
     let date = humantime::format_rfc3339_seconds(written).to_string();
     // As in RFC 3339, but for people.
     let date = date.replace('T', " ").replace('Z', " UTC");
     let title = escape(&report.name);
-    let [vm, from, to] = [&report.name, &report.from, &report.to].map(|text| name(text));
-    let outcome = match report.outcome.trim() {
-        "" => "outcome unknown".to_owned(),
-        outcome => escape(outcome),
+    let to = report.to.as_deref().unwrap_or_default();
+    let [vm, from, to] = [&report.name, from, to].map(name);
+    let outcome = match report.outcome {
+        MigrationOutcome::Migrated => "migrated",
+        MigrationOutcome::Resumed => "failed, the VM goes on where it was",
+        MigrationOutcome::InDoubt => "in doubt",
     };
     format!(
         r#"<!DOCTYPE html>
@@ -147,7 +82,7 @@ fn head(report: &Page, written: SystemTime) -> String {
     )
 }
 
-fn error(report: &Page) -> String {
+fn error(report: &MigrationReport) -> String {
     let Some(error) = &report.error else {
         return String::new();
     };
@@ -155,7 +90,7 @@ fn error(report: &Page) -> String {
     format!("<p class=\"error\" role=\"alert\"><strong>It did not succeed:</strong> {error}</p>\n")
 }
 
-fn figures(report: &Page) -> String {
+fn figures(report: &MigrationReport) -> String {
     let unknown = || "–".to_owned();
     let blackout = report.blackout.map(|blackout| time(blackout.total_us));
     let predicted = report.predicted_blackout_us.map(time);
@@ -212,39 +147,55 @@ fn per_second(amount: u64, micros: u64) -> u64 {
     u64::try_from(rate).unwrap_or(u64::MAX)
 }
 
-/// What held it up and what helps, in a sentence or two.
-fn advice(report: &Page) -> String {
-    let last = report.rounds.last().copied().unwrap_or_default();
+/// What held it up and what helps, in a sentence or two. Without a round nobody can tell.
+fn advice(report: &MigrationReport) -> String {
+    let Some(last) = report.rounds.last() else {
+        return String::new();
+    };
     let link = rate(last.link_bytes_per_s());
     let dirty = rate(last.dirty_bytes_per_s());
     let streams = report.streams;
-    let text = match report.bottleneck.as_str() {
-        // What ended it is said above.
-        "" if report.error.is_some() => return String::new(),
-        "" => "Nothing held it up that could be measured.".to_owned(),
-        "link" => format!(
-            "The <strong>link</strong> held it up: it carried {link} in the last round. A faster \
-             link helps, or one without other traffic; more connections (this used {streams}) \
-             help where a single one does not fill it."
+    let text = match report.bottleneck {
+        Bottleneck::Link => format!(
+            "The <strong>link</strong> held it up, or the destination behind it: it carried {link} \
+             in the last round. A faster link helps, or one without other traffic; more \
+             connections (this used {streams}) help where a single one does not fill it."
         ),
-        "source-cpu" => format!(
+        Bottleneck::SourceCpu => format!(
             "The <strong>source's CPU</strong> held it up: pages were not read and compressed as \
              fast as the link would have taken them. More connections (this used {streams}) help \
              where cores are idle, else fewer busy neighbours."
         ),
-        "destination" => {
-            "The <strong>destination</strong> held it up: it stored pages more slowly \
-             than they came. Idle cores and free memory there help."
-                .to_owned()
-        }
-        "dirty-rate" => format!(
+        Bottleneck::DirtyRate => format!(
             "The <strong>guest's own writes</strong> held it up: it changed {dirty} in the last \
              round, and {link} were sent. A quieter hour helps, or a longer permitted downtime, \
              or slowing the guest down."
         ),
-        other => escape(other),
     };
     format!("<p class=\"advice\">{text}</p>\n")
+}
+
+/// What came after the VM had started at the destination.
+fn postcopy(report: &MigrationReport) -> String {
+    let Some(later) = report.postcopy else {
+        return String::new();
+    };
+    let waited = match later.faults {
+        0 => "The guest waited for none of them.".to_owned(),
+        faults => format!(
+            "The guest waited for {} of them: {} on average, {} at most.",
+            count(faults),
+            time(later.mean_fault_us),
+            time(later.longest_fault_us)
+        ),
+    };
+    let body = format!(
+        "<p>{} pages were missing when the VM started at the destination, and came within {}. \
+         {waited}</p>\n",
+        count(later.pages),
+        time(later.total_us)
+    );
+    rounds::card("Post-copy", &body)
 }
 
 fn foot() -> String {

@@ -1,8 +1,8 @@
 //! The time that the VM stood still, in its parts.
 
+use vmm::migrate::MigrationReport;
 use vmm::migrate::progress::Blackout;
 
-use super::Page;
 use super::chart::{Series, legend, strip};
 use super::rounds::card;
 use super::units::{count, percent, size, time};
@@ -57,7 +57,7 @@ fn parts(blackout: &Blackout) -> Vec<Part> {
 }
 
 /// A card with one bar.
-pub(super) fn chart(report: &Page) -> String {
+pub(super) fn chart(report: &MigrationReport) -> String {
     let Some(blackout) = &report.blackout else {
         return card("Blackout", "<p>The VM was never stopped.</p>\n");
     };
@@ -86,7 +86,7 @@ pub(super) fn chart(report: &Page) -> String {
 }
 
 /// The same in figures, with what runs beside and within the parts.
-pub(super) fn table(report: &Page) -> String {
+pub(super) fn table(report: &MigrationReport) -> String {
     let Some(blackout) = &report.blackout else {
         return String::new();
     };

@@ -1,10 +1,10 @@
 //! The rounds in charts and as a table.
 
-use super::Page;
+use vmm::migrate::MigrationReport;
+use vmm::migrate::progress::{PageMix, RoundReport};
+
 use super::chart::{Chart, Series, legend};
 use super::units::{count, percent, rate, size, time};
-
-use vmm::migrate::progress::{PageMix, RoundReport};
 
 const SENT: Series = Series {
     name: "sent",
@@ -43,7 +43,7 @@ fn mix(pages: PageMix) -> Vec<u64> {
 }
 
 /// A card per chart.
-pub(super) fn charts(report: &Page) -> String {
+pub(super) fn charts(report: &MigrationReport) -> String {
     if report.rounds.is_empty() {
         return card("Rounds", "<p>No round was finished.</p>\n");
     }
@@ -115,7 +115,7 @@ fn encodings(rounds: &[RoundReport]) -> String {
 }
 
 /// Every round in figures.
-pub(super) fn table(report: &Page) -> String {
+pub(super) fn table(report: &MigrationReport) -> String {
     if report.rounds.is_empty() {
         return String::new();
     }

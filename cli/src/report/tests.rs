@@ -2,6 +2,8 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use vmm::migrate::progress::{Blackout, PageMix, Postcopy, RoundReport};
+
 use super::*;
 
 fn round(number: u32) -> RoundReport {
@@ -22,17 +24,16 @@ fn round(number: u32) -> RoundReport {
     }
 }
 
-fn good() -> Page {
+fn good() -> MigrationReport {
     let rounds: Vec<RoundReport> = (1..=7).map(round).collect();
     let mut pages = PageMix::default();
     for round in &rounds {
         pages.add(&round.pages);
     }
-    Page {
+    MigrationReport {
         name: "web-1".to_owned(),
-        from: "alpha".to_owned(),
-        to: "tls:beta.example:7000".to_owned(),
-        outcome: "surrendered".to_owned(),
+        to: Some("tls:beta.example:7000".to_owned()),
+        outcome: MigrationOutcome::Migrated,
         error: None,
         total_ms: 2140,
         blackout: Some(Blackout {
@@ -47,27 +48,45 @@ fn good() -> Page {
             pages: 719,
             wire_bytes: 1_366_100,
         }),
+        postcopy: None,
         predicted_blackout_us: Some(21_000),
         wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
         rounds,
         pages,
         memory_bytes: 2 << 30,
+        cache_bytes: 512 << 20,
         streams: 4,
-        bottleneck: "link".to_owned(),
+        bottleneck: Bottleneck::Link,
     }
 }
 
-fn failed() -> Page {
-    Page {
-        name: "web-1".to_owned(),
-        outcome: "resumed".to_owned(),
+/// It never connected.
+fn failed() -> MigrationReport {
+    MigrationReport {
+        to: None,
+        outcome: MigrationOutcome::Resumed,
         error: Some("the destination has no CPU feature \"avx512f\"".to_owned()),
-        ..Page::default()
+        blackout: None,
+        predicted_blackout_us: None,
+        rounds: Vec::new(),
+        pages: PageMix::default(),
+        wire_bytes: 0,
+        cache_bytes: 0,
+        streams: 0,
+        ..good()
     }
 }
 
-fn page(report: &Page) -> String {
-    let page = render(report, UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+fn page(report: &MigrationReport) -> String {
+    page_from("alpha", report)
+}
+
+fn page_from(host: &str, report: &MigrationReport) -> String {
+    let page = render(
+        report,
+        host,
+        UNIX_EPOCH + Duration::from_secs(1_800_000_000),
+    );
     assert_well_formed(&page);
     assert_self_contained(&page);
     page
@@ -128,7 +147,7 @@ fn report_tells_what_happened() {
     for text in [
         "Migration of <bdi>web-1</bdi>",
         "<bdi>alpha</bdi> → <bdi>tls:beta.example:7000</bdi>",
-        "surrendered",
+        "<span class=\"outcome\">migrated</span>",
         "2027-01-15 08:00:00 UTC",
         "2.14 s",
         "23.4 ms",
@@ -142,7 +161,7 @@ fn report_tells_what_happened() {
     ] {
         assert!(page.contains(text), "{text}");
     }
-    assert!(!page.contains("role=\"alert\""));
+    assert!(!page.contains("role=\"alert\"") && !page.contains("Post-copy"));
 }
 
 #[test]
@@ -210,19 +229,16 @@ fn drawings_stay_within_their_frames() {
 #[test]
 fn names_and_errors_cannot_become_markup() {
     let evil = "</title><script>alert('x')</script>&\"\0";
-    let report = Page {
+    let report = MigrationReport {
         name: evil.to_owned(),
-        from: evil.to_owned(),
-        to: evil.to_owned(),
-        outcome: evil.to_owned(),
+        to: Some(evil.to_owned()),
         error: Some(evil.to_owned()),
-        bottleneck: evil.to_owned(),
         ..good()
     };
-    let page = page(&report);
+    let page = page_from(evil, &report);
     let escaped =
         "&lt;/title&gt;&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;&quot;\u{fffd}";
-    assert_eq!(page.matches(escaped).count(), 7);
+    assert_eq!(page.matches(escaped).count(), 5);
 }
 
 #[test]
@@ -233,23 +249,28 @@ fn failure_before_the_first_round_is_a_sensible_page() {
         "no CPU feature &quot;avx512f&quot;",
         "No round was finished.",
         "The VM was never stopped.",
-        "unknown → unknown",
+        "<bdi>alpha</bdi> → unknown",
+        "failed, the VM goes on where it was",
         "<dd>0 B<span class=\"note\">0 % of memory",
     ] {
         assert!(page.contains(text), "{text}");
     }
+    assert!(!page.contains("held it up"));
 }
 
 #[test]
 fn zeroes_and_the_largest_numbers_are_borne() {
-    let nothing = Page {
+    let nothing = MigrationReport {
+        total_ms: 0,
+        memory_bytes: 0,
         blackout: Some(Blackout::default()),
+        postcopy: Some(Postcopy::default()),
         rounds: vec![RoundReport::default(); 3],
-        ..Page::default()
+        ..failed()
     };
     assert!(page(&nothing).contains("No part took measurable time."));
     let most = u64::MAX;
-    let all = Page {
+    let all = MigrationReport {
         total_ms: most,
         blackout: Some(Blackout {
             total_us: 1,
@@ -271,25 +292,40 @@ fn zeroes_and_the_largest_numbers_are_borne() {
 
 #[test]
 fn every_bottleneck_has_its_advice() {
-    let mut seen = Vec::new();
-    for bottleneck in [
-        "",
-        "link",
-        "source-cpu",
-        "destination",
-        "dirty-rate",
-        "a loose cable",
+    for (bottleneck, words) in [
+        (Bottleneck::Link, "<strong>link</strong> held it up"),
+        (Bottleneck::SourceCpu, "CPU</strong> held it up"),
+        (Bottleneck::DirtyRate, "writes</strong> held it up"),
     ] {
-        let report = Page {
-            bottleneck: bottleneck.to_owned(),
+        let report = MigrationReport {
+            bottleneck,
             ..good()
         };
-        seen.push(advice(&report));
+        let page = page(&report);
+        assert!(page.contains(words), "{words}");
+        assert_eq!(page.matches("held it up").count(), 1);
     }
-    assert!(seen[5].contains("a loose cable"));
-    seen.sort();
-    seen.dedup();
-    assert_eq!(seen.len(), 6);
+}
+
+fn postcopied() -> MigrationReport {
+    MigrationReport {
+        postcopy: Some(Postcopy {
+            pages: 24_576,
+            total_us: 1_250_000,
+            faults: 1043,
+            mean_fault_us: 870,
+            longest_fault_us: 14_200,
+        }),
+        ..good()
+    }
+}
+
+#[test]
+fn postcopy_is_a_card_with_how_long_the_guest_waited() {
+    let page = page(&postcopied());
+    let text = "24,576 pages were missing when the VM started at the destination, and came within \
+                1.25 s. The guest waited for 1,043 of them: 870 µs on average, 14.2 ms at most.";
+    assert!(page.contains("<h2>Post-copy</h2>") && page.contains(text));
 }
 
 /// For looking at: `DROVER_REPORT_DIR=/tmp cargo test -p drover report`.
@@ -297,7 +333,12 @@ fn every_bottleneck_has_its_advice() {
 fn examples_can_be_looked_at() {
     let mut long = good();
     long.rounds = (1..=40).map(round).collect();
-    let examples = [("good", good()), ("failed", failed()), ("long", long)];
+    let examples = [
+        ("good", good()),
+        ("failed", failed()),
+        ("long", long),
+        ("postcopy", postcopied()),
+    ];
     for (name, report) in examples {
         let page = page(&report);
         if let Some(directory) = std::env::var_os("DROVER_REPORT_DIR") {
