@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use vmm::config::{ByteSize, CharTarget, VmConfig};
@@ -19,9 +20,16 @@ use crate::migrate::{print_report, watch};
 /// A bare-metal guest: a PVH ELF that runs commands from its command line.
 pub(crate) static GUEST: &[u8] = include_bytes!(env!("DROVER_GUEST_ELF"));
 
-/// Fills 192 MiB, then keeps changing 64 MiB of them, and in the end checks every page.
-const LOAD: &str = "run=dirty dirty.len=192M dirty.prefill=text dirty.rate_mib_s=100 dirty.seconds=8 \
+/// Fills 192 MiB, then writes to their pages one after the other, 100 MiB of pages a second and a few
+/// bytes in each, and after 8 s checks all of them.
+const LOAD: &str = "run=dirty dirty.dirty_len=192M dirty.prefill=text dirty.rate_mib_s=100 dirty.seconds=8 \
                     dirty.progress_ms=1000";
+
+/// How the guest says that it has filled them.
+const LOAD_STARTED: &str = "command=dirty event=started";
+
+/// How long that may take.
+const START_LIMIT: Duration = Duration::from_secs(30);
 
 const NAME: &str = "demo";
 
@@ -59,7 +67,8 @@ fn moved() -> Result<ExitCode> {
         std::process::id()
     );
     let source = RuntimeDir::at(scratch.0.join("first"));
-    let mut config = config(LOAD.to_owned(), CharTarget::Stdio);
+    let serial = scratch.0.join("first.serial");
+    let mut config = config(LOAD.to_owned(), CharTarget::File(serial.clone()));
     config.name = NAME.parse()?;
     let options = LaunchOptions {
         builtin_kernel: Some(GUEST),
@@ -73,8 +82,9 @@ fn moved() -> Result<ExitCode> {
         second.child.id(),
         second.url
     );
-    // Long enough for the guest to have filled its memory.
-    std::thread::sleep(std::time::Duration::from_secs(2));
+    for line in wait_for_load(&serial)?.lines() {
+        println!("[first process] {line}");
+    }
     println!("It moves, live:");
     let client = Client::new(source.find(&NAME.parse()?)?);
     let request = MigrationRequest::to(vec![second.url.clone()]);
@@ -91,6 +101,26 @@ fn moved() -> Result<ExitCode> {
         bail!("the first process ended otherwise: {reason}");
     }
     second.finish(&report)
+}
+
+/// What the guest has said on its serial port, up to when it is under load.
+fn wait_for_load(serial: &Path) -> Result<String> {
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        let said = std::fs::read_to_string(serial)
+            .with_context(|| format!("serial port {}", serial.display()))?;
+        if let Some((_, rest)) = said.split_once(LOAD_STARTED)
+            && let Some(end) = rest.find('\n')
+        {
+            let length = said.len() - rest.len() + end;
+            return Ok(said[..length].to_owned());
+        }
+        if Instant::now() > deadline {
+            let seconds = START_LIMIT.as_secs();
+            bail!("the guest is not under load after {seconds} s: {said:?}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// The process that the VM moves to.
