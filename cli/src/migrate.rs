@@ -93,11 +93,17 @@ fn request(args: MigrateArgs) -> Result<MigrationRequest> {
         encoding: word("--encoding", &args.encoding)?,
         max_downtime_us: micros(args.max_downtime),
         bandwidth_bytes_per_s: args.bandwidth.map(LinkRate::bytes_per_s),
-        timeout_s: args.timeout.as_secs(),
+        timeout_s: seconds_up(*args.timeout),
         on_timeout: word("--on-timeout", &args.on_timeout)?,
         cache_bytes: args.cache.map(ByteSize::bytes),
         security,
     })
+}
+
+/// Whole seconds, the last one begun: who gives some time does not get none.
+fn seconds_up(time: Duration) -> u64 {
+    time.as_secs()
+        .saturating_add(u64::from(time.subsec_nanos() > 0))
 }
 
 /// The VM's process may be in another directory.
@@ -416,6 +422,15 @@ mod tests {
         for (bytes, text) in cases {
             assert_eq!(size(bytes), text);
         }
+    }
+
+    #[test]
+    fn seconds_are_rounded_up_and_none_stays_none() {
+        let cases = [(0, 0), (1, 1), (900, 1), (1000, 1), (1001, 2)];
+        for (millis, seconds) in cases {
+            assert_eq!(seconds_up(Duration::from_millis(millis)), seconds);
+        }
+        assert_eq!(seconds_up(Duration::MAX), u64::MAX);
     }
 
     #[test]
