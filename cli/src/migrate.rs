@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use vmm::config::{ByteSize, LinkRate};
 use vmm::control::{Client, ClientError};
 use vmm::host::link::{LinkUrl, Security, TlsFiles};
@@ -73,7 +74,7 @@ fn host_name() -> String {
 
 /// One of the words that a type has in JSON.
 fn word<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T> {
-    let value = serde_json::Value::String(text.to_owned());
+    let value = Value::String(text.to_owned());
     serde_json::from_value(value).with_context(|| format!("{flag} {text}"))
 }
 
@@ -273,8 +274,8 @@ fn bar_line(progress: &Progress) -> String {
     )
 }
 
-/// The report with what scripts ask for first.
-fn final_object(report: &MigrationReport) -> Result<serde_json::Value> {
+/// The report with what scripts ask for first, and what follows from its numbers.
+fn final_object(report: &MigrationReport) -> Result<Value> {
     let mut value = serde_json::to_value(report)?;
     let fields = value.as_object_mut().context("a report is an object")?;
     let millis = |micros: u64| micros as f64 / 1000.0;
@@ -285,6 +286,18 @@ fn final_object(report: &MigrationReport) -> Result<serde_json::Value> {
         "predicted_blackout_ms".to_owned(),
         serde_json::to_value(predicted)?,
     );
+    let rounds = fields.get_mut("rounds").and_then(Value::as_array_mut);
+    let rounds = rounds.context("a report has rounds")?;
+    for (fields, round) in rounds.iter_mut().zip(&report.rounds) {
+        let fields = fields.as_object_mut().context("a round is an object")?;
+        let rates = [
+            ("link_bytes_per_s", round.link_bytes_per_s()),
+            ("dirty_bytes_per_s", round.dirty_bytes_per_s()),
+        ];
+        for (name, rate) in rates {
+            fields.insert(name.to_owned(), rate.into());
+        }
+    }
     Ok(value)
 }
 
@@ -422,6 +435,34 @@ mod tests {
         for (bytes, text) in cases {
             assert_eq!(size(bytes), text);
         }
+    }
+
+    #[test]
+    fn object_for_scripts_has_times_in_milliseconds_and_rates_of_each_round() {
+        let round = |number| RoundReport {
+            number,
+            wire_bytes: 3 << 20,
+            duration_us: 500_000,
+            dirty_pages: 1024,
+            ..RoundReport::default()
+        };
+        let mut report = crate::report::tests::good();
+        report.rounds = vec![round(1), round(2)];
+        let object = final_object(&report).unwrap();
+        assert_eq!(object["outcome"], "migrated");
+        assert_eq!(object["blackout_ms"], 23.4);
+        assert_eq!(object["predicted_blackout_ms"], 21.0);
+        for (index, number) in [1, 2].into_iter().enumerate() {
+            let round = &object["rounds"][index];
+            assert_eq!(round["number"], number);
+            assert_eq!(round["link_bytes_per_s"], 6 << 20);
+            assert_eq!(round["dirty_bytes_per_s"], 8 << 20);
+        }
+        report.blackout = None;
+        report.rounds.clear();
+        let object = final_object(&report).unwrap();
+        assert!(object["blackout_ms"].is_null() && object.get("blackout_ms").is_some());
+        assert_eq!(object["rounds"], serde_json::json!([]));
     }
 
     #[test]

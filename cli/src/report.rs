@@ -204,4 +204,4 @@ fn foot() -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -80,6 +80,56 @@ fn idle_guest_bears_many_migrations_and_its_clock_goes_on() -> Outcome {
 }
 
 #[test]
+fn page_and_object_tell_of_the_same_move() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let mut vm = ground.vm("run=heartbeat").name("vm").start_controlled()?;
+    vm.ready()?;
+    let place = Place::new(&ground, "there").start()?;
+    let path = ground.scratch().join("report.html");
+    let arguments = ["--report", &path.display().to_string()];
+    let report = migrate(vm.control(), &place.url, &arguments)?;
+    let rounds = report["rounds"].as_array().context("no rounds")?;
+    ensure!(!rounds.is_empty(), "{report}");
+    for round in rounds {
+        for rate in ["link_bytes_per_s", "dirty_bytes_per_s"] {
+            ensure!(round[rate].is_u64(), "{rate} is missing in {round}");
+        }
+        let sent = |round: &Value| {
+            Some((
+                round["wire_bytes"].as_u64()?,
+                round["duration_us"].as_u64()?,
+            ))
+        };
+        let (bytes, micros) = sent(round).context("a round without its numbers")?;
+        assert_eq!(round["link_bytes_per_s"], bytes * 1_000_000 / micros.max(1));
+    }
+    let millis = report["blackout_ms"].as_f64().context("no blackout_ms")?;
+    let micros = report["blackout"]["total_us"].as_f64();
+    ensure!(
+        micros.is_some_and(|micros| (micros / 1000.0 - millis).abs() < 0.001),
+        "{report}"
+    );
+    let page = std::fs::read_to_string(path)?;
+    let mut texts = vec![
+        "Migration of <bdi>vm</bdi>".to_owned(),
+        "<span class=\"outcome\">migrated</span>".to_owned(),
+        format!("→ <bdi>{}</bdi>", place.url),
+        "Blackout in figures".to_owned(),
+    ];
+    texts.extend(
+        rounds
+            .iter()
+            .map(|round| format!("<th scope=\"row\">{}</th>", round["number"])),
+    );
+    for text in texts {
+        ensure!(page.contains(&text), "{text} is missing in {page}");
+    }
+    Ok(())
+}
+
+#[test]
 fn memory_that_is_written_all_the_time_arrives_whole_every_time() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());

@@ -44,10 +44,23 @@ fn nobody_listens() -> Outcome {
         format!("{url}: no connection: Connection refused (os error 111)")
     );
     let missing = format!("unix:{}", ground.scratch().join("nobody").display());
+    let page = ground.scratch().join("report.html");
+    let reason = refused(&vm, &missing, &["--report", &page.display().to_string()])?;
     assert_eq!(
-        refused(&vm, &missing, &[])?,
+        reason,
         format!("{missing}: no connection: No such file or directory (os error 2)")
     );
+    let page = std::fs::read_to_string(page)?;
+    for text in [
+        "Migration of <bdi>vm</bdi>",
+        "failed, the VM goes on where it was",
+        &format!("<strong>It did not succeed:</strong> {reason}</p>"),
+        "No round was finished.",
+        "The VM was never stopped.",
+    ] {
+        ensure!(page.contains(text), "{text} is missing in {page}");
+    }
+    ensure!(!page.contains("held it up"), "{page}");
     let both = try_migrate(vm.control(), &url, &[&missing])?;
     assert_eq!(
         reason_not_moved(&both, "vm")?,

@@ -24,7 +24,7 @@ fn round(number: u32) -> RoundReport {
     }
 }
 
-fn good() -> MigrationReport {
+pub(crate) fn good() -> MigrationReport {
     let rounds: Vec<RoundReport> = (1..=7).map(round).collect();
     let mut pages = PageMix::default();
     for round in &rounds {
