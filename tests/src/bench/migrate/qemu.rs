@@ -103,11 +103,16 @@ fn start(
         parameters["multifd-channels"] = way.channels.into();
     }
     if way.xbzrle {
-        // As much as Drover takes by default.
-        parameters["xbzrle-cache-size"] = ((scenario.memory_mib << 20) / 8).into();
+        parameters["xbzrle-cache-size"] = cache_bytes(scenario.memory_mib).into();
     }
     qmp.execute("migrate-set-parameters", parameters)?;
     Ok((guest, qmp))
+}
+
+/// As much as Drover takes by default: a quarter of the guest's memory, 1 GiB at most. QEMU takes
+/// powers of two only; the next one up.
+fn cache_bytes(memory_mib: u64) -> u64 {
+    ((memory_mib << 20) / 4).min(1 << 30).next_power_of_two()
 }
 
 /// Moves the guest and watches it.
@@ -153,4 +158,17 @@ pub(super) fn migrate(ground: &Ground, scenario: &Scenario<'_>, way: Way) -> any
         plain_rate: None,
         bytes_per_resent_page: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cache_is_as_large_as_drovers() {
+        assert_eq!(cache_bytes(4096), 1 << 30);
+        assert_eq!(cache_bytes(8192), 1 << 30);
+        assert_eq!(cache_bytes(1024), 256 << 20);
+        assert_eq!(cache_bytes(100), 32 << 20);
+    }
 }
