@@ -31,11 +31,12 @@ pub struct Row {
     pub(super) what: String,
     /// In what.
     pub(super) unit: &'static str,
-    /// Drover's, the median of all rounds; `None`: it came to no end.
+    /// Drover's, the median of all rounds, those without an end the longest; `None`: most came to
+    /// none.
     pub(super) drover: Option<f64>,
     /// What it is compared with.
     pub(super) other: Option<Other>,
-    /// The median of the ratios of neighbouring rounds.
+    /// The median of the ratios of neighbouring rounds, 0 where only the other came to no end.
     pub(super) ratio: Option<f64>,
     /// What it should be.
     pub(super) bar: Bar,
@@ -48,7 +49,7 @@ pub struct Row {
 pub(super) struct Other {
     /// How it was made.
     pub(super) name: String,
-    /// The median of all rounds; `None`: it came to no end.
+    /// The median of all rounds; `None`: most came to no end.
     pub(super) value: Option<f64>,
 }
 
@@ -59,11 +60,32 @@ pub(super) struct Series {
 }
 
 impl Series {
-    /// `None` unless every round came to an end.
-    fn median(&self) -> Option<f64> {
-        let values: Option<Vec<f64>> = self.values.iter().copied().collect();
-        values.filter(|values| !values.is_empty()).map(median)
+    /// Every round; `worst` for one without an end.
+    fn values(&self, worst: f64) -> Vec<f64> {
+        let values = self.values.iter();
+        values.map(|value| value.unwrap_or(worst)).collect()
     }
+
+    /// `worst` unless most rounds came to an end.
+    fn median(&self, worst: f64) -> f64 {
+        match self.values(worst).as_slice() {
+            [] => worst,
+            values => median(values.to_vec()),
+        }
+    }
+}
+
+/// Who does not come to an end has lost, whatever the other did.
+fn ratio(own: f64, other: f64) -> f64 {
+    match own.is_finite() {
+        true => own / other,
+        false => f64::INFINITY,
+    }
+}
+
+/// `None`: there was no end.
+fn ended(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
 }
 
 impl Row {
@@ -74,26 +96,29 @@ impl Row {
         others: &[Series],
         bar: Bar,
     ) -> Self {
-        let of = |other: &Series| other.median().unwrap_or(f64::INFINITY);
-        let best = others.iter().min_by(|a, b| of(a).total_cmp(&of(b)));
+        let worst = match bar {
+            Bar::AtLeast(_) => f64::NEG_INFINITY,
+            Bar::RatioAtMost(_) | Bar::AtMost(_) | Bar::None => f64::INFINITY,
+        };
+        let best = others
+            .iter()
+            .min_by(|a, b| a.median(worst).total_cmp(&b.median(worst)));
         let ratio = best.and_then(|best| {
-            let pairs = series.values.iter().zip(&best.values);
-            let ratios: Option<Vec<f64>> = pairs
-                .map(|(own, other)| Some((*own)? / (*other)?))
-                .collect();
-            ratios.filter(|ratios| !ratios.is_empty()).map(median)
+            let pairs = series.values(worst).into_iter().zip(best.values(worst));
+            let ratios: Vec<f64> = pairs.map(|(own, other)| ratio(own, other)).collect();
+            (!ratios.is_empty()).then(|| median(ratios))
         });
         let other = best.map(|best| Other {
             name: best.name.clone(),
-            value: best.median(),
+            value: ended(best.median(worst)),
         });
         Self {
             case: case.to_owned(),
             what: what.to_owned(),
             unit,
-            drover: series.median(),
+            drover: ended(series.median(worst)),
             other,
-            ratio,
+            ratio: ratio.and_then(ended),
             bar,
             met: None,
         }
@@ -106,15 +131,14 @@ impl Row {
     }
 
     fn judged(mut self) -> Self {
-        let has_other = self.other.is_some();
         self.met = match (self.bar, self.drover, self.ratio) {
             (Bar::None, ..) => None,
             (_, None, _) => Some(false),
             (Bar::AtMost(bar), Some(value), _) => Some(value <= bar),
             (Bar::AtLeast(bar), Some(value), _) => Some(value >= bar),
             (Bar::RatioAtMost(bar), _, Some(ratio)) => Some(ratio <= bar),
-            // Drover came to an end, the other never did.
-            (Bar::RatioAtMost(_), Some(_), None) => has_other.then_some(true),
+            // Most of its rounds ended, but not beside those of the other; or there is no other.
+            (Bar::RatioAtMost(_), Some(_), None) => self.other.is_some().then_some(false),
         };
         self
     }
@@ -263,11 +287,29 @@ mod tests {
             std::slice::from_ref(&never),
             Bar::RatioAtMost(0.5),
         );
-        assert_eq!((row.ratio, row.met), (None, Some(true)));
+        assert_eq!((row.ratio, row.met), (Some(0.0), Some(true)));
         assert!(row.cells()[2].contains("no end"));
         let row = Row::against(NAMES, &never, &[own], Bar::RatioAtMost(0.5));
         assert_eq!(row.met, Some(false));
         assert_eq!(Row::alone(NAMES, &never, Bar::AtMost(1.0)).met, Some(false));
+    }
+
+    #[test]
+    fn one_round_without_an_end_is_the_longest_and_decides_nothing() {
+        let mut four_of_five = series("mostly", &[40.0, 50.0, 60.0, 70.0]);
+        four_of_five.values.insert(0, None);
+        let own = series("drover", &[30.0; 5]);
+        let others = [four_of_five];
+        let row = Row::against(NAMES, &own, &others, Bar::RatioAtMost(0.45));
+        assert_eq!(row.other.as_ref().unwrap().value, Some(60.0));
+        assert_eq!((row.ratio, row.met), (Some(0.5), Some(false)));
+        let [own, other] = [&others[0], &own];
+        let row = Row::against(NAMES, own, std::slice::from_ref(other), Bar::AtMost(60.0));
+        assert_eq!((row.drover, row.met), (Some(60.0), Some(true)));
+        // Neighbours: none, 4/3, 5/3, 2, 7/3.
+        assert_eq!(row.ratio, Some(2.0));
+        let row = Row::alone(NAMES, own, Bar::AtLeast(55.0));
+        assert_eq!((row.drover, row.met), (Some(50.0), Some(false)));
     }
 
     #[test]
