@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
+
 use super::link::Link;
 use super::moves::{How, Move, Moves, Scenario, measure, qemu_ways, share_of_plain, with_downtime};
 use super::qemu::Way;
@@ -76,65 +78,77 @@ fn drover_and_qemu() -> Vec<How> {
     ways
 }
 
-/// Drover's default against the best of QEMU's ways.
-fn compare(
-    names: (&str, &str, &'static str),
-    moves: &[Moves],
-    value: fn(&Move) -> Option<f64>,
-    bar: Bar,
-) -> Option<Row> {
-    let own = moves.iter().find(|moves| moves.how == AUTO)?;
-    let others = moves
-        .iter()
-        .filter(|moves| matches!(moves.how, How::Qemu(_)));
-    let others: Vec<Series> = others.map(|moves| moves.series(value)).collect();
-    Some(Row::against(names, &own.series(value), &others, bar))
+/// The rows of a case.
+struct Results<'a> {
+    case: &'a str,
+    /// Drover as it is by default.
+    own: &'a Moves,
+    all: &'a [Moves],
+    rows: Vec<Row>,
 }
 
-/// Drover's default alone.
-fn alone(
-    names: (&str, &str, &'static str),
-    moves: &[Moves],
-    value: impl Fn(&Move) -> Option<f64>,
-    bar: Bar,
-) -> Option<Row> {
-    let own = moves.iter().find(|moves| moves.how == AUTO)?;
-    Some(Row::alone(names, &own.series(value), bar))
+impl<'a> Results<'a> {
+    fn new(case: &'a str, all: &'a [Moves]) -> anyhow::Result<Self> {
+        let own = all.iter().find(|moves| moves.how == AUTO);
+        Ok(Self {
+            case,
+            own: own.context("Drover's default was not measured")?,
+            all,
+            rows: Vec::new(),
+        })
+    }
+
+    /// Drover's default against the best of the ways that are `wanted`.
+    fn against(
+        &mut self,
+        (what, unit): (&str, &'static str),
+        wanted: impl Fn(How) -> bool,
+        value: impl Fn(&Move) -> Option<f64>,
+        bar: Bar,
+    ) {
+        let others = self.all.iter().filter(|moves| wanted(moves.how));
+        let others: Vec<Series> = others.map(|moves| moves.series(&value)).collect();
+        let own = self.own.series(&value);
+        let row = Row::against((self.case, what, unit), &own, &others, bar);
+        self.rows.push(row);
+    }
+
+    /// Drover's default against the best of QEMU's ways.
+    fn compare(
+        &mut self,
+        names: (&str, &'static str),
+        value: impl Fn(&Move) -> Option<f64>,
+        bar: Bar,
+    ) {
+        self.against(names, |how| matches!(how, How::Qemu(_)), value, bar);
+    }
+
+    /// Drover's default alone.
+    fn alone(
+        &mut self,
+        names: (&str, &'static str),
+        value: impl Fn(&Move) -> Option<f64>,
+        bar: Bar,
+    ) {
+        self.against(names, |_| false, value, bar);
+    }
 }
 
 fn untouched(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
-    let case = "untouched memory, idle";
     let link = Link::loopback()?;
     let scenario = Scenario {
         started: ("ready", "version"),
         ..bench.scenario(&link, MEMORY_MIB, IDLE.to_owned())
     };
     let moves = bench.measure(&drover_and_qemu(), &scenario)?;
-    let rows = [
-        compare(
-            (case, "total", "ms"),
-            &moves,
-            Move::total_ms,
-            Bar::RatioAtMost(0.25),
-        ),
-        compare(
-            (case, "on the wire", "MiB"),
-            &moves,
-            Move::wire_mib,
-            Bar::AtMost(1.0),
-        ),
-        compare(
-            (case, "blackout", "ms"),
-            &moves,
-            Move::blackout_ms,
-            Bar::AtMost(5.0),
-        ),
-    ];
-    Ok(rows.into_iter().flatten().collect())
+    let mut results = Results::new("untouched memory, idle", &moves)?;
+    results.compare(("total", "ms"), Move::total_ms, Bar::RatioAtMost(0.25));
+    results.compare(("on the wire", "MiB"), Move::wire_mib, Bar::AtMost(1.0));
+    results.compare(("blackout", "ms"), Move::blackout_ms, Bar::AtMost(5.0));
+    Ok(results.rows)
 }
 
 fn incompressible(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
-    let case = "incompressible memory";
     let link = Link::loopback()?;
     let scenario = Scenario {
         plain_time: Some(Duration::from_millis(500)),
@@ -142,47 +156,23 @@ fn incompressible(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
     };
     let moves = bench.measure(&drover_and_qemu(), &scenario)?;
     let mib = scenario.memory_mib;
-    let gib = number(mib) / 1024.0;
-    let per_gib = |moves: &Moves| moves.series(|moved| Some(moved.cpu_seconds()? / gib));
-    let cpu: Vec<Series> = moves.iter().map(per_gib).collect();
-    let mut rows = vec![
-        compare(
-            (case, "total", "ms"),
-            &moves,
-            Move::total_ms,
-            Bar::RatioAtMost(0.45),
-        ),
-        alone(
-            (case, "rate over that of plain sockets", ""),
-            &moves,
-            |moved| share_of_plain(moved, mib),
-            Bar::AtLeast(0.8),
-        ),
-        alone(
-            (case, "plain sockets", "GB/s"),
-            &moves,
-            |m| Some(m.plain_rate? / 1e9),
-            Bar::None,
-        ),
-        compare(
-            (case, "blackout", "ms"),
-            &moves,
-            Move::blackout_ms,
-            Bar::None,
-        ),
-        compare(
-            (case, "source's memory besides the guest's, growth", "MiB"),
-            &moves,
-            Move::growth_mib,
-            Bar::None,
-        ),
-    ];
-    if let Some((own, others)) = cpu.split_first() {
-        let names = (case, "CPU of both sides, without vCPUs", "s/GiB");
-        let bar = Bar::RatioAtMost(1.0);
-        rows.push(Some(Row::against(names, own, others, bar)));
-    }
-    Ok(rows.into_iter().flatten().collect())
+    let share = |moved: &Move| share_of_plain(moved, mib);
+    let plain = |moved: &Move| Some(moved.plain_rate? / 1e9);
+    let per_gib = |moved: &Move| Some(moved.cpu_seconds()? / (number(mib) / 1024.0));
+    let growth = "source's memory besides the guest's, growth";
+    let cpu = "CPU of both sides, without vCPUs";
+    let mut results = Results::new("incompressible memory", &moves)?;
+    results.compare(("total", "ms"), Move::total_ms, Bar::RatioAtMost(0.45));
+    results.alone(
+        ("rate over that of plain sockets", ""),
+        share,
+        Bar::AtLeast(0.8),
+    );
+    results.alone(("plain sockets", "GB/s"), plain, Bar::None);
+    results.compare(("blackout", "ms"), Move::blackout_ms, Bar::None);
+    results.compare((growth, "MiB"), Move::growth_mib, Bar::None);
+    results.compare((cpu, "s/GiB"), per_gib, Bar::RatioAtMost(1.0));
+    Ok(results.rows)
 }
 
 fn dirty(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
@@ -205,27 +195,11 @@ fn dirty(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
     // Compressed it does not get under 300 ms before long, and under 20 ms never.
     ways.extend(with_downtime(&qemu[..2], STRICT_DOWNTIME_MS));
     let moves = bench.measure(&ways, &scenario)?;
-    let rows = [
-        compare(
-            (case, "total", "ms"),
-            &moves,
-            Move::total_ms,
-            Bar::RatioAtMost(0.3),
-        ),
-        compare(
-            (case, "blackout", "ms"),
-            &moves,
-            Move::blackout_ms,
-            Bar::AtMost(20.0),
-        ),
-        compare(
-            (case, "on the wire", "MiB"),
-            &moves,
-            Move::wire_mib,
-            Bar::None,
-        ),
-    ];
-    Ok(rows.into_iter().flatten().collect())
+    let mut results = Results::new(case, &moves)?;
+    results.compare(("total", "ms"), Move::total_ms, Bar::RatioAtMost(0.3));
+    results.compare(("blackout", "ms"), Move::blackout_ms, Bar::AtMost(20.0));
+    results.compare(("on the wire", "MiB"), Move::wire_mib, Bar::None);
+    Ok(results.rows)
 }
 
 fn text(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
@@ -241,38 +215,19 @@ fn text(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
         let mut ways = drover_and_qemu();
         ways.extend(fixed);
         let moves = bench.measure(&ways, &scenario)?;
-        let names = |what, unit| (case.as_str(), what, unit);
-        let auto = moves.iter().find(|moves| moves.how == AUTO);
-        let series = |moves: &Moves| moves.series(Move::total_ms);
-        let fixed = moves.iter().filter(|moves| fixed.contains(&moves.how));
-        let fixed: Vec<Series> = fixed.map(series).collect();
-        let bar = Bar::RatioAtMost(1.05);
-        rows.extend(auto.map(|auto| {
-            Row::against(
-                names("total, auto and fixed encodings", "ms"),
-                &series(auto),
-                &fixed,
-                bar,
-            )
-        }));
-        rows.extend(compare(
-            names("total", "ms"),
-            &moves,
+        let total = ("total, auto and fixed encodings", "ms");
+        let plain = |moved: &Move| Some(moved.plain_rate? * 8.0 / 1e9);
+        let mut results = Results::new(&case, &moves)?;
+        results.against(
+            total,
+            |how| fixed.contains(&how),
             Move::total_ms,
-            Bar::RatioAtMost(1.0),
-        ));
-        rows.extend(compare(
-            names("on the wire", "MiB"),
-            &moves,
-            Move::wire_mib,
-            Bar::None,
-        ));
-        rows.extend(alone(
-            names("plain sockets", "Gbit/s"),
-            &moves,
-            |moved| Some(moved.plain_rate? * 8.0 / 1e9),
-            Bar::None,
-        ));
+            Bar::RatioAtMost(1.05),
+        );
+        results.compare(("total", "ms"), Move::total_ms, Bar::RatioAtMost(1.0));
+        results.compare(("on the wire", "MiB"), Move::wire_mib, Bar::None);
+        results.alone(("plain sockets", "Gbit/s"), plain, Bar::None);
+        rows.extend(results.rows);
     }
     Ok(rows)
 }
@@ -289,41 +244,18 @@ fn rewritten(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
         ..bench.scenario(&link, MEMORY_MIB, cmdline)
     };
     let mut ways = drover_and_qemu();
-    ways.extend(qemu_ways().first().map(|how| match how {
-        How::Qemu(way) => How::Qemu(Way {
-            xbzrle: true,
-            ..*way
-        }),
-        drover @ How::Drover(_) => *drover,
+    ways.push(How::Qemu(Way {
+        xbzrle: true,
+        ..Way::PLAIN
     }));
     let moves = bench.measure(&ways, &scenario)?;
     let per_page = |moved: &Move| moved.bytes_per_resent_page.filter(|_| moved.completed);
-    let rows = [
-        alone(
-            (case, "a page that is sent again", "bytes"),
-            &moves,
-            per_page,
-            Bar::AtMost(400.0),
-        ),
-        // QEMU does not converge, or takes twice as long.
-        compare(
-            (case, "total", "ms"),
-            &moves,
-            Move::total_ms,
-            Bar::RatioAtMost(0.5),
-        ),
-        compare(
-            (case, "blackout", "ms"),
-            &moves,
-            Move::blackout_ms,
-            Bar::None,
-        ),
-        compare(
-            (case, "on the wire", "MiB"),
-            &moves,
-            Move::wire_mib,
-            Bar::None,
-        ),
-    ];
-    Ok(rows.into_iter().flatten().collect())
+    let again = ("a page that is sent again", "bytes");
+    let mut results = Results::new(case, &moves)?;
+    results.alone(again, per_page, Bar::AtMost(400.0));
+    // QEMU does not converge, or takes twice as long.
+    results.compare(("total", "ms"), Move::total_ms, Bar::RatioAtMost(0.5));
+    results.compare(("blackout", "ms"), Move::blackout_ms, Bar::None);
+    results.compare(("on the wire", "MiB"), Move::wire_mib, Bar::None);
+    Ok(results.rows)
 }

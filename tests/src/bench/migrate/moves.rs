@@ -16,8 +16,6 @@ use crate::harness::ground::Ground;
 /// Until the guest does what it does all the time.
 const SETTLE: Duration = Duration::from_millis(300);
 const MIB: f64 = 1024.0 * 1024.0;
-/// `downtime-limit` as QEMU has it.
-const QEMU_DOWNTIME_MS: u64 = 300;
 /// The most data connections that a migration here has.
 const MAX_CHANNELS: usize = 16;
 
@@ -110,7 +108,7 @@ impl How {
         if way.xbzrle {
             name.push_str(" + xbzrle");
         }
-        if way.downtime_ms != QEMU_DOWNTIME_MS {
+        if way.downtime_ms != qemu::DOWNTIME_MS {
             name.push_str(&format!(", {} ms", way.downtime_ms));
         }
         name
@@ -121,18 +119,15 @@ impl How {
 pub(super) fn qemu_ways() -> Vec<How> {
     let cpus = std::thread::available_parallelism().map_or(2, usize::from);
     let channels = u16::try_from(cpus.clamp(2, MAX_CHANNELS)).unwrap_or(2);
-    let plain = Way {
-        channels: 0,
-        zstd: false,
-        xbzrle: false,
-        downtime_ms: QEMU_DOWNTIME_MS,
+    let multifd = Way {
+        channels,
+        ..Way::PLAIN
     };
-    let multifd = Way { channels, ..plain };
     let zstd = Way {
         zstd: true,
         ..multifd
     };
-    [plain, multifd, zstd].map(How::Qemu).to_vec()
+    [Way::PLAIN, multifd, zstd].map(How::Qemu).to_vec()
 }
 
 /// The same with another limit of downtime.

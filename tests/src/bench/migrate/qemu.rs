@@ -19,6 +19,8 @@ use crate::harness::ground::Ground;
 const PORT: u16 = 4444;
 /// As good as none, bytes per second; 0 would be, too, but not for all of its threads.
 const BANDWIDTH: u64 = 1 << 40;
+/// Its own default of `downtime-limit`.
+pub(super) const DOWNTIME_MS: u64 = 300;
 /// To be cancelled.
 const GRACE: Duration = Duration::from_secs(60);
 
@@ -33,6 +35,16 @@ pub(super) struct Way {
     pub(super) xbzrle: bool,
     /// `downtime-limit`.
     pub(super) downtime_ms: u64,
+}
+
+impl Way {
+    /// As it is without any option.
+    pub(super) const PLAIN: Self = Self {
+        channels: 0,
+        zstd: false,
+        xbzrle: false,
+        downtime_ms: DOWNTIME_MS,
+    };
 }
 
 /// Its smallest machine. `migratable`, the default, leaves out what cannot move.

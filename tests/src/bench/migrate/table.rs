@@ -89,7 +89,8 @@ fn ended(value: f64) -> Option<f64> {
 }
 
 impl Row {
-    /// Drover's `series` against the best of `others`, the one with the lowest median.
+    /// Drover's `series` against the best of `others`, the one with the lowest median, if there are
+    /// any.
     pub(super) fn against(
         (case, what, unit): (&str, &str, &'static str),
         series: &Series,
@@ -123,11 +124,6 @@ impl Row {
             met: None,
         }
         .judged()
-    }
-
-    /// Drover's `series` alone.
-    pub(super) fn alone(names: (&str, &str, &'static str), series: &Series, bar: Bar) -> Self {
-        Self::against(names, series, &[], bar)
     }
 
     fn judged(mut self) -> Self {
@@ -291,7 +287,10 @@ mod tests {
         assert!(row.cells()[2].contains("no end"));
         let row = Row::against(NAMES, &never, &[own], Bar::RatioAtMost(0.5));
         assert_eq!(row.met, Some(false));
-        assert_eq!(Row::alone(NAMES, &never, Bar::AtMost(1.0)).met, Some(false));
+        assert_eq!(
+            Row::against(NAMES, &never, &[], Bar::AtMost(1.0)).met,
+            Some(false)
+        );
     }
 
     #[test]
@@ -308,7 +307,7 @@ mod tests {
         assert_eq!((row.drover, row.met), (Some(60.0), Some(true)));
         // Neighbours: none, 4/3, 5/3, 2, 7/3.
         assert_eq!(row.ratio, Some(2.0));
-        let row = Row::alone(NAMES, own, Bar::AtLeast(55.0));
+        let row = Row::against(NAMES, own, &[], Bar::AtLeast(55.0));
         assert_eq!((row.drover, row.met), (Some(50.0), Some(false)));
     }
 
@@ -320,9 +319,10 @@ mod tests {
         assert_eq!(once, format!("# Title\n{begin}\nnew\n{end}\nrest\n"));
         assert_eq!(replaced(&once, "new\n").as_ref(), Some(&once));
         assert_eq!(replaced("no marks", "new\n"), None);
-        let rows = [Row::alone(
+        let rows = [Row::against(
             NAMES,
             &series("drover", &[1.0]),
+            &[],
             Bar::AtMost(2.0),
         )];
         assert_eq!(
