@@ -5,7 +5,9 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::link::Link;
-use super::moves::{How, Move, Moves, Scenario, measure, qemu_ways, share_of_plain, with_downtime};
+use super::moves::{
+    AUTO_CONVERGE, How, Move, Moves, Scenario, measure, qemu_ways, share_of_plain, with_downtime,
+};
 use super::qemu::Way;
 use super::table::{Bar, Row, Series, number};
 use crate::harness::ground::Ground;
@@ -36,6 +38,8 @@ const REWRITTEN_MIB_S: u64 = 200;
 /// Drover's default.
 const STRICT_DOWNTIME_MS: u64 = 20;
 const AUTO: How = How::Drover("auto");
+/// Drover slows down a guest that writes too fast.
+const SLOWEST: (&str, &str) = ("vCPUs' speed, slowest round", "%");
 const IDLE: &str = "run=heartbeat";
 
 /// What all cases need.
@@ -194,11 +198,13 @@ fn dirty(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
     let qemu = qemu_ways();
     // Compressed it does not get under 300 ms before long, and under 20 ms never.
     ways.extend(with_downtime(&qemu[..2], STRICT_DOWNTIME_MS));
+    ways.push(AUTO_CONVERGE);
     let moves = bench.measure(&ways, &scenario)?;
     let mut results = Results::new(case, &moves)?;
     results.compare(("total", "ms"), Move::total_ms, Bar::RatioAtMost(0.3));
     results.compare(("blackout", "ms"), Move::blackout_ms, Bar::AtMost(20.0));
     results.compare(("on the wire", "MiB"), Move::wire_mib, Bar::None);
+    results.alone(SLOWEST, |moved| moved.slowest_percent, Bar::None);
     Ok(results.rows)
 }
 
@@ -248,6 +254,7 @@ fn rewritten(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
         xbzrle: true,
         ..Way::PLAIN
     }));
+    ways.push(AUTO_CONVERGE);
     let moves = bench.measure(&ways, &scenario)?;
     let per_page = |moved: &Move| moved.bytes_per_resent_page.filter(|_| moved.completed);
     let again = ("a page that is sent again", "bytes");
@@ -257,5 +264,6 @@ fn rewritten(bench: &Bench<'_>) -> anyhow::Result<Vec<Row>> {
     results.compare(("total", "ms"), Move::total_ms, Bar::RatioAtMost(0.5));
     results.compare(("blackout", "ms"), Move::blackout_ms, Bar::None);
     results.compare(("on the wire", "MiB"), Move::wire_mib, Bar::None);
+    results.alone(SLOWEST, |moved| moved.slowest_percent, Bar::None);
     Ok(results.rows)
 }

@@ -70,6 +70,12 @@ impl Report {
         Ok(false)
     }
 
+    /// Speed of the vCPUs in the round in which they were slowest.
+    fn slowest_percent(&self) -> Option<f64> {
+        let percents = self.rounds.iter().map(|round| round.cpu_percent);
+        percents.min().map(f64::from)
+    }
+
     /// Wire bytes of a page that was sent before; `None`: there was none.
     fn bytes_per_resent_page(&self) -> Option<f64> {
         let again = self.rounds.iter().skip(1);
@@ -174,5 +180,6 @@ pub(super) fn migrate(
         seen,
         plain_rate,
         bytes_per_resent_page: report.bytes_per_resent_page(),
+        slowest_percent: report.slowest_percent(),
     })
 }

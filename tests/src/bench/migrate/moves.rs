@@ -58,6 +58,8 @@ pub(super) struct Move {
     pub(super) plain_rate: Option<f64>,
     /// Drover's own count.
     pub(super) bytes_per_resent_page: Option<f64>,
+    /// Drover's own word: speed of the vCPUs in the round in which they were slowest.
+    pub(super) slowest_percent: Option<f64>,
 }
 
 impl Move {
@@ -108,12 +110,21 @@ impl How {
         if way.xbzrle {
             name.push_str(" + xbzrle");
         }
+        if way.auto_converge {
+            name.push_str(" + auto-converge");
+        }
         if way.downtime_ms != qemu::DOWNTIME_MS {
             name.push_str(&format!(", {} ms", way.downtime_ms));
         }
         name
     }
 }
+
+/// For guests that write faster than they can be moved; Drover slows them down by itself, too.
+pub(super) const AUTO_CONVERGE: How = How::Qemu(Way {
+    auto_converge: true,
+    ..Way::PLAIN
+});
 
 /// The ways of QEMU that a user would try, with as many channels as there are CPUs.
 pub(super) fn qemu_ways() -> Vec<How> {
@@ -234,6 +245,7 @@ mod tests {
     fn ways_are_told_apart_by_name() {
         let mut ways = qemu_ways();
         ways.extend(with_downtime(&ways, 20));
+        ways.push(AUTO_CONVERGE);
         ways.push(How::Drover("auto"));
         let mut names: Vec<String> = ways.iter().map(|how| how.name()).collect();
         assert_eq!(names.last().unwrap(), "drover auto");

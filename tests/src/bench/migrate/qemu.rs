@@ -33,6 +33,8 @@ pub(super) struct Way {
     pub(super) zstd: bool,
     /// Deltas against pages sent before.
     pub(super) xbzrle: bool,
+    /// vCPUs may be slowed down, as Drover does by itself.
+    pub(super) auto_converge: bool,
     /// `downtime-limit`.
     pub(super) downtime_ms: u64,
 }
@@ -43,6 +45,7 @@ impl Way {
         channels: 0,
         zstd: false,
         xbzrle: false,
+        auto_converge: false,
         downtime_ms: DOWNTIME_MS,
     };
 }
@@ -101,6 +104,7 @@ fn start(
         capability("events", true),
         capability("multifd", way.channels > 0),
         capability("xbzrle", way.xbzrle),
+        capability("auto-converge", way.auto_converge),
     ];
     qmp.execute(
         "migrate-set-capabilities",
@@ -169,6 +173,7 @@ pub(super) fn migrate(ground: &Ground, scenario: &Scenario<'_>, way: Way) -> any
         seen,
         plain_rate: None,
         bytes_per_resent_page: None,
+        slowest_percent: None,
     })
 }
 
