@@ -14,4 +14,14 @@ fi
 if [ "$(nproc)" -gt 1 ]; then
     words=$words,smp
 fi
+# Page faults can be served by root, by who may open the device, and by all where the host says so.
+allowed=/proc/sys/vm/unprivileged_userfaultfd
+if [ -e $allowed ]; then
+    if [ "$(id -u)" = 0 ] || [ -w /dev/userfaultfd ] || [ "$(cat $allowed)" = 1 ]; then
+        words=$words,userfaultfd
+    fi
+fi
+if command -v systemd-socket-activate >/dev/null && command -v systemd-analyze >/dev/null; then
+    words=$words,systemd
+fi
 echo "$words"

@@ -1,11 +1,10 @@
 //! Post-copy on KVM: a guest that writes faster than any link goes on at the destination, and finds
 //! every page as it left it.
 
-use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use tests::harness::ground::{Ground, skip};
+use tests::harness::ground::Ground;
 use tests::harness::moving::{Place, Waiting, migrate};
 use tests::harness::process::wait_until;
 use tests::harness::vm::{LATER, SOON, Vm};
@@ -30,27 +29,9 @@ fn writer(ground: &Ground, cpus: &str) -> anyhow::Result<Vm> {
     Ok(vm)
 }
 
-/// Page faults of KVM can be served by root, and by who may open the device or whom the host lets.
-fn may_serve_faults() -> bool {
-    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
-    let mut both = File::options();
-    both.read(true).write(true);
-    both.open("/dev/userfaultfd").is_ok()
-        || read("/proc/sys/vm/unprivileged_userfaultfd").trim() == "1"
-        || read("/proc/self/status").contains("\nUid:\t0\t0\t")
-}
-
-fn ground() -> anyhow::Result<Option<Ground>> {
-    if may_serve_faults() {
-        return Ground::kvm();
-    }
-    skip("userfaultfd", "this user may not serve page faults")?;
-    Ok(None)
-}
-
 #[test]
 fn guest_that_never_converges_moves_and_finds_every_page() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_userfaultfd()? else {
         return Ok(());
     };
     for cpus in ["1", "2"] {
@@ -87,7 +68,7 @@ fn slowly(ground: &Ground, vm: &Vm) -> anyhow::Result<(Waiting, std::process::Ch
 
 #[test]
 fn destination_whose_source_dies_stands_still_and_can_be_stopped() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_userfaultfd()? else {
         return Ok(());
     };
     let mut vm = writer(&ground, "2")?;
@@ -112,7 +93,7 @@ fn destination_whose_source_dies_stands_still_and_can_be_stopped() -> Outcome {
 
 #[test]
 fn source_whose_destination_dies_stands_still_and_can_be_stopped() -> Outcome {
-    let Some(ground) = ground()? else {
+    let Some(ground) = Ground::kvm_and_userfaultfd()? else {
         return Ok(());
     };
     let mut vm = writer(&ground, "1")?;

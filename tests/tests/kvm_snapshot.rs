@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use tests::harness::control::Control;
-use tests::harness::ground::{Ground, skip};
+use tests::harness::ground::Ground;
 use tests::harness::process;
 use tests::harness::vm::{LATER, SOON, Vm};
 
@@ -78,19 +78,12 @@ fn check(mut vm: Vm) -> Outcome {
     vm.wait_end(LATER)?.check()
 }
 
-fn may_load_lazily() -> anyhow::Result<bool> {
-    let opened = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd");
-    if let Err(error) = &opened {
-        skip("userfaultfd", &format!("/dev/userfaultfd: {error}"))?;
-    }
-    Ok(opened.is_ok())
-}
-
 fn round_trip(cpus: u32, arguments: &[&str]) -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
+    let ground = match arguments {
+        [] => Ground::kvm()?,
+        _ => Ground::kvm_and_userfaultfd()?,
+    };
+    let Some(ground) = ground else {
         return Ok(());
     };
     let dir = ground.scratch().join("snapshot");
@@ -125,18 +118,12 @@ fn guest_of_two_cpus_is_restored() -> Outcome {
 
 #[test]
 fn guest_goes_on_while_its_memory_is_loaded() -> Outcome {
-    match may_load_lazily()? {
-        true => round_trip(1, &["--lazy"]),
-        false => Ok(()),
-    }
+    round_trip(1, &["--lazy"])
 }
 
 #[test]
 fn guest_of_two_cpus_goes_on_while_its_memory_is_loaded() -> Outcome {
-    match may_load_lazily()? {
-        true => round_trip(2, &["--lazy"]),
-        false => Ok(()),
-    }
+    round_trip(2, &["--lazy"])
 }
 
 #[test]
@@ -175,6 +162,32 @@ fn flip(file: &Path, at: u64) -> Outcome {
     Ok(file.write_all_at(&byte, at)?)
 }
 
+/// Bytes of memory: of the heartbeat's page, and one at the end that was never written.
+const DAMAGED: [u64; 2] = [0x10_0000, (64 << 20) - 1];
+
+#[test]
+fn damage_found_while_memory_is_loaded_ends_the_vm() -> Outcome {
+    let Some(ground) = Ground::kvm_and_userfaultfd()? else {
+        return Ok(());
+    };
+    let dir = ground.scratch().join("snapshot");
+    let vm = busy(&ground, 1)?;
+    take(&vm, &dir)?;
+    drop(vm);
+    let memory = dir.join("memory");
+    for at in DAMAGED {
+        flip(&memory, at)?;
+        let (code, said) = refused(&ground, &dir, &["--lazy"])?;
+        let expected = "VM refused ends at once, its memory cannot be loaded:";
+        ensure!(
+            code == Some(6) && said.contains(expected),
+            "{code:?} {said}"
+        );
+        flip(&memory, at)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn damage_is_told_and_never_runs() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
@@ -185,9 +198,7 @@ fn damage_is_told_and_never_runs() -> Outcome {
     take(&vm, &dir)?;
     drop(vm);
     let (memory, manifest) = (dir.join("memory"), dir.join("manifest"));
-    // The heartbeat's page, and one at the end of memory that was never written.
-    let end = (64 << 20) - 1;
-    for (at, chunk) in [(0x10_0000, 0x10_0000), (end, (64 << 20) - 0x1_0000)] {
+    for (at, chunk) in DAMAGED.into_iter().zip([0x10_0000, (64 << 20) - 0x1_0000]) {
         flip(&memory, at)?;
         let (code, said) = refused(&ground, &dir, &[])?;
         let expected = format!(
@@ -199,14 +210,6 @@ fn damage_is_told_and_never_runs() -> Outcome {
             code == Some(1) && said.contains(&expected),
             "{code:?} {said}"
         );
-        if may_load_lazily()? {
-            let (code, said) = refused(&ground, &dir, &["--lazy"])?;
-            let expected = "VM refused ends at once, its memory cannot be loaded:";
-            ensure!(
-                code == Some(6) && said.contains(expected),
-                "{code:?} {said}"
-            );
-        }
         flip(&memory, at)?;
     }
     let length = fs::metadata(&manifest)?.len();

@@ -1,6 +1,7 @@
 //! What a test stands on.
 
 use std::ffi::OsStr;
+use std::os::fd::FromRawFd;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -50,6 +51,21 @@ impl Ground {
         };
         if !netns::allowed()? {
             skip("net", "no network namespaces or TAPs can be made here")?;
+            return Ok(None);
+        }
+        Ok(Some(ground))
+    }
+
+    /// The same for a test in which a VM's memory comes when it is touched.
+    ///
+    /// # Errors
+    /// As [`Ground::kvm`]; `DROVER_REQUIRE` names `userfaultfd` then.
+    pub fn kvm_and_userfaultfd() -> anyhow::Result<Option<Self>> {
+        let Some(ground) = Self::kvm()? else {
+            return Ok(None);
+        };
+        if let Some(reason) = userfaultfd_missing() {
+            skip("userfaultfd", &reason)?;
             return Ok(None);
         }
         Ok(Some(ground))
@@ -161,6 +177,28 @@ fn kvm_missing() -> Option<String> {
     opened
         .err()
         .map(|error| format!("/dev/kvm cannot be opened: {error}"))
+}
+
+/// Why this user may not serve page faults of KVM: by the device, else, as on kernels without it,
+/// by the system call.
+fn userfaultfd_missing() -> Option<String> {
+    let device = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/userfaultfd");
+    let error = device.err()?;
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: a plain call without a structure.
+    #[allow(unsafe_code)]
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    let Ok(fd @ 0..) = i32::try_from(fd) else {
+        let call = std::io::Error::last_os_error();
+        return Some(format!("/dev/userfaultfd: {error}, userfaultfd(2): {call}"));
+    };
+    // SAFETY: the descriptor is new and nobody else owns it.
+    #[allow(unsafe_code)]
+    drop(unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) });
+    None
 }
 
 #[cfg(test)]
