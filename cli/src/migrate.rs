@@ -1,5 +1,6 @@
 //! `drover migrate` and `drover migration`.
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -151,20 +152,38 @@ pub(crate) async fn watch(
         }
     };
     let bar = Bar::new(quiet);
+    let phase = Cell::new(Phase::Connecting);
     let ending = tokio::select! {
-        ending = follow(client, PATH, request, last_word) => ending,
-        never = refresh(client, &bar) => match never {},
+        ending = follow(client, PATH, request, last_word) => ending?,
+        never = refresh(client, &bar, &phase) => match never {},
     };
     bar.clear();
-    ending
+    Ok(match ending {
+        // Then it was, or may have been, the destination's.
+        Ending::VmEnded(reason) if is_handed_over(phase.get()) => {
+            Ending::Silent(format!("while it was handed over, {reason}"))
+        }
+        other => other,
+    })
 }
 
-/// Draws progress until the VM no longer answers.
-async fn refresh(client: &Client, bar: &Bar) -> Infallible {
+/// Whether the destination may run the VM.
+fn is_handed_over(phase: Phase) -> bool {
+    match phase {
+        Phase::Connecting | Phase::Precopy => false,
+        Phase::Switchover | Phase::Postcopy | Phase::Unlinked | Phase::Ended => true,
+    }
+}
+
+/// Draws progress and notes the phase, until the VM no longer answers.
+async fn refresh(client: &Client, bar: &Bar, phase: &Cell<Phase>) -> Infallible {
     loop {
         tokio::time::sleep(REFRESH).await;
         match client.get::<MigrationStatus>(PATH).await {
-            Ok(status) if status.active => bar.draw(&status.progress),
+            Ok(status) if status.active => {
+                phase.set(status.progress.phase);
+                bar.draw(&status.progress);
+            }
             // Not begun yet, or over: the last word comes with the events.
             Ok(_) | Err(ClientError::Refused { .. }) => {}
             Err(_) => std::future::pending().await,

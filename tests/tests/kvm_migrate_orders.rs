@@ -39,19 +39,23 @@ struct Slow {
 
 impl Slow {
     fn start(ground: &Ground, vm: &Vm) -> anyhow::Result<Self> {
+        let slow = Self::start_with(ground, vm, &SLOWLY)?;
+        wait_phase(vm, "precopy")?;
+        Ok(slow)
+    }
+
+    fn start_with(ground: &Ground, vm: &Vm, arguments: &[&str]) -> anyhow::Result<Self> {
         let place = Place::new(ground, "there").start()?;
         let mut command = vm.control().command("migrate", &[&place.url]);
-        command.args(SLOWLY).stderr(std::process::Stdio::piped());
+        command.args(arguments).stderr(std::process::Stdio::piped());
         let (mut child, output) = vm.control().spawn(command)?;
         let messages = Follower::follow(child.stderr.take().context("piped")?);
-        let slow = Self {
+        Ok(Self {
             child,
             output,
             messages,
             place,
-        };
-        wait_phase(vm, "precopy")?;
-        Ok(slow)
+        })
     }
 
     /// How `drover migrate` ended.
@@ -301,6 +305,37 @@ fn migration_that_connects_obeys_at_once() -> Outcome {
         let took = begin.elapsed();
         ensure!(took < Duration::from_secs(3), "{took:?}: {}", output.text());
     }
+    Ok(())
+}
+
+#[test]
+fn vm_that_is_stopped_when_it_runs_there_is_in_doubt() -> Outcome {
+    let Some(ground) = Ground::kvm_and_userfaultfd()? else {
+        return Ok(());
+    };
+    let cmdline = "run=dirty dirty.dirty_len=24M dirty.progress_ms=0 dirty.rate_mib_s=0 \
+                   dirty.order=random dirty.write=incompressible";
+    let mut vm = writing(&ground, cmdline)?;
+    let postcopy = [
+        "--timeout",
+        "0s",
+        "--on-timeout",
+        "postcopy",
+        "--bandwidth",
+        "8M",
+    ];
+    let mut slow = Slow::start_with(&ground, &vm, &postcopy)?;
+    wait_phase(&vm, "postcopy")?;
+    // `drover migrate` looks every 200 ms.
+    std::thread::sleep(Duration::from_millis(500));
+    vm.control().drover("stop", &[])?;
+    vm.wait_exit(SOON)?;
+    let finished = slow.end()?;
+    let said = finished.stderr.lines().last().unwrap_or_default();
+    assert_eq!(finished.code(), Some(7), "{finished:?}");
+    let expected = "drover: VM vm does not say what became of its migration (while it was handed \
+                    over, it was stopped): it may run at the destination, look there";
+    assert_eq!(said, expected);
     Ok(())
 }
 
