@@ -19,6 +19,9 @@ use tests::harness::watch::{Seen, Watch};
 
 type Outcome = anyhow::Result<()>;
 
+/// How late the watch may see a beat on a machine with other work.
+const LATE_LOOK: Duration = Duration::from_millis(20);
+
 /// Numbers that look random and are the same every time.
 struct Dice(u64);
 
@@ -182,12 +185,19 @@ fn kill_destination(stage: &mut Stage, moment: Moment, tally: &mut Tally) -> Out
     let migrating = Migrating::start(&vm, &place.url)?;
     moment.wait(&watch);
     place.vm.kill()?;
+    let dead = Instant::now();
     let (code, said) = migrating.end()?;
     match code {
         0 => {
             tally.migrated += 1;
-            // It was the destination's, whether it has come to run there or not.
-            watch.finish()?;
+            // It was the destination's, whether it has come to run there or not: nobody who was
+            // dead by then can have taken it.
+            let seen = watch.finish()?;
+            ensure!(
+                seen.last.at <= dead + LATE_LOOK,
+                "the VM ran here for {:?} after the destination's end, and was surrendered",
+                seen.last.at - dead
+            );
             ensure!(
                 said.contains(" has moved to ") && vm.wait_exit(SOON)?.code() == Some(0),
                 "{said}"
