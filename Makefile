@@ -5,13 +5,16 @@ PREFIX ?= /usr/local
 # Seconds that `make fuzz` gives each target, and `make test` in its short round.
 FUZZ_SECONDS ?= 300
 FUZZ_SMOKE_SECONDS ?= 3
+# Migrations of each chain, and kills in all, in `make test-migrate-long`.
+MIGRATIONS ?= 100
+KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-kvm test-lab test-fuzz bench bench-migrate fuzz lint deny doc \
-        openapi ci install
+.PHONY: help deps build demo test test-unit test-kvm test-migrate-long test-lab test-fuzz bench bench-migrate fuzz \
+        lint deny doc openapi ci install
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that building and testing need
 	@packaging/install-packages.sh packaging/packages-build.txt packaging/packages-test.txt \
@@ -23,7 +26,7 @@ deps-build:
 build: deps-build ## Build the drover binary, target/release/drover
 	$(CARGO) build --release --locked --package drover
 
-demo: build ## Boot the built-in guest
+demo: build ## Boot the built-in guest and move it to a second process, live
 	target/release/drover demo
 
 test: deps lint deny test-unit test-kvm test-lab test-fuzz doc ## Set up everything and run all tests
@@ -35,6 +38,10 @@ test-unit: ## Tests that need no KVM
 test-kvm: build ## Tests on this machine's /dev/kvm
 	$(CARGO) build --locked --package vmm --examples
 	$(CARGO) test --locked --package tests --test 'kvm_*'
+
+test-migrate-long: build ## Migrations by the hundred, and 200 kills of either side (minutes)
+	DROVER_MIGRATIONS=$(MIGRATIONS) DROVER_KILLS=$(KILLS) $(CARGO) test --locked --package tests \
+	    --test kvm_migrate --test kvm_migrate_kill
 
 test-lab: build ## Real Linux guests in a nested lab under QEMU's software emulation
 	$(CARGO) build --locked --package tests --bins

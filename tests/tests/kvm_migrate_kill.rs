@@ -1,7 +1,7 @@
 //! One side of a migration is killed, at any moment: at most one copy of the VM runs, and what
 //! became of it is said.
 //!
-//! `DROVER_KILLS=200` kills more often; `DROVER_SEED` chooses other moments.
+//! `DROVER_KILLS=200` kills so often, all tests together; `DROVER_SEED` chooses other moments.
 
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -18,6 +18,9 @@ use tests::harness::vm::{SOON, Vm};
 use tests::harness::watch::{Seen, Watch};
 
 type Outcome = anyhow::Result<()>;
+
+/// Each kills one side, with or without a disk.
+const TESTS: u32 = 4;
 
 /// How late the watch may see a beat on a machine with other work.
 const LATE_LOOK: Duration = Duration::from_millis(20);
@@ -306,7 +309,7 @@ fn kill_often(kill: Kill, with_disk: bool, test: u64) -> Outcome {
     let mut dice = Dice::new(test)?;
     let length = stage.length()?;
     let mut tally = Tally::default();
-    for number in 1..=repetitions("DROVER_KILLS", 15)?.div_ceil(2) {
+    for number in 1..=repetitions("DROVER_KILLS", 32)?.div_ceil(TESTS) {
         let moment = Moment::choose(&mut dice, length);
         let done = kill(&mut stage, moment, &mut tally);
         done.with_context(|| format!("kill {number}, {moment:?} of {length:?}; {tally:?}"))?;
