@@ -281,3 +281,34 @@ fn visit(folder: &Path, f: &mut dyn FnMut(&Path, &str)) {
         }
     }
 }
+
+#[test]
+fn every_event_and_reason_of_the_api_is_in_its_description() {
+    let document: Value = serde_json::from_str(include_str!("../../docs/openapi.json")).unwrap();
+    let page = include_str!("../../docs/control-api.md");
+    let rows: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let schemas = &document["components"]["schemas"];
+    let events = schemas["EventKind"]["oneOf"].as_array().unwrap();
+    assert!(events.len() > 10);
+    for event in events {
+        let name = event["properties"]["event"]["enum"][0].as_str().unwrap();
+        let quoted = format!("`{name}`");
+        let first_cell = |row: &&str| {
+            row.split('|')
+                .nth(1)
+                .is_some_and(|cell| cell.contains(&quoted))
+        };
+        assert!(rows.iter().any(first_cell), "event {name} is not described");
+    }
+    let ended = rows
+        .iter()
+        .find(|row| row.starts_with("| `ended`"))
+        .unwrap();
+    for reason in schemas["EndReason"]["enum"].as_array().unwrap() {
+        let quoted = format!("`{}`", reason.as_str().unwrap());
+        assert!(ended.contains(&quoted), "reason {reason} is not described");
+    }
+}
