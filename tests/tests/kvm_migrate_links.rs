@@ -84,7 +84,7 @@ fn dead_addresses_among_several_do_not_matter() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    // One that nobody listens on, and one that never answers: its queue is full.
+    // One that nobody listens on any more, and one that was never there.
     let refusing = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
     let refusing = format!("tcp://{refusing}");
     let missing = format!("unix:{}", ground.scratch().join("nobody").display());
