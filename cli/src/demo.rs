@@ -16,6 +16,7 @@ use crate::args::DemoArgs;
 use crate::control::block_on;
 use crate::ending::Ending;
 use crate::migrate::{print_report, watch};
+use crate::units::time;
 
 /// A bare-metal guest: a PVH ELF that runs commands from its command line.
 pub(crate) static GUEST: &[u8] = include_bytes!(env!("DROVER_GUEST_ELF"));
@@ -174,9 +175,9 @@ impl Second {
         let blackout = report.blackout.map_or(0, |blackout| blackout.total_us);
         println!(
             "\nThe guest has checked {} pages after the move: all as it had written them.\n\
-             It stood still for {:.1} ms.",
+             It stood still for {}.",
             field("checked="),
-            blackout as f64 / 1000.0
+            time(blackout)
         );
         Ok(ExitCode::SUCCESS)
     }

@@ -14,6 +14,7 @@ mod run;
 mod shell;
 mod snapshot;
 mod table;
+mod units;
 
 use std::process::ExitCode;
 

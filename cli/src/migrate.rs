@@ -23,6 +23,7 @@ use crate::args::{MigrateArgs, MigrationArgs, MigrationCommand, MigrationSetArgs
 use crate::control::{block_on, find, print_json};
 use crate::ending::{Ending, follow};
 use crate::report::render;
+use crate::units::{rate, size, time};
 
 const PATH: &str = "/v1/migration";
 
@@ -213,7 +214,7 @@ impl Display {
 fn describe_round(round: &RoundReport) -> String {
     let mix = round.pages;
     format!(
-        "round {}: {} pages (zero {}, raw {}, lz4 {}, delta {}), {} in {} ms, {}; {} pages changed \
+        "round {}: {} pages (zero {}, raw {}, lz4 {}, delta {}), {} in {}, {}; {} pages changed \
          meanwhile, {}",
         round.number,
         mix.total(),
@@ -222,7 +223,7 @@ fn describe_round(round: &RoundReport) -> String {
         mix.lz4,
         mix.delta,
         size(round.wire_bytes),
-        round.duration_us / 1000,
+        time(round.duration_us),
         rate(round.link_bytes_per_s()),
         round.dirty_pages,
         rate(round.dirty_bytes_per_s()),
@@ -273,7 +274,7 @@ fn bar_line(progress: &Progress) -> String {
     let mix = progress.pages;
     let percent = |part: u64| part * 100 / mix.total().max(1);
     let blackout = match progress.predicted_blackout_us {
-        Some(micros) => format!(", blackout about {}", millis(micros)),
+        Some(micros) => format!(", blackout about {}", time(micros)),
         None => String::new(),
     };
     let throttle = match progress.cpu_percent {
@@ -342,23 +343,23 @@ pub(crate) fn print_report(report: &MigrationReport) {
     if let Some(blackout) = report.blackout {
         println!(
             "blackout {}: stopping {}, last dirty log {}, last {} pages {}, restoring {}, handing over {}",
-            millis(blackout.total_us),
-            millis(blackout.pause_us),
-            millis(blackout.harvest_us),
+            time(blackout.total_us),
+            time(blackout.pause_us),
+            time(blackout.harvest_us),
             blackout.pages,
-            millis(blackout.pages_us),
-            millis(blackout.prepare_us),
-            millis(blackout.commit_us),
+            time(blackout.pages_us),
+            time(blackout.prepare_us),
+            time(blackout.commit_us),
         );
     }
     if let Some(later) = report.postcopy {
         println!(
             "post-copy {}: {} pages came after the start; the guest waited for {}, {} on average, {} at most",
-            millis(later.total_us),
+            time(later.total_us),
             later.pages,
             later.faults,
-            millis(later.mean_fault_us),
-            millis(later.longest_fault_us),
+            time(later.mean_fault_us),
+            time(later.longest_fault_us),
         );
     }
     let mix = report.pages;
@@ -422,39 +423,9 @@ fn set(args: &MigrationSetArgs) -> Result<()> {
         .with_context(|| format!("VM {}", args.name))
 }
 
-/// `1.2 GiB`, three digits at most.
-fn size(bytes: u64) -> String {
-    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
-    match units.into_iter().find(|(shift, _)| bytes >> shift > 0) {
-        Some((shift, unit)) => format!("{:.1} {unit}", bytes as f64 / f64::from(1_u32 << shift)),
-        None => format!("{bytes} B"),
-    }
-}
-
-fn rate(bytes_per_s: u64) -> String {
-    format!("{}/s", size(bytes_per_s))
-}
-
-fn millis(micros: u64) -> String {
-    format!("{:.1} ms", micros as f64 / 1000.0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_one_decimal_and_a_unit() {
-        let cases = [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1536, "1.5 KiB"),
-            (5 << 30, "5.0 GiB"),
-        ];
-        for (bytes, text) in cases {
-            assert_eq!(size(bytes), text);
-        }
-    }
 
     #[test]
     fn object_for_scripts_has_times_in_milliseconds_and_rates_of_each_round() {

@@ -6,18 +6,16 @@
 //! | `blackout` | the time that the VM stood still, in its parts |
 //! | `chart` | SVG charts |
 //! | `rounds` | the rounds in charts and as a table |
-//! | `units` | amounts as people write them |
 
 mod blackout;
 mod chart;
 mod rounds;
-mod units;
 
 use std::time::SystemTime;
 
 use vmm::migrate::{Bottleneck, MigrationOutcome, MigrationReport};
 
-use units::{count, escape, percent, rate, size, time};
+use crate::units::{count, escape, percent, rate, size, time};
 
 const STYLE: &str = include_str!("report/style.css");
 

@@ -12,6 +12,7 @@ use crate::control::{block_on, find, print_json};
 use crate::demo::GUEST;
 use crate::ending::{Ending, ended, follow};
 use crate::receive::arrival;
+use crate::units::{size, time};
 
 pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
     let client = find(&args.name)?;
@@ -46,10 +47,10 @@ fn print_report(report: &SnapshotReport) {
     let name = &report.name;
     match &report.error {
         None => println!(
-            "{name} is in {directory}: {} MiB of memory, {} MiB written in {} ms",
-            report.memory_bytes >> 20,
-            report.written_bytes >> 20,
-            report.total_ms
+            "{name} is in {directory}: {} of memory, {} written in {}",
+            size(report.memory_bytes),
+            size(report.written_bytes),
+            time(report.total_ms.saturating_mul(1000))
         ),
         Some(error) => {
             let goes_on = if report.paused {
@@ -61,10 +62,7 @@ fn print_report(report: &SnapshotReport) {
         }
     }
     if let Some(still) = report.stood_still {
-        println!(
-            "it stood still for {:.1} ms",
-            still.total_us as f64 / 1000.0
-        );
+        println!("it stood still for {}", time(still.total_us));
     }
 }
 

@@ -5,7 +5,7 @@ use vmm::migrate::progress::Blackout;
 
 use super::chart::{Series, legend, strip};
 use super::rounds::card;
-use super::units::{count, percent, size, time};
+use crate::units::{count, percent, size, time};
 
 /// A part of the blackout and what happens in it.
 struct Part {

@@ -6,7 +6,7 @@
 
 use std::fmt::Write;
 
-use super::units::{axis_end, escape, share};
+use crate::units::{axis_end, escape, share};
 
 const WIDTH: f64 = 440.0;
 const HEIGHT: f64 = 220.0;

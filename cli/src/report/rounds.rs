@@ -4,7 +4,7 @@ use vmm::migrate::MigrationReport;
 use vmm::migrate::progress::{PageMix, RoundReport};
 
 use super::chart::{Chart, Series, legend};
-use super::units::{count, percent, rate, size, time};
+use crate::units::{count, percent, rate, size, time};
 
 const SENT: Series = Series {
     name: "sent",

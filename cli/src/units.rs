@@ -3,13 +3,13 @@
 const SIZES: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
 
 /// `bytes` with three digits: `1.25 GiB`.
-pub(super) fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let (value, unit) = scaled(bytes);
     format!("{} {unit}", digits(value))
 }
 
 /// `bytes_per_s` likewise: `118 MiB/s`.
-pub(super) fn rate(bytes_per_s: u64) -> String {
+pub(crate) fn rate(bytes_per_s: u64) -> String {
     format!("{}/s", size(bytes_per_s))
 }
 
@@ -41,7 +41,7 @@ fn digits(value: f64) -> String {
 }
 
 /// A time: `850 µs`, `12.4 ms`, `3.02 s`, `2 min 5 s`, `1 h 4 min`.
-pub(super) fn time(micros: u64) -> String {
+pub(crate) fn time(micros: u64) -> String {
     let seconds = micros.saturating_add(500_000) / 1_000_000;
     match micros {
         0..1_000 => format!("{micros} µs"),
@@ -53,7 +53,7 @@ pub(super) fn time(micros: u64) -> String {
 }
 
 /// A number with its thousands apart: `1,234,567`.
-pub(super) fn count(number: u64) -> String {
+pub(crate) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -66,7 +66,7 @@ pub(super) fn count(number: u64) -> String {
 }
 
 /// `part` of `whole` in percent, `0 %` of nothing.
-pub(super) fn percent(part: u64, whole: u64) -> String {
+pub(crate) fn percent(part: u64, whole: u64) -> String {
     let value = 100.0 * share(part, whole);
     match value {
         value if part > 0 && value < 0.1 => "< 0.1 %".to_owned(),
@@ -75,7 +75,7 @@ pub(super) fn percent(part: u64, whole: u64) -> String {
 }
 
 /// `part` of `whole`, 0 of nothing.
-pub(super) fn share(part: u64, whole: u64) -> f64 {
+pub(crate) fn share(part: u64, whole: u64) -> f64 {
     if whole == 0 {
         return 0.0;
     }
@@ -83,7 +83,7 @@ pub(super) fn share(part: u64, whole: u64) -> f64 {
 }
 
 /// The end of an axis: a round size in its unit, at least `bytes`, whose half is round, too.
-pub(super) fn axis_end(bytes: u64) -> u64 {
+pub(crate) fn axis_end(bytes: u64) -> u64 {
     const STEPS: [u64; 15] = [
         2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400, 600, 800, 1024,
     ];
@@ -98,7 +98,7 @@ pub(super) fn axis_end(bytes: u64) -> u64 {
 }
 
 /// `text` for HTML and XML, in elements and attributes. Control characters become visible.
-pub(super) fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut escaped = String::new();
     for character in text.chars() {
         match character {
