@@ -1,9 +1,12 @@
 //! A process as the kernel shows it under `/proc`.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+
+/// `USER_HZ`, the unit of times in proc(5), on x86-64.
+pub const TICKS_PER_SECOND: u64 = 100;
 
 /// A process.
 #[derive(Clone, Debug)]
@@ -74,6 +77,40 @@ impl ProcessView {
     /// When the process is gone.
     pub fn rss_bytes(&self) -> anyhow::Result<u64> {
         self.memory_field("status", "VmRSS")
+    }
+
+    /// The same at once, as the kernel counts it by the way (`RssAnon`).
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn anonymous_bytes(&self) -> anyhow::Result<u64> {
+        self.memory_field("status", "RssAnon")
+    }
+
+    /// User and system time of all threads, those that have ended included, in
+    /// [`TICKS_PER_SECOND`]. Works for a process that has ended and was not waited for, too.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_ticks(&self) -> anyhow::Result<u64> {
+        cpu_ticks(&self.folder.join("stat"))
+    }
+
+    /// The same of the threads whose names begin with one of `prefixes`.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_ticks_of(&self, prefixes: &[&str]) -> anyhow::Result<u64> {
+        let mut sum = 0;
+        for entry in std::fs::read_dir(self.folder.join("task"))? {
+            let folder = entry?.path();
+            // A thread may end between being listed and being looked at.
+            let name = std::fs::read_to_string(folder.join("comm")).unwrap_or_default();
+            if prefixes.iter().any(|prefix| name.starts_with(prefix)) {
+                sum += cpu_ticks(&folder.join("stat")).unwrap_or(0);
+            }
+        }
+        Ok(sum)
     }
 
     fn memory_field(&self, file: &str, field: &str) -> anyhow::Result<u64> {
@@ -154,6 +191,17 @@ impl ProcessView {
     pub fn exists(&self) -> bool {
         self.folder.exists()
     }
+}
+
+fn cpu_ticks(stat: &Path) -> anyhow::Result<u64> {
+    let text = std::fs::read_to_string(stat).with_context(|| stat.display().to_string())?;
+    // The name is in parentheses and may have any character; state is the first field behind it.
+    let rest = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    let mut fields = rest.split(' ').skip(11).map(str::parse::<u64>);
+    let (Some(Ok(user)), Some(Ok(system))) = (fields.next(), fields.next()) else {
+        bail!("{} has no times: {text}", stat.display());
+    };
+    Ok(user + system)
 }
 
 fn find_field<'a>(text: &'a str, field: &str) -> Option<&'a str> {

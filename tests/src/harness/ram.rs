@@ -15,6 +15,9 @@ const LOW_RAM_END: u64 = 3 << 30;
 
 const PAGE_BYTES: usize = 4096;
 
+/// How memory files of guests are called: Drover's, QEMU's.
+const MEMORY_FILES: [&str; 2] = ["/memfd:guest-ram", "/memfd:memory-backend-memfd"];
+
 /// A VM's memory. It stays readable after the VM has ended.
 #[derive(Debug)]
 pub struct GuestMemory {
@@ -50,7 +53,8 @@ impl GuestMemory {
         for entry in std::fs::read_dir(&folder).with_context(|| folder.clone())? {
             let path = entry?.path();
             let target = std::fs::read_link(&path).unwrap_or_default();
-            if target.to_string_lossy().starts_with("/memfd:guest-ram") {
+            let target = target.to_string_lossy();
+            if MEMORY_FILES.iter().any(|name| target.starts_with(name)) {
                 let file = File::open(&path).with_context(|| path.display().to_string())?;
                 let memory = Self { file };
                 ensure!(memory.size_bytes()? > 0, "guest memory has no size yet");

@@ -1,29 +1,22 @@
 //! What is seen of a migration from outside: when the guest stands still, what it costs.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use drover_guest::heartbeat;
-
 use super::table::number;
+use crate::harness::proc::{ProcessView, TICKS_PER_SECOND};
+use crate::harness::ram::GuestMemory;
 
 /// Between two looks at the heartbeats.
 const INTERVAL: Duration = Duration::from_micros(150);
 /// Looks between two looks at the processes.
 const LOOKS_PER_SAMPLE: u32 = 40;
-/// How memory files of guests are called: Drover's, QEMU's.
-const MEMORY_FILES: [&str; 2] = ["/memfd:guest-ram", "/memfd:memory-backend-memfd"];
 /// How threads of vCPUs are called: Drover's, QEMU's.
 const VCPU_THREADS: [&str; 2] = ["vcpu", "CPU "];
 /// How long the guest may take to go on after the migration is said to be over.
 const RESUME_LIMIT: Duration = Duration::from_secs(10);
-/// `USER_HZ`, the unit of times in proc(5), is 100 on x86-64.
-const TICKS_PER_SECOND: f64 = 100.0;
 
 /// A thread that watches two processes until it is told that the migration is over.
 pub(super) struct Watch {
@@ -52,7 +45,7 @@ impl Watch {
         let over = Arc::new(AtomicBool::new(false));
         let watcher = Watcher {
             over: Arc::clone(&over),
-            memory: memory_of(source)?.context("the source has no guest memory")?,
+            memory: GuestMemory::of(source)?,
             source: Cost::of(source)?,
             destination: Cost::of(destination)?,
         };
@@ -75,25 +68,28 @@ impl Watch {
 
 struct Watcher {
     over: Arc<AtomicBool>,
-    memory: File,
+    memory: GuestMemory,
     source: Cost,
     destination: Cost,
 }
 
 impl Watcher {
     fn run(mut self) -> anyhow::Result<Seen> {
-        let mut arrived = None;
+        let mut arrived: Option<GuestMemory> = None;
         let mut beats = Beats::default();
         let mut deadline = None;
         for look in 0_u32.. {
             // The destination first: what was copied is then never ahead of what is read next.
-            let there = arrived.as_ref().map(counter).transpose()?.unwrap_or(0);
-            let here = counter(&self.memory)?;
+            let there = match &arrived {
+                Some(memory) => memory.heartbeat()?.counter,
+                None => 0,
+            };
+            let here = self.memory.heartbeat()?.counter;
             beats.see(Instant::now(), here, there);
             if look % LOOKS_PER_SAMPLE == 0 {
                 self.source.sample();
                 if arrived.is_none() {
-                    arrived = memory_of(self.destination.pid).unwrap_or_default();
+                    arrived = GuestMemory::of(self.destination.pid).ok();
                 }
             }
             if beats.blackout().is_some() {
@@ -144,48 +140,26 @@ impl Beats {
     }
 }
 
-fn counter(memory: &File) -> anyhow::Result<u64> {
-    let mut word = [0; 8];
-    let offset = heartbeat::GPA + heartbeat::COUNTER_OFFSET as u64;
-    memory.read_exact_at(&mut word, offset)?;
-    Ok(u64::from_le_bytes(word))
-}
-
-/// The guest's memory in process `pid`; `None`: there is none yet.
-fn memory_of(pid: u32) -> anyhow::Result<Option<File>> {
-    let folder = format!("/proc/{pid}/fd");
-    for entry in std::fs::read_dir(&folder).with_context(|| folder.clone())? {
-        let path = entry?.path();
-        let target = std::fs::read_link(&path).unwrap_or_default();
-        let target = target.to_string_lossy();
-        if MEMORY_FILES.iter().any(|name| target.starts_with(name)) {
-            let memory = File::open(&path)?;
-            // Made, but not sized yet.
-            if memory.metadata()?.len() > heartbeat::GPA + heartbeat::SIZE as u64 {
-                return Ok(Some(memory));
-            }
-        }
-    }
-    Ok(None)
-}
-
 /// What a process uses, since it was first looked at.
 struct Cost {
     pid: u32,
-    before_ticks: f64,
-    vcpu_before_ticks: f64,
-    vcpu_ticks: f64,
-    before_bytes: f64,
-    most_bytes: f64,
+    view: ProcessView,
+    before_ticks: u64,
+    vcpu_before_ticks: u64,
+    vcpu_ticks: u64,
+    before_bytes: u64,
+    most_bytes: u64,
 }
 
 impl Cost {
     fn of(pid: u32) -> anyhow::Result<Self> {
-        let bytes = anonymous_bytes(pid).context("the process has no memory")?;
-        let vcpu = vcpu_ticks(pid).context("the process has no threads")?;
+        let view = ProcessView::of(pid);
+        let bytes = view.anonymous_bytes()?;
+        let vcpu = view.cpu_ticks_of(&VCPU_THREADS)?;
         Ok(Self {
             pid,
-            before_ticks: ticks(&format!("/proc/{pid}/stat"))?,
+            before_ticks: view.cpu_ticks()?,
+            view,
             vcpu_before_ticks: vcpu,
             vcpu_ticks: vcpu,
             before_bytes: bytes,
@@ -195,60 +169,25 @@ impl Cost {
 
     /// Of a process that is ending nothing can be told; what was seen last stays.
     fn sample(&mut self) {
-        if let Some(bytes) = anonymous_bytes(self.pid) {
+        if let Ok(bytes) = self.view.anonymous_bytes() {
             self.most_bytes = self.most_bytes.max(bytes);
         }
-        if let Some(ticks) = vcpu_ticks(self.pid) {
+        if let Ok(ticks) = self.view.cpu_ticks_of(&VCPU_THREADS) {
             self.vcpu_ticks = self.vcpu_ticks.max(ticks);
         }
     }
 
     fn growth_bytes(&self) -> f64 {
-        self.most_bytes - self.before_bytes
+        number(self.most_bytes - self.before_bytes)
     }
 
     /// Works for a process that has ended and was not waited for, too.
     fn cpu_seconds(&mut self) -> anyhow::Result<f64> {
         self.sample();
-        let all = ticks(&format!("/proc/{}/stat", self.pid))? - self.before_ticks;
+        let all = self.view.cpu_ticks()?.saturating_sub(self.before_ticks);
         let vcpus = self.vcpu_ticks - self.vcpu_before_ticks;
-        Ok((all - vcpus).max(0.0) / TICKS_PER_SECOND)
+        Ok(number(all.saturating_sub(vcpus)) / number(TICKS_PER_SECOND))
     }
-}
-
-/// User and system time of a process or thread.
-fn ticks(path: &str) -> anyhow::Result<f64> {
-    let text = std::fs::read_to_string(path).with_context(|| path.to_owned())?;
-    // The name is in parentheses and may have any character; state is the first field behind it.
-    let rest = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    let mut fields = rest.split(' ').skip(11).map(str::parse::<u64>);
-    let (Some(Ok(user)), Some(Ok(system))) = (fields.next(), fields.next()) else {
-        bail!("{path} has no times: {text}");
-    };
-    Ok(number(user + system))
-}
-
-fn vcpu_ticks(pid: u32) -> Option<f64> {
-    let mut sum = 0.0;
-    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).ok()? {
-        let folder = entry.ok()?.path();
-        // A thread may end between being listed and being looked at.
-        let name = std::fs::read_to_string(folder.join("comm")).unwrap_or_default();
-        if VCPU_THREADS.iter().any(|prefix| name.starts_with(prefix)) {
-            sum += ticks(&folder.join("stat").display().to_string()).unwrap_or(0.0);
-        }
-    }
-    Some(sum)
-}
-
-/// Memory that no file holds: not the guest's.
-fn anonymous_bytes(pid: u32) -> Option<f64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let field = text
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"))?;
-    let kib: u64 = field.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(number(kib << 10))
 }
 
 #[cfg(test)]
