@@ -12,7 +12,6 @@ mod machine;
 mod moves;
 mod qemu;
 mod qmp;
-mod signal;
 mod table;
 mod watch;
 
@@ -95,11 +94,9 @@ impl Options {
 /// When a VMM does not do what it should, or memory does not arrive intact; not for a bar that is
 /// missed.
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    signal::watch_interrupts()?;
     let Some(ground) = Ground::kvm_and_net()? else {
         return Ok(());
     };
-    signal::remove_when_interrupted(ground.scratch().path());
     Peers::new(&ground)?;
     let bench = cases::Bench {
         ground: &ground,
