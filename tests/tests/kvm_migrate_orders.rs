@@ -491,11 +491,10 @@ fn who_writes_is_slowed_down_and_who_does_not_write_is_not() -> Outcome {
         std::thread::sleep(Duration::from_secs(1));
         let after = vcpu_seconds(&vm)?;
         let [writer, other] = [0, 1].map(|vcpu| after[vcpu] - before[vcpu]);
-        ensure!(writer < 0.15, "the writer has had {writer} of a second");
-        Ok(other > 4.0 * writer)
+        Ok(writer < 0.15 && other > 4.0 * writer)
     };
     let looks: anyhow::Result<Vec<_>> = (0..5).map(|_| look()).collect();
-    ensure!(looks?.contains(&true), "both are slowed down");
+    ensure!(looks?.contains(&true), "both or none are slowed down");
     migration(&ground, "cancel", &[])?.success()?;
     process::wait_exit(&mut child, SOON)?.context("drover migrate does not end")?;
     vm.type_text("s")?;
