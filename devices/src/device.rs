@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 
 /// Name of a device within its VM, stable over save and restore: `disk0`, `net1`, `serial`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -114,6 +114,11 @@ pub trait Device: Send + Sync {
 
     /// Whether [`Device::save`] can work. Asked at any time, also while running.
     fn migratability(&self) -> Migratability;
+
+    /// What [`Device::save`] writes and [`Device::restore`] reads: its own format, then those of
+    /// states within its own. Told at any time, also while running: a peer is asked whether it
+    /// reads them before anything else is sent.
+    fn state_formats(&self) -> Vec<StateFormat>;
 
     /// The state that a guest or its driver can observe. Pure: changes neither the device nor
     /// guest memory.

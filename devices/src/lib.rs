@@ -34,6 +34,7 @@ pub mod chardev;
 pub mod counters;
 pub mod device;
 pub mod events;
+mod formats;
 pub mod interrupt;
 pub mod irqchip;
 pub mod legacy;
@@ -49,5 +50,6 @@ pub mod testing;
 
 pub use bus::{Bus, BusError, IoHandler};
 pub use device::{Device, DeviceError, DeviceId, Migratability};
+pub use formats::FORMATS;
 pub use memory::GuestRam;
-pub use state::{DeviceState, RestoreError, SaveError};
+pub use state::{DeviceState, RestoreError, SaveError, StateFormat};

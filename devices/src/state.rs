@@ -28,6 +28,46 @@ pub struct DeviceState {
     pub bytes: Vec<u8>,
 }
 
+/// A kind of state and the versions of it that this build knows. One constant serves writing,
+/// reading and telling a peer, so that they cannot differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateFormat {
+    /// See [`DeviceState::kind`].
+    pub kind: &'static str,
+    /// Oldest version that is read: the one before the newest, or the only one.
+    pub oldest: u32,
+    /// Newest version that is read, and the one that is written.
+    pub newest: u32,
+}
+
+impl StateFormat {
+    /// A kind of which there is one version.
+    #[must_use]
+    pub const fn first(kind: &'static str) -> Self {
+        Self {
+            kind,
+            oldest: 1,
+            newest: 1,
+        }
+    }
+
+    /// Encodes a wire structure of the newest version.
+    ///
+    /// # Errors
+    /// [`SaveError::Encode`] when the encoder fails.
+    pub fn encode<T: Serialize>(&self, wire: &T) -> Result<DeviceState, SaveError> {
+        DeviceState::encode(self.kind, self.newest, wire)
+    }
+
+    /// Decodes a state of any version that is read, see [`DeviceState::decode`].
+    ///
+    /// # Errors
+    /// As [`DeviceState::decode`].
+    pub fn decode<T: DeserializeOwned>(&self, state: &DeviceState) -> Result<T, RestoreError> {
+        state.decode(self.kind, self.oldest..=self.newest)
+    }
+}
+
 /// A device's state could not be saved.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {

@@ -10,6 +10,7 @@ use tests::harness::ground::Ground;
 use tests::harness::image;
 use tests::harness::moving::{Place, failure, migrate, reason_not_moved, try_migrate};
 use tests::harness::process;
+use tests::harness::relay::Relay;
 use tests::harness::vhost_user::Server;
 use tests::harness::vm::{SOON, Vm, VmSpec};
 
@@ -275,6 +276,75 @@ fn devices_that_the_vm_does_not_have_are_named() -> Outcome {
          lan (it has [])"
     );
     Ok(())
+}
+
+/// Each state is one version further than it is, or of a kind to come.
+fn from_the_future(description: Vec<u8>) -> Vec<u8> {
+    let text = String::from_utf8(description).expect("JSON");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    for state in json["states"].as_array_mut().expect("a list") {
+        let version = state["version"].as_u64().expect("a number");
+        state["version"] = (version + 1).into();
+        if state["kind"] == "cmos" {
+            state["kind"] = "hpet".into();
+        }
+    }
+    json.to_string().into_bytes()
+}
+
+/// As builds described machines before they told the versions of states.
+fn from_the_past(description: Vec<u8>) -> Vec<u8> {
+    let text = String::from_utf8(description).expect("JSON");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    json["version"] = 1.into();
+    let removed = json.as_object_mut().expect("a map").remove("states");
+    assert!(removed.is_some(), "{text}");
+    json.to_string().into_bytes()
+}
+
+#[test]
+fn states_that_the_destination_cannot_read_are_listed_before_a_page_moves() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let path = ground.scratch().join("disk");
+    image::new_raw(&path, 1 << 20)?;
+    let disk = format!("path={}", path.display());
+    let spec = ground.vm("run=heartbeat").cpus("2");
+    let mut vm = started(&spec.args(&["--disk", &disk]))?;
+    // Of another build, which has not even the disk.
+    let gone = ground.scratch().join("gone");
+    let here = format!("disk0={}", gone.display());
+    let place = Place::new(&ground, "there").args(&["--disk", &here]);
+    let place = place.start()?;
+    let relay = Relay::describing(&place.url, from_the_future)?;
+    let reason = refused(&vm, &relay.url, &[])?;
+    let mut reasons = reason.split("; ");
+    let disk = reasons.next().context("no reason")?;
+    let begin = format!("the destination refuses: disk0: {} ", gone.display());
+    ensure!(disk.starts_with(&begin), "{disk}");
+    assert_eq!(
+        reasons.collect::<Vec<_>>(),
+        [
+            "vCPUs: vcpu state version 2, this build reads 1 to 1",
+            "clock: kvm-clock state version 2, this build reads 1 to 1",
+            "device ioapic: ioapic state version 2, this build reads 1 to 1",
+            "device pci: pci-host-bridge state version 2, this build reads 1 to 1",
+            "device acpi: acpi-registers state version 2, this build reads 1 to 1",
+            "device rtc: hpet state version 2, this build reads none of that kind",
+            "device serial: serial-16550 state version 2, this build reads 1 to 1",
+            "device disk0: virtio-pci state version 2, this build reads 1 to 1",
+            "device disk0: virtio-block state version 2, this build reads 1 to 1",
+        ]
+    );
+    // What says nothing of versions is tried.
+    let mut place = Place::new(&ground, "there").start()?;
+    let relay = Relay::describing(&place.url, from_the_past)?;
+    migrate(vm.control(), &relay.url, &[])?;
+    vm.wait_exit(SOON)?;
+    place.vm.memory()?.wait_beat(SOON)?;
+    place.vm.type_text("s")?;
+    place.vm.wait_end(SOON)?.check()
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use migration::snapshot::Manifest;
 use serde_json::Value;
 use tests::harness::control::Control;
 use tests::harness::ground::Ground;
@@ -402,4 +403,41 @@ fn places_that_no_snapshot_can_have_are_refused() -> Outcome {
     let (_, said) = refused(&ground, &empty, &["--disk", "disk9=x"])?;
     ensure!(said.contains("the VM has no disk disk9"), "{said}");
     Ok(())
+}
+
+#[test]
+fn states_that_this_build_cannot_read_are_told_before_memory_is() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let dir = ground.scratch().join("snapshot");
+    let vm = busy(&ground, 1)?;
+    take(&vm, &dir)?;
+    drop(vm);
+    let path = dir.join("manifest");
+    let whole = Manifest::decode(&fs::read(&path)?)?;
+    // With damage in memory, which nobody comes to see.
+    flip(&dir.join("memory"), 0x10_0000)?;
+
+    // As later builds make them.
+    let mut later = whole.clone();
+    for section in &mut later.sections {
+        section.version += u32::from(["vcpu0", "rtc"].contains(&section.id.as_str()));
+    }
+    fs::write(&path, later.encode()?)?;
+    let said = "this host cannot restore the VM: vCPUs: vcpu state version 2, this build reads 1 \
+                to 1; device rtc: cmos state version 2, this build reads 1 to 1";
+    let (code, found) = refused(&ground, &dir, &[])?;
+    ensure!(code == Some(1) && found.ends_with(said), "{code:?} {found}");
+
+    // As builds made them that did not describe their states.
+    let mut earlier = whole;
+    let mut description: Value = serde_json::from_slice(&earlier.skeleton)?;
+    description["version"] = 1.into();
+    let fields = description.as_object_mut().context("a map")?;
+    fields.remove("states").context("no states")?;
+    earlier.skeleton = description.to_string().into_bytes();
+    fs::write(&path, earlier.encode()?)?;
+    flip(&dir.join("memory"), 0x10_0000)?;
+    check(restore(&ground, &dir, "again", &[])?)
 }

@@ -3,6 +3,7 @@
 
 mod registers;
 
+pub(crate) use registers::FORMAT;
 pub use registers::{
     AcpiRegisters, AcpiRegistersStateV1, GED_EVENTS_OFFSET, GED_POWER_BUTTON, REGISTER_BYTES,
     RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET, SLEEP_TYPE_S5,

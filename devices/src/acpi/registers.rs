@@ -10,9 +10,10 @@ use super::{GuestRequest, GuestRequests};
 use crate::bus::IoHandler;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
 use crate::interrupt::IrqLine;
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 
 const KIND: &str = "acpi-registers";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// Bytes of the block.
 pub const REGISTER_BYTES: u64 = 8;
@@ -128,13 +129,17 @@ impl Device for AcpiRegisters {
         Migratability::Supported
     }
 
+    fn state_formats(&self) -> Vec<StateFormat> {
+        vec![FORMAT]
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let events = *self.events();
-        DeviceState::encode(KIND, 1, &AcpiRegistersStateV1 { events })
+        FORMAT.encode(&AcpiRegistersStateV1 { events })
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: AcpiRegistersStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: AcpiRegistersStateV1 = FORMAT.decode(state)?;
         if wire.events & !GED_POWER_BUTTON != 0 {
             let value = format!("{:#x}", wire.events);
             return Err(RestoreError::field(

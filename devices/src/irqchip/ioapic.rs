@@ -11,7 +11,7 @@ use super::state::{IoApicEntryV1, IoApicStateV1};
 use crate::bus::IoHandler;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
 use crate::interrupt::{InterruptError, IrqLine, MsiMessage, MsiRoute, MsiRouter};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::warn_limited;
 
 /// Number of input pins.
@@ -20,6 +20,7 @@ pub const IOAPIC_PINS: u8 = 24;
 pub const IOAPIC_BYTES: u64 = 0x1000;
 
 const KIND: &str = "ioapic";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 /// Version 0x20 has an EOI register; 0x11, as here, leaves EOI to the local APIC's broadcast.
 const VERSION: u32 = 0x11;
 
@@ -270,6 +271,10 @@ impl Device for IoApic {
         Migratability::Supported
     }
 
+    fn state_formats(&self) -> Vec<StateFormat> {
+        vec![FORMAT]
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let inner = self.lock();
         let entries = inner.pins.iter().map(|pin| IoApicEntryV1 {
@@ -281,11 +286,11 @@ impl Device for IoApic {
             id: inner.id,
             entries: entries.collect(),
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: IoApicStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: IoApicStateV1 = FORMAT.decode(state)?;
         let mut inner = self.lock();
         if wire.entries.len() != inner.pins.len() {
             let why = format!("expected {IOAPIC_PINS} pins");

@@ -3,5 +3,6 @@
 mod ioapic;
 mod state;
 
+pub(crate) use ioapic::FORMAT;
 pub use ioapic::{IOAPIC_BYTES, IOAPIC_PINS, IoApic, IoApicPin};
 pub use state::{IoApicEntryV1, IoApicStateV1};

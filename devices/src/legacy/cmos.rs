@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::bus::IoHandler;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 
 const KIND: &str = "cmos";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// Ports 0x70 and 0x71.
 pub const CMOS_BYTES: u64 = 2;
@@ -303,6 +304,10 @@ impl Device for Cmos {
         Migratability::Supported
     }
 
+    fn state_formats(&self) -> Vec<StateFormat> {
+        vec![FORMAT]
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let inner = self.lock();
         let wire = CmosStateV1 {
@@ -310,11 +315,11 @@ impl Device for Cmos {
             cells: inner.cells.to_vec(),
             offset_seconds: inner.offset_seconds,
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: CmosStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: CmosStateV1 = FORMAT.decode(state)?;
         let cells: [u8; CELLS] = wire.cells.as_slice().try_into().map_err(|_| {
             let why = format!("expected {CELLS} bytes");
             RestoreError::field(KIND, "cells", wire.cells.len(), why)

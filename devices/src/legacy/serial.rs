@@ -14,9 +14,10 @@ use crate::bus::IoHandler;
 use crate::chardev::{ByteQueue, CharDevice};
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
 use crate::interrupt::IrqLine;
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 
 const KIND: &str = "serial-16550";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// Ports of the device.
 pub const SERIAL_BYTES: u64 = 8;
@@ -362,6 +363,10 @@ impl Device for Serial {
         Migratability::Supported
     }
 
+    fn state_formats(&self) -> Vec<StateFormat> {
+        vec![FORMAT]
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let inner = self.lock();
         let wire = SerialStateV1 {
@@ -374,11 +379,11 @@ impl Device for Serial {
             tx_interrupt: inner.tx_interrupt,
             rx: inner.rx.to_vec(),
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: SerialStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: SerialStateV1 = FORMAT.decode(state)?;
         if wire.rx.len() > RX_CAPACITY {
             let why = format!("at most {RX_CAPACITY} bytes");
             return Err(RestoreError::field(KIND, "rx", wire.rx.len(), why));

@@ -8,9 +8,9 @@ use super::config::{ConfigSpace, FunctionIdentity};
 use super::function::{Doorbell, PciFunction};
 use super::state::ConfigStateV1;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 
-const KIND: &str = "pci-host-bridge";
+pub(crate) const FORMAT: StateFormat = StateFormat::first("pci-host-bridge");
 
 /// Wire structure of the host bridge.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,17 +118,21 @@ impl Device for HostBridge {
         Migratability::Supported
     }
 
+    fn state_formats(&self) -> Vec<StateFormat> {
+        vec![FORMAT]
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let inner = self.inner.lock();
         let wire = HostBridgeStateV1 {
             config_address: inner.config_address,
             config: inner.space.save(),
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: HostBridgeStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: HostBridgeStateV1 = FORMAT.decode(state)?;
         let mut inner = self.inner.lock();
         inner.space.restore(&wire.config)?;
         inner.config_address = wire.config_address;

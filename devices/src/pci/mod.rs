@@ -17,6 +17,7 @@ pub use address::{Bdf, InvalidBdf};
 pub use bar::{BarChange, BarKind, BarLocation, BarSpec};
 pub use config::{CapabilityId, ConfigSpace, FunctionIdentity};
 pub use function::{Doorbell, PciFunction};
+pub(crate) use host_bridge::FORMAT as HOST_BRIDGE_FORMAT;
 pub use host_bridge::HostBridgeStateV1;
 pub use msix::{MSIX_CAP_LEN, Msix, MsixLayout};
 pub use root::{BarWindows, DoorbellRegistry, PciRoot, PciRootError, Window};

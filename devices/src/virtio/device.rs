@@ -9,7 +9,7 @@ use super::interrupt::VirtioInterrupt;
 use super::queue::Virtqueue;
 use crate::GuestRam;
 use crate::device::Migratability;
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 
 /// Device types (virtio 1.2 section 5) that Drover offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,6 +152,9 @@ pub trait VirtioDevice: Send {
 
     /// See [`crate::Device::migratability`].
     fn migratability(&self) -> Migratability;
+
+    /// What [`VirtioDevice::save`] writes; `None` when it cannot be saved at all.
+    fn state_format(&self) -> Option<StateFormat>;
 
     /// State beyond what the transport keeps. Called while inactive.
     ///

@@ -28,6 +28,7 @@ pub use device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
 pub use interrupt::{QueueInterrupt, VirtioInterrupt};
+pub(crate) use pci::FORMAT;
 pub use pci::{VirtioPci, VirtioPciError};
 pub use queue::{Chain, QueueError, Segment, Segments, Virtqueue};
 pub use state::{QueueStateV1, VirtioPciStateV1};

@@ -1,4 +1,5 @@
-//! A relay between the two sides of a migration that breaks the connection off at a chosen message.
+//! A relay between the two sides of a migration that breaks the connection off at a chosen message,
+//! or changes the machine's description on its way.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -6,10 +7,19 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use anyhow::Context;
-use migration::wire::{FrameHeader, FrameKind, frame::HEADER_BYTES};
+use migration::wire::{FrameHeader, FrameKind, Message, frame::HEADER_BYTES};
 
 /// What a message may take to come.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// What happens on the control connection.
+#[derive(Clone, Copy)]
+enum Deed {
+    /// This message gets lost, and the connection with it.
+    Cut(FrameKind),
+    /// The machine's description becomes another one.
+    Describe(fn(Vec<u8>) -> Vec<u8>),
+}
 
 /// A relay, listening.
 #[derive(Debug)]
@@ -26,11 +36,23 @@ impl Relay {
     /// # Errors
     /// When there is no port for it.
     pub fn start(target: &str, kind: FrameKind) -> anyhow::Result<Self> {
+        Self::with(target, Deed::Cut(kind))
+    }
+
+    /// A relay to `target` that sends `describe` of the machine's description in its place.
+    ///
+    /// # Errors
+    /// When there is no port for it.
+    pub fn describing(target: &str, describe: fn(Vec<u8>) -> Vec<u8>) -> anyhow::Result<Self> {
+        Self::with(target, Deed::Describe(describe))
+    }
+
+    fn with(target: &str, deed: Deed) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let url = format!("tcp://{}", listener.local_addr()?);
         let target = target.strip_prefix("tcp://").context("not tcp://")?;
         let (target, (told, cut)) = (target.to_owned(), channel());
-        std::thread::spawn(move || serve(&listener, &target, kind, &told));
+        std::thread::spawn(move || serve(&listener, &target, deed, &told));
         Ok(Self { url, cut })
     }
 
@@ -48,7 +70,7 @@ impl Relay {
 fn serve(
     listener: &TcpListener,
     target: &str,
-    kind: FrameKind,
+    deed: Deed,
     told: &Sender<FrameKind>,
 ) -> io::Result<()> {
     let mut is_control = true;
@@ -64,7 +86,7 @@ fn serve(
         for (from, to) in ways {
             let told = is_control.then(|| told.clone());
             std::thread::spawn(move || match told {
-                Some(told) => pass_frames((from, to), kind, &told),
+                Some(told) => pass_frames((from, to), deed, &told),
                 None => pass_bytes(from, to),
             });
         }
@@ -77,24 +99,47 @@ fn pass_bytes(mut from: TcpStream, mut to: TcpStream) -> io::Result<()> {
     to.shutdown(Shutdown::Write)
 }
 
-/// Passes frames on until `kind` comes; that one is not passed on, nor anything after it.
+/// Passes frames on; one that gets lost takes everything after it along.
 fn pass_frames(
     (mut from, mut to): (TcpStream, TcpStream),
-    kind: FrameKind,
+    deed: Deed,
     told: &Sender<FrameKind>,
 ) -> io::Result<()> {
     let mut header = [0; HEADER_BYTES];
     while from.read_exact(&mut header).is_ok() {
         let parsed = FrameHeader::decode(&header).map_err(io::Error::other)?;
-        if parsed.kind == kind {
-            from.shutdown(Shutdown::Both)?;
-            to.shutdown(Shutdown::Both)?;
-            // Nobody may wait for it.
-            let _ = told.send(kind);
-            return Ok(());
+        match deed {
+            Deed::Cut(kind) if parsed.kind == kind => {
+                from.shutdown(Shutdown::Both)?;
+                to.shutdown(Shutdown::Both)?;
+                // Nobody may wait for it.
+                let _ = told.send(kind);
+                return Ok(());
+            }
+            Deed::Describe(describe) if parsed.kind == FrameKind::Offer => {
+                let mut payload = Vec::new();
+                (&mut from)
+                    .take(parsed.payload_bytes.into())
+                    .read_to_end(&mut payload)?;
+                let message = Message::decode(parsed.kind, &payload).map_err(io::Error::other)?;
+                to.write_all(&offer(message, describe)?)?;
+                continue;
+            }
+            Deed::Cut(_) | Deed::Describe(_) => {}
         }
         to.write_all(&header)?;
         io::copy(&mut (&mut from).take(parsed.payload_bytes.into()), &mut to)?;
     }
     to.shutdown(Shutdown::Write)
+}
+
+fn offer(message: Message, describe: fn(Vec<u8>) -> Vec<u8>) -> io::Result<Vec<u8>> {
+    let message = match message {
+        Message::Offer(mut offer) => {
+            offer.skeleton = describe(offer.skeleton);
+            Message::Offer(offer)
+        }
+        other => other,
+    };
+    message.encode().map_err(io::Error::other)
 }

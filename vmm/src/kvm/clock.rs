@@ -1,11 +1,13 @@
 //! The paravirtual clock's state on the wire.
 
-use devices::state::{DeviceState, RestoreError, SaveError};
+use devices::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 use serde::{Deserialize, Serialize};
 
 const KIND: &str = "kvm-clock";
-const VERSION: u32 = 1;
+
+/// The clock's state, as written and read here.
+pub const CLOCK_FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// The paravirtual clock of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +43,7 @@ impl ClockState {
             nanos: self.nanos,
             realtime_nanos: self.realtime_nanos,
         };
-        DeviceState::encode(KIND, VERSION, &wire)
+        CLOCK_FORMAT.encode(&wire)
     }
 
     /// From the wire.
@@ -49,7 +51,7 @@ impl ClockState {
     /// # Errors
     /// [`RestoreError`] for another kind of state, or a time that no clock reaches.
     pub fn restore(state: &DeviceState) -> Result<Self, RestoreError> {
-        let wire: ClockStateV1 = state.decode(KIND, VERSION..=VERSION)?;
+        let wire: ClockStateV1 = CLOCK_FORMAT.decode(state)?;
         if i64::try_from(wire.nanos).is_err() {
             let why = "later than any clock goes";
             return Err(RestoreError::field(KIND, "nanos", wire.nanos, why));

@@ -34,7 +34,7 @@ mod vcpu_state;
 mod vm;
 mod writers;
 
-pub use clock::ClockState;
+pub use clock::{CLOCK_FORMAT, ClockState};
 pub use dirty_log::DirtyLog;
 pub use doorbell::KvmDoorbells;
 pub use error::KvmError;
@@ -44,5 +44,5 @@ pub use system::{Capability, REQUIRED, System};
 pub use thread::{GuestGate, VcpuContext, VcpuEvent, VcpuEvents, VcpuSet};
 pub use tsc::{HostTsc, is_same_frequency};
 pub use vcpu::{Buses, ExitCounters, InternalError, Vcpu, VcpuExitError};
-pub use vcpu_state::VcpuStateError;
+pub use vcpu_state::{VCPU_FORMAT, VcpuStateError};
 pub use vm::Vm;

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use devices::state::{DeviceState, RestoreError, SaveError};
+use devices::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use kvm_bindings::{Xsave, kvm_mp_state, kvm_msr_entry, kvm_xsave};
 use kvm_ioctls::KvmNestedStateBuffer;
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,9 @@ use super::tsc::TscState;
 
 /// Kind of a vCPU's state.
 pub(super) const KIND: &str = "vcpu";
-const VERSION: u32 = 1;
+
+/// A vCPU's state, as written and read here.
+pub const VCPU_FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// More MSRs than any processor's state has.
 const MAX_MSRS: usize = 1024;
@@ -127,7 +129,7 @@ pub(super) fn encode(state: &VcpuState, tsc: TscState) -> Result<DeviceState, Sa
             bytes(all.get(..len).unwrap_or(all))
         }),
     };
-    DeviceState::encode(KIND, VERSION, &wire)
+    VCPU_FORMAT.encode(&wire)
 }
 
 /// Decodes a state for a host with `shape`. Whether KVM takes its values is another matter.
@@ -135,7 +137,7 @@ pub(super) fn decode(
     state: &DeviceState,
     shape: StateShape,
 ) -> Result<(VcpuState, TscState), RestoreError> {
-    let wire: VcpuStateV1 = state.decode(KIND, VERSION..=VERSION)?;
+    let wire: VcpuStateV1 = VCPU_FORMAT.decode(state)?;
     let tsc = TscState {
         value: wire.tsc,
         khz: wire.tsc_khz,

@@ -26,7 +26,7 @@ use crate::control::errors::chain;
 use crate::host::meminfo::HostMemory;
 use crate::kvm::is_same_frequency;
 use crate::memory::check_userfault;
-use crate::migrate::{LazyRam, RamPages, Skeleton};
+use crate::migrate::{LazyRam, RamPages, Skeleton, unreadable};
 
 /// What is different here from the host that the machine comes from.
 #[derive(Clone, Debug, Default)]
@@ -146,6 +146,15 @@ impl ArrivalSite {
         skeleton: &Skeleton,
         locks: DiskLocks,
     ) -> Result<Arrived, Vec<String>> {
+        let unreadable = unreadable(&skeleton.states);
+        match self.assemble(skeleton, locks) {
+            Ok(arrived) if unreadable.is_empty() => Ok(arrived),
+            Ok(_) => Err(unreadable),
+            Err(reasons) => Err([reasons, unreadable].concat()),
+        }
+    }
+
+    fn assemble(&self, skeleton: &Skeleton, locks: DiskLocks) -> Result<Arrived, Vec<String>> {
         let mut config = skeleton.config.clone();
         let cpuid = skeleton.cpuid();
         let mut reasons = self.adapt(&mut config).err().unwrap_or_default();

@@ -19,7 +19,8 @@ use crate::config::{VmConfig, VmName};
 use crate::host::disk::HandoverError;
 use crate::memory::{Userfault, UserfaultError};
 use crate::migrate::{
-    LazyMemory, RamPages, Skeleton, SnapshotError, SnapshotMemory, SnapshotReadError, open_snapshot,
+    LazyMemory, RamPages, Skeleton, SnapshotError, SnapshotMemory, SnapshotReadError, StateVersion,
+    open_snapshot,
 };
 
 /// A VM could not be restored.
@@ -92,6 +93,9 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
     let (manifest, memory) = open_snapshot(&options.directory)?;
     let skeleton = Skeleton::decode(&manifest.skeleton);
     let mut skeleton = skeleton.map_err(|reason| RestoreError::Refused(vec![reason]))?;
+    // Those of a description of version 1 are known from here alone.
+    let states = manifest.sections.iter().map(StateVersion::of);
+    skeleton.states.extend(states);
     if options.lazy {
         check_lazy(&skeleton.config)?;
         // Pages that are there cannot come when they are touched.

@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use devices::Device;
-use devices::state::{DeviceState, RestoreError, SaveError};
+use devices::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use migration::Section;
 
 use super::runtime::{Machine, StoppedTime};
-use crate::kvm::{ClockState, HostTsc, KvmError, VcpuStateError};
+use crate::kvm::{CLOCK_FORMAT, ClockState, HostTsc, KvmError, VCPU_FORMAT, VcpuStateError};
+use crate::migrate::StateVersion;
 
 const CLOCK: &str = "clock";
 
@@ -97,6 +98,23 @@ fn device_state(section: Section) -> DeviceState {
 }
 
 impl Machine {
+    /// Which states [`Machine::save`] will write, those within others included.
+    pub(super) fn state_versions(&self) -> Vec<StateVersion> {
+        let state = |section: &str, format: StateFormat| StateVersion {
+            section: section.to_owned(),
+            kind: format.kind.to_owned(),
+            version: format.newest,
+        };
+        let vcpus = (0..self.vcpus.len()).map(|index| state(&vcpu_section(index), VCPU_FORMAT));
+        let mut states: Vec<_> = vcpus.chain([state(CLOCK, CLOCK_FORMAT)]).collect();
+        for entry in &self.devices {
+            let id = entry.device.id().as_str();
+            let formats = entry.device.state_formats().into_iter();
+            states.extend(formats.map(|format| state(id, format)));
+        }
+        states
+    }
+
     /// The state of vCPUs, clock and devices. Guest memory is not part of it. Changes nothing.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! | `page_store` | guest RAM by pages |
 //! | `kvm_log`, `write_log` | who has written to it |
 //! | `skeleton` | what a destination needs to build the machine |
+//! | `states` | versions of the states that will come, and whether this build reads them |
 //! | `session` | a migration's thread on the source |
 //! | `report` | what operators ask for and are told |
 
@@ -15,6 +16,7 @@ mod report;
 mod session;
 mod skeleton;
 mod snapshot;
+mod states;
 mod write_log;
 
 pub use kvm_log::{KvmLogTracker, UnionTracker};
@@ -30,4 +32,5 @@ pub(crate) use session::Session;
 pub use skeleton::Skeleton;
 pub(crate) use snapshot::{LazyMemory, SnapshotMemory, SnapshotSession, open as open_snapshot};
 pub use snapshot::{SnapshotError, SnapshotReadError, SnapshotReport, SnapshotRequest};
+pub use states::{StateVersion, unreadable};
 pub use write_log::WriteLogTracker;

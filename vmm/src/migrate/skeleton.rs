@@ -3,10 +3,14 @@
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
+use super::states::{StateVersion, check_states};
 use crate::config::VmConfig;
 
-/// Version of the description that this build writes, and the only one so far.
-const VERSION: u16 = 1;
+/// Version of the description that this build writes.
+const VERSION: u16 = 2;
+
+/// Oldest version that this build reads: without [`Skeleton::states`].
+const OLDEST_VERSION: u16 = 1;
 
 /// CPUID leaves at most, as KVM has it (`KVM_MAX_CPUID_ENTRIES`).
 const MAX_CPUID_ENTRIES: usize = 256;
@@ -25,6 +29,9 @@ pub struct Skeleton {
     pub devices: Vec<(String, String)>,
     /// Whether the machine stands still, and shall do so afterwards.
     pub paused: bool,
+    /// Every state that will be sent. Empty: unknown, as in version 1.
+    #[serde(default)]
+    pub states: Vec<StateVersion>,
 }
 
 impl Skeleton {
@@ -34,7 +41,7 @@ impl Skeleton {
         config: VmConfig,
         cpuid: &[kvm_cpuid_entry2],
         tsc_khz: Option<u32>,
-        devices: Vec<(String, String)>,
+        (devices, states): (Vec<(String, String)>, Vec<StateVersion>),
         paused: bool,
     ) -> Self {
         let words = |entry: &kvm_cpuid_entry2| {
@@ -57,6 +64,7 @@ impl Skeleton {
             tsc_khz,
             devices,
             paused,
+            states,
         }
     }
 
@@ -80,12 +88,14 @@ impl Skeleton {
         }
         let malformed = |error| format!("the VM's description is malformed: {error}");
         let Version { version } = serde_json::from_slice(bytes).map_err(malformed)?;
-        if version != VERSION {
+        if !(OLDEST_VERSION..=VERSION).contains(&version) {
             return Err(format!(
-                "the VM's description has version {version}, this build reads {VERSION}"
+                "the VM's description has version {version}, this build reads {OLDEST_VERSION} to \
+                 {VERSION}"
             ));
         }
         let skeleton: Self = serde_json::from_slice(bytes).map_err(malformed)?;
+        check_states(version, &skeleton.states)?;
         let found = skeleton.cpuid.len();
         if found > MAX_CPUID_ENTRIES {
             return Err(format!(
@@ -116,30 +126,4 @@ impl Skeleton {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn descriptions_read_back_and_others_are_refused() {
-        let leaf = kvm_cpuid_entry2 {
-            function: 7,
-            index: 1,
-            ecx: 5,
-            ..kvm_cpuid_entry2::default()
-        };
-        let devices = vec![("disk0".to_owned(), "virtio-block".to_owned())];
-        let skeleton = Skeleton::new(VmConfig::default(), &[leaf], Some(2_000_000), devices, true);
-        let read = Skeleton::decode(&skeleton.encode()).unwrap();
-        assert_eq!(read, skeleton);
-        assert_eq!(read.cpuid(), [leaf]);
-
-        let text = String::from_utf8(skeleton.encode()).unwrap();
-        let newer = text.replacen("\"version\":1", "\"version\":2", 1);
-        assert_eq!(
-            Skeleton::decode(newer.as_bytes()).unwrap_err(),
-            "the VM's description has version 2, this build reads 1"
-        );
-        let error = Skeleton::decode(b"{\"version\":1}").unwrap_err();
-        assert!(error.contains("missing field"), "{error}");
-    }
-}
+mod tests;

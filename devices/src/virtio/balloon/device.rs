@@ -16,7 +16,7 @@ use super::worker::{BalloonWorker, Parts, Queues};
 use crate::counters::{Counter, Counters};
 use crate::device::Migratability;
 use crate::events::Reporter;
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
@@ -24,6 +24,7 @@ use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
 
 const KIND: &str = "virtio-balloon";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 const QUEUE_SIZE: u16 = 128;
 /// Inflate, deflate, statistics, free page hints, free page reports.
 const QUEUES: usize = 5;
@@ -279,12 +280,16 @@ impl VirtioDevice for Balloon {
         Migratability::Supported
     }
 
+    fn state_format(&self) -> Option<StateFormat> {
+        Some(FORMAT)
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
-        DeviceState::encode(KIND, 1, &self.shared.save())
+        FORMAT.encode(&self.shared.save())
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: BalloonStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: BalloonStateV1 = FORMAT.decode(state)?;
         let ram_pages = self.shared.ram_pages();
         for (field, pages) in [
             ("target_pages", wire.target_pages),

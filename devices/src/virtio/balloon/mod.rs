@@ -14,6 +14,7 @@ mod state;
 mod stats;
 mod worker;
 
+pub(crate) use device::FORMAT;
 pub use device::{Balloon, BalloonCounters, BalloonError, BalloonOptions};
 pub use handle::{BalloonHandle, TargetError};
 pub use reclaim::RamReclaim;

@@ -18,7 +18,7 @@ use crate::device::Migratability;
 use crate::events::Reporter;
 use crate::rate::{RateLimiter, RateLimits};
 use crate::rate_log::RateLimit;
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
@@ -26,6 +26,7 @@ use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
 
 const KIND: &str = "virtio-block";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// How a block device appears to the guest.
 #[derive(Clone, Debug)]
@@ -227,6 +228,10 @@ impl VirtioDevice for Block {
         Migratability::Supported
     }
 
+    fn state_format(&self) -> Option<StateFormat> {
+        Some(FORMAT)
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let info = &self.shared.info;
         let wire = BlockStateV1 {
@@ -235,11 +240,11 @@ impl VirtioDevice for Block {
             read_only: info.read_only,
             writeback: self.writeback,
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: BlockStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: BlockStateV1 = FORMAT.decode(state)?;
         let info = &self.shared.info;
         let capacity = info.capacity_bytes / SECTOR_BYTES;
         if wire.capacity_sectors != capacity {

@@ -17,5 +17,6 @@ mod test_driver;
 pub use backend::{
     BlockBackend, BlockInfo, BlockIo, BlockOp, BlockRequest, Completion, SECTOR_BYTES,
 };
+pub(crate) use device::FORMAT;
 pub use device::{Block, BlockCounters, BlockOptions};
 pub use state::BlockStateV1;

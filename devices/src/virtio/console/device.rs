@@ -9,7 +9,7 @@ use super::state::ConsoleStateV1;
 use super::worker::ConsoleWorker;
 use crate::counters::{Counter, Counters};
 use crate::device::{DeviceId, Migratability};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
@@ -17,6 +17,7 @@ use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
 
 const KIND: &str = "virtio-console";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 const QUEUE_SIZE: u16 = 128;
 
 /// What a console counts.
@@ -171,6 +172,10 @@ impl VirtioDevice for Console {
         Migratability::Supported
     }
 
+    fn state_format(&self) -> Option<StateFormat> {
+        Some(FORMAT)
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let (size, input) = self.port.save();
         let wire = ConsoleStateV1 {
@@ -179,11 +184,11 @@ impl VirtioDevice for Console {
             input,
             transmitted: self.transmitted,
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: ConsoleStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: ConsoleStateV1 = FORMAT.decode(state)?;
         if wire.input.len() > CAPACITY {
             let why = format!("at most {CAPACITY} bytes");
             return Err(RestoreError::field(KIND, "input", wire.input.len(), why));

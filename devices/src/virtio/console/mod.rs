@@ -11,6 +11,7 @@ mod port;
 mod state;
 mod worker;
 
+pub(crate) use device::FORMAT;
 pub use device::{Console, ConsoleCounters};
 pub use port::{ConsolePort, ConsoleSize};
 pub use state::ConsoleStateV1;

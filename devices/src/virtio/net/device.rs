@@ -17,7 +17,7 @@ use super::worker::PairWorker;
 use crate::device::Migratability;
 use crate::events::Reporter;
 use crate::rate::{RateLimiter, RateLimits};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
@@ -25,6 +25,7 @@ use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
 
 const KIND: &str = "virtio-net";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// How a network device appears to the guest.
 #[derive(Clone, Copy, Debug)]
@@ -237,6 +238,10 @@ impl VirtioDevice for Net {
         Migratability::Supported
     }
 
+    fn state_format(&self) -> Option<StateFormat> {
+        Some(FORMAT)
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let registers = self.shared.registers();
         let wire = NetStateV1 {
@@ -246,11 +251,11 @@ impl VirtioDevice for Net {
             active_pairs: registers.active_pairs,
             offloads: registers.offloads.map(Offloads::bits),
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: NetStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: NetStateV1 = FORMAT.decode(state)?;
         let refuse =
             |field, value: String, why: String| Err(RestoreError::field(KIND, field, value, why));
         if !control::is_unicast(wire.mac) {

@@ -38,6 +38,7 @@ mod worker;
 
 pub use backend::{HEADER_BYTES, MAX_PACKET_BYTES, NetBackend, NetInfo, NetQueue, Offloads};
 pub use counters::{DirectionCounters, NetCounters};
+pub(crate) use device::FORMAT;
 pub use device::{Net, NetOptions};
 pub use shared::{Announcement, NetHandle};
 pub use state::NetStateV1;

@@ -4,4 +4,5 @@ mod capabilities;
 mod common;
 mod transport;
 
+pub(crate) use transport::FORMAT;
 pub use transport::{VirtioPci, VirtioPciError};

@@ -267,6 +267,7 @@ impl PciFunction for VirtioPci {
 }
 
 mod lifecycle;
+pub(crate) use lifecycle::FORMAT;
 mod registers;
 #[cfg(test)]
 mod tests;

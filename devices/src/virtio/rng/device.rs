@@ -9,14 +9,14 @@ use crate::counters::{Counter, Counters};
 use crate::device::Migratability;
 use crate::events::Reporter;
 use crate::rate::RateLimits;
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
 
-const KIND: &str = "virtio-rng";
+pub(crate) const FORMAT: StateFormat = StateFormat::first("virtio-rng");
 const QUEUE_SIZE: u16 = 64;
 
 /// How an entropy device behaves.
@@ -125,12 +125,16 @@ impl VirtioDevice for Rng {
         Migratability::Supported
     }
 
+    fn state_format(&self) -> Option<StateFormat> {
+        Some(FORMAT)
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
-        DeviceState::encode(KIND, 1, &RngStateV1 {})
+        FORMAT.encode(&RngStateV1 {})
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let RngStateV1 {} = state.decode(KIND, 1..=1)?;
+        let RngStateV1 {} = FORMAT.decode(state)?;
         Ok(())
     }
 }

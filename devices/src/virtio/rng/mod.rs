@@ -8,6 +8,7 @@ mod entropy;
 mod state;
 mod worker;
 
+pub(crate) use device::FORMAT;
 pub use device::{Rng, RngCounters, RngOptions};
 pub use entropy::Entropy;
 pub use state::RngStateV1;

@@ -15,7 +15,7 @@ use super::rings::{Call, drain, finish, first_unfinished};
 use super::watch::{Shared, Watch};
 use crate::device::Migratability;
 use crate::events::Reporter;
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::device::{Activation, ActivationError, DeviceIdentity, VirtioDevice};
 use crate::virtio::interrupt::VirtioInterrupt;
 use crate::virtio::queue::Virtqueue;
@@ -339,6 +339,10 @@ impl VirtioDevice for VhostUser {
 
     fn migratability(&self) -> Migratability {
         Migratability::Blocked(BLOCKED.to_owned())
+    }
+
+    fn state_format(&self) -> Option<StateFormat> {
+        None
     }
 
     fn save(&self) -> Result<DeviceState, SaveError> {

@@ -11,7 +11,7 @@ use super::state::VsockStateV1;
 use super::worker::{Remains, VsockWorker};
 use crate::counters::{Counter, Counters};
 use crate::device::{DeviceId, Migratability};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::device::{
     Activation, ActivationError, DeviceIdentity, DeviceType, RING_FEATURES, VirtioDevice,
 };
@@ -19,6 +19,7 @@ use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
 
 const KIND: &str = "virtio-vsock";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 const QUEUE_SIZE: u16 = 128;
 /// Receive, transmit, events (section 5.10.2).
 const QUEUES: usize = 3;
@@ -257,13 +258,17 @@ impl VirtioDevice for Vsock {
         Migratability::Supported
     }
 
+    fn state_format(&self) -> Option<StateFormat> {
+        Some(FORMAT)
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let guest_cid = self.guest_cid;
-        DeviceState::encode(KIND, 1, &VsockStateV1 { guest_cid })
+        FORMAT.encode(&VsockStateV1 { guest_cid })
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: VsockStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: VsockStateV1 = FORMAT.decode(state)?;
         if !GUEST_CIDS.contains(&wire.guest_cid) {
             let why = "not a guest's context id";
             return Err(RestoreError::field(KIND, "guest_cid", wire.guest_cid, why));

@@ -27,6 +27,7 @@ mod state;
 mod table;
 mod worker;
 
+pub(crate) use device::FORMAT;
 pub use device::{Vsock, VsockCounters, VsockError, VsockOptions};
 pub use host::{HostStream, VsockHost};
 pub use state::VsockStateV1;

@@ -273,11 +273,12 @@ impl Controller {
     /// What the destination needs to build the machine.
     pub(crate) fn skeleton(&self) -> Skeleton {
         let devices = self.machine.device_infos().into_iter();
+        let devices = devices.map(|device| (device.id, device.kind));
         Skeleton::new(
             (*self.config).clone(),
             self.machine.cpuid.entries(),
             self.machine.tsc_khz,
-            devices.map(|device| (device.id, device.kind)).collect(),
+            (devices.collect(), self.machine.state_versions()),
             self.state == VmState::Paused,
         )
     }

@@ -212,3 +212,22 @@ fn sections_that_do_not_fit_are_all_named() {
     let expected = "section vcpu1: vcpu 1: state of kind \"vcpu\" is malformed: ";
     assert!(refused.starts_with(expected), "{refused}");
 }
+
+#[test]
+fn states_that_are_announced_are_those_that_are_saved() {
+    if testing::system().is_none() {
+        return;
+    }
+    let machine = machine();
+    let announced = machine.state_versions();
+    assert_eq!(crate::migrate::unreadable(&announced), Vec::<String>::new());
+    let mut sections: Vec<_> = announced.iter().map(|state| &state.section).collect();
+    sections.dedup();
+    let saved = machine.save().unwrap();
+    let ids: Vec<_> = saved.iter().map(|section| &section.id).collect();
+    assert_eq!(sections, ids);
+    for section in &saved {
+        let own = announced.iter().find(|state| state.section == section.id);
+        assert_eq!(own, Some(&StateVersion::of(section)));
+    }
+}

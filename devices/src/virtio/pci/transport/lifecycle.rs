@@ -5,10 +5,11 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::super::common;
 use super::VirtioPci;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::virtio::state::VirtioPciStateV1;
 
 pub(super) const KIND: &str = "virtio-pci";
+pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 
 impl Device for VirtioPci {
     fn id(&self) -> &DeviceId {
@@ -52,6 +53,11 @@ impl Device for VirtioPci {
         self.lock().device.migratability()
     }
 
+    fn state_formats(&self) -> Vec<StateFormat> {
+        let device = self.lock().device.state_format();
+        [FORMAT].into_iter().chain(device).collect()
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let inner = self.lock();
         let queues = inner.queues.iter().zip(0..);
@@ -72,11 +78,11 @@ impl Device for VirtioPci {
                 .collect(),
             device: inner.device.save()?,
         };
-        DeviceState::encode(KIND, 1, &wire)
+        FORMAT.encode(&wire)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
-        let wire: VirtioPciStateV1 = state.decode(KIND, 1..=1)?;
+        let wire: VirtioPciStateV1 = FORMAT.decode(state)?;
         let mut inner = self.lock();
         if inner.started {
             return Err(RestoreError::AlreadyStarted {

@@ -6,13 +6,15 @@ use super::super::capabilities::{COMMON, DEVICE, MSIX_TABLE};
 use super::lifecycle::KIND;
 use super::*;
 use crate::device::{Device, Migratability};
-use crate::state::{DeviceState, RestoreError, SaveError};
+use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::testing::{Buffer, DriverQueue, FakeRouter, ram};
 use crate::virtio::state::VirtioPciStateV1;
 use crate::virtio::{DeviceIdentity, DeviceType, RING_FEATURES};
 
 /// Common configuration starts the BAR.
 const COMMON_AT: u64 = COMMON.offset;
+
+const PROBE: StateFormat = StateFormat::first("probe");
 
 /// A device that only keeps its queues.
 #[derive(Default)]
@@ -71,11 +73,14 @@ impl VirtioDevice for Probe {
     fn migratability(&self) -> Migratability {
         Migratability::Supported
     }
+    fn state_format(&self) -> Option<StateFormat> {
+        Some(PROBE)
+    }
     fn save(&self) -> Result<DeviceState, SaveError> {
-        DeviceState::encode("probe", 1, &self.config.to_vec())
+        PROBE.encode(&self.config.to_vec())
     }
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let config: Vec<u8> = state.decode("probe", 1..=1)?;
+        let config: Vec<u8> = PROBE.decode(state)?;
         self.config.copy_from_slice(&config);
         Ok(())
     }
