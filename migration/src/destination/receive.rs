@@ -16,7 +16,7 @@ use crate::page::{PageIndex, PageRun};
 use crate::ports::{Accept, Channel, Host, Incoming, PageStore};
 use crate::section::Section;
 use crate::wire::message::{Hello, MAGIC, Offer, Reasons, Welcome};
-use crate::wire::{FrameError, FrameReader, Message, OLDEST_VERSION, VERSION};
+use crate::wire::{FrameError, FrameReader, Message, Versions};
 
 /// How often a wait looks whether it is still wanted.
 const TICK: Duration = Duration::from_millis(20);
@@ -166,12 +166,8 @@ fn greet(
         let text = format!("it introduces itself as {magic:?}");
         return Err(DestinationError::Protocol(text));
     }
-    let version = newest.min(VERSION);
-    if version < oldest || version < OLDEST_VERSION {
-        let ours = format!("this build {OLDEST_VERSION} to {VERSION}");
-        let text = format!("the source speaks versions {oldest} to {newest}, {ours}");
-        return Err(DestinationError::Refused(vec![text]));
-    }
+    let version = Versions::OURS.choose(Versions { oldest, newest });
+    let version = version.map_err(|error| DestinationError::Refused(vec![error.to_string()]))?;
     control.send(&Message::Welcome(Welcome {
         version,
         token: options.token.clone(),

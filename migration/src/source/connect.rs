@@ -6,7 +6,7 @@ use super::options::{OnTimeout, SourceError, SourceOptions};
 use crate::ports::{Channel, Dial};
 use crate::progress::MigrationHandle;
 use crate::wire::message::{Attach, Hello, MAGIC, Offer};
-use crate::wire::{Message, OLDEST_VERSION, VERSION};
+use crate::wire::{Message, Versions};
 
 /// Connections to the destination.
 pub(super) struct Links {
@@ -25,21 +25,22 @@ pub(super) fn connect(
     handle: &MigrationHandle,
 ) -> Result<Links, SourceError> {
     let wait = |control: &mut Control, time| control.receive(time, || handle.is_cancelled());
+    let ours = Versions::OURS;
     control.send(&Message::Hello(Hello {
         magic: MAGIC.to_owned(),
-        oldest: OLDEST_VERSION,
-        newest: VERSION,
+        oldest: ours.oldest,
+        newest: ours.newest,
     }))?;
     let welcome = match wait(control, options.patience)? {
         Message::Welcome(welcome) => welcome,
         Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     };
-    if !(OLDEST_VERSION..=VERSION).contains(&welcome.version) {
+    if !ours.contain(welcome.version) {
         return Err(SourceError::Version {
             found: welcome.version,
-            oldest: OLDEST_VERSION,
-            newest: VERSION,
+            oldest: ours.oldest,
+            newest: ours.newest,
         });
     }
     let postcopy = options.on_timeout == OnTimeout::Postcopy;

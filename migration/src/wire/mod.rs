@@ -9,18 +9,14 @@
 //! | [`frame`] | headers, their check sums, reading and writing frames |
 //! | [`message`] | the messages of the control connection |
 //! | [`batch`] | the table of a frame of pages |
+//! | `version` | which version two builds speak |
 
 pub mod batch;
 pub mod frame;
 pub mod message;
+mod version;
 
 pub use batch::{Batch, BatchRun, PageKind};
 pub use frame::{FrameError, FrameHeader, FrameKind, FrameReader};
 pub use message::Message;
-
-/// Newest protocol version that this build speaks.
-pub const VERSION: u16 = 1;
-
-/// Oldest protocol version that this build speaks: always the one before the newest, once there
-/// is one.
-pub const OLDEST_VERSION: u16 = 1;
+pub use version::{NoCommonVersion, OLDEST_VERSION, VERSION, Versions};
