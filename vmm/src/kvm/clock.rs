@@ -65,6 +65,7 @@ impl ClockState {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{check_versions, golden_states};
     use super::*;
 
     #[test]
@@ -86,5 +87,22 @@ mod tests {
             refused.to_string(),
             "state of kind \"kvm-clock\": nanos is 9223372036854775808: later than any clock goes"
         );
+    }
+
+    #[test]
+    fn golden_states_of_clocks_are_read_and_written_as_they_were() {
+        let clock = ClockState {
+            nanos: 123_456_789_012,
+            realtime_nanos: Some(1_700_000_000_123_456_789),
+        };
+        let states = golden_states("clock", || clock.save().ok());
+        check_versions(&states, CLOCK_FORMAT);
+        for state in states {
+            let read = ClockState::restore(&state).unwrap();
+            assert_eq!(read, clock);
+            if state.version == CLOCK_FORMAT.newest {
+                assert_eq!(read.save().unwrap(), state);
+            }
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! A guest of a few bytes for tests on real KVM.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use devices::{Bus, GuestRam};
+use devices::{Bus, DeviceState, GuestRam, StateFormat};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::system::System;
@@ -68,4 +69,46 @@ pub(crate) fn run(vcpu: &mut Vcpu, exits: usize) {
     }
     vcpu.leave_at_once();
     assert_eq!(vcpu.run(&buses()).unwrap(), Exit::Interrupted);
+}
+
+/// Folders of states as each release wrote them, the newest last.
+const RELEASES: [&str; 1] = ["v1"];
+
+/// States as each release wrote them, in `tests/golden/states`.
+///
+/// `GOLDEN=write cargo test -p vmm golden_state` writes those of the newest release that are
+/// missing, as `made`. A file that exists is never changed: another form is another version.
+pub(crate) fn golden_states(
+    name: &str,
+    made: impl FnOnce() -> Option<DeviceState>,
+) -> Vec<DeviceState> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/states");
+    let path = |release: &str| folder.join(release).join(format!("{name}.cbor"));
+    let newest = path(RELEASES[RELEASES.len() - 1]);
+    let write = std::env::var_os("GOLDEN").is_some_and(|value| value == "write");
+    if write
+        && !newest.exists()
+        && let Some(state) = made()
+    {
+        let mut bytes = Vec::new();
+        ciborium::into_writer(&state, &mut bytes).unwrap();
+        std::fs::write(&newest, bytes).unwrap();
+    }
+    let read = |release| {
+        let bytes = std::fs::read(path(release)).expect(name);
+        ciborium::from_reader(bytes.as_slice()).expect(name)
+    };
+    RELEASES.map(read).into()
+}
+
+/// What `states` have, `format` says; each version that is read is there.
+pub(crate) fn check_versions(states: &[DeviceState], format: StateFormat) {
+    assert_eq!(format.oldest, (format.newest - 1).max(1), "{format:?}");
+    for version in format.oldest..=format.newest {
+        let is_kept = |state: &DeviceState| state.kind == format.kind && state.version == version;
+        assert!(
+            states.iter().any(is_kept),
+            "version {version} of {format:?} is not kept"
+        );
+    }
 }

@@ -321,3 +321,26 @@ fn paused_vcpu_has_no_access_half_done() {
         assert_eq!(*seen, expected, "an access was lost or done twice");
     }
 }
+
+/// A real vCPU's states, on whatever host this is: what KVM makes of them is another matter.
+#[test]
+fn golden_states_of_vcpus_are_read_and_written_as_they_were() {
+    let states = testing::golden_states("vcpu", || fixture().map(|f| f.state));
+    testing::check_versions(&states, VCPU_FORMAT);
+    for state in states {
+        let shape = StateShape {
+            xsave_bytes: 4096,
+            nested: false,
+            tsc_control: false,
+        };
+        let (read, tsc) = decode(&state, shape).unwrap();
+        assert!(!read.msrs.is_empty() && tsc.value > 0);
+        if state.version == VCPU_FORMAT.newest {
+            let written = encode(&read, tsc).unwrap();
+            for (written, kept) in fields(&written).iter().zip(fields(&state)) {
+                assert!(*written == kept, "{:?} differs", kept.0);
+            }
+            assert!(written == state);
+        }
+    }
+}
