@@ -196,6 +196,30 @@ task_memtouch() {
     say task=memtouch state=freed mem_free_kib="$(mem_kib MemFree)" result=ok
 }
 
+# churn: in the background, copies a file in memory again and again and compares.
+task_churn() {
+    head -c 4194304 /dev/urandom > /tmp/churn || return 1
+    (
+        while [ ! -e /tmp/churn.stop ]; do
+            cp /tmp/churn /tmp/churn.copy && cmp /tmp/churn /tmp/churn.copy || break
+            echo >> /tmp/churn.rounds
+            sleep 0.05
+        done
+        touch /tmp/churn.end
+    ) > /tmp/churn.log 2>&1 &
+    say task=churn sum="$(sum_of /tmp/churn)" result=ok
+}
+
+# churned: ends it; every copy must have been like the file.
+task_churned() {
+    # Ended by a difference, not by this?
+    [ ! -e /tmp/churn.end ] || { say task=churned reason="$(tr ' ' _ < /tmp/churn.log)" result=fail; return; }
+    touch /tmp/churn.stop
+    while [ ! -e /tmp/churn.end ]; do sleep 0.1; done
+    [ ! -s /tmp/churn.log ] &&
+        say task=churned rounds="$(wc -l < /tmp/churn.rounds)" sum="$(sum_of /tmp/churn)" result=ok
+}
+
 # free: what memory looks like now.
 task_free() {
     say task=free mem_kib="$(mem_kib MemTotal)" mem_free_kib="$(mem_kib MemFree)" result=ok

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::Child;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
+use super::watched::{COUNTS, ask, verdict, wait_progress};
 use crate::harness::process::wait_until;
 use crate::lab::ctx::{Ctx, run, text};
 use crate::lab::hosts::{Host, TwoHosts};
@@ -20,9 +21,6 @@ use crate::lab::witness::blocks;
 pub(super) const DISK_MIB: u64 = 16;
 /// The peer's port.
 const PORT: &str = "7003";
-/// What may lie between one clock and another, or the host's, after a move: in the lab it can take so
-/// long from one line of the program to the next. Clocks that are not carried over differ by more.
-const MARGIN: Duration = Duration::from_secs(3);
 
 /// How a guest is to move.
 pub(super) struct Way {
@@ -104,38 +102,16 @@ impl Moving {
             blackouts: Vec::new(),
             done: [0; 5],
         };
-        moving.ask(&format!("watch {device} {}:{PORT}", TwoHosts::PEER_ADDRESS))?;
+        let words = format!("watch {device} {}:{PORT}", TwoHosts::PEER_ADDRESS);
+        ask(&mut moving.vmm, &words)?;
         moving.progress()?;
         Ok(moving)
     }
 
-    /// Types `lab_agent witness WORDS` into the guest; its report.
-    fn ask(&mut self, words: &str) -> anyhow::Result<Report> {
-        self.vmm.send(&format!("lab_agent witness {words}\n"))?;
-        let task = words.split(' ').next().unwrap_or_default();
-        self.vmm.report(task, SOON)
-    }
-
     /// Disk, network and each watcher of the clocks have gone on since the last time.
     pub(super) fn progress(&mut self) -> anyhow::Result<()> {
-        let fields = ["written0", "written1", "numbers", "ticks0", "ticks1"];
-        let deadline = Instant::now() + SOON;
-        loop {
-            let report = self.ask("progress")?;
-            let mut now = [0; 5];
-            for (now, field) in now.iter_mut().zip(fields) {
-                *now = report.number(field)?;
-            }
-            if now.iter().zip(&self.done).all(|(now, before)| now > before) {
-                self.done = now;
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "of {fields:?} not all go on: {:?}, then {now:?}",
-                self.done
-            );
-        }
+        self.done = wait_progress(&mut self.vmm, COUNTS, self.done, 1)?;
+        Ok(())
     }
 
     /// Has the other host wait for it.
@@ -149,7 +125,11 @@ impl Moving {
         let to = self.host.other();
         let receiver = self.receiver(ctx, way)?;
         let mut words = (way.urls)(&receiver.url);
-        words.extend(["--max-downtime", "300ms", "--timeout", "40s"].map(str::to_owned));
+        for (option, value) in [("--max-downtime", "300ms"), ("--timeout", "40s")] {
+            if !way.migrate.iter().any(|word| word == option) {
+                words.extend([option, value].map(str::to_owned));
+            }
+        }
         words.extend(way.migrate.iter().cloned());
         let words: Vec<_> = words.iter().map(String::as_str).collect();
         let started = Instant::now();
@@ -184,30 +164,10 @@ impl Moving {
 
     /// What the guest and the peer have noticed, which must be nothing; how often its disk was written.
     pub(super) fn verdict(&mut self, ctx: &Ctx) -> anyhow::Result<[u64; 2]> {
-        let asked_ms = UNIX_EPOCH.elapsed()?.as_millis();
-        let report = self.ask("verdict")?;
-        let told_ms = UNIX_EPOCH.elapsed()?.as_millis();
+        let report = verdict(&mut self.vmm, &self.blackouts)?;
         ctx.say(format!("{report:?}"));
-        let longest = self.blackouts.iter().copied().max().unwrap_or_default() + MARGIN;
-        let apart_ms: u128 = report.number("apart_ms")?;
-        ensure!(
-            apart_ms <= longest.as_millis(),
-            "monotonic clock and TSC differ by {apart_ms} ms in one step; blackouts: {:?}",
-            self.blackouts
-        );
-        for clock in ["back", "realtime_back", "tsc_back"] {
-            let count: u64 = report.number(clock)?;
-            ensure!(count == 0, "{clock}: a clock went back {count} times");
-        }
-        // Guest time stands still while it is paused.
-        let lag = self.blackouts.iter().sum::<Duration>() + MARGIN;
-        let guest_ms: u128 = report.number("realtime_ms")?;
-        ensure!(
-            guest_ms + lag.as_millis() >= asked_ms && guest_ms <= told_ms + MARGIN.as_millis(),
-            "the guest's time is {guest_ms}, the host's {asked_ms} to {told_ms}; it may lag by {lag:?}"
-        );
         self.peer_is_content(ctx, report.number("numbers")?)?;
-        self.ask("dmesg")?;
+        ask(&mut self.vmm, "dmesg")?;
         Ok([report.number("written0")?, report.number("written1")?])
     }
 

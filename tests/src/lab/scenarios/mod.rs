@@ -9,7 +9,10 @@ mod migrate;
 mod migrate_devices;
 mod migrate_links;
 mod migrate_neighbours;
+mod migrate_postcopy;
 mod network;
+mod snapshot;
+mod watched;
 
 use super::scenario::{Group, Scenario};
 use super::shape::Shape;
@@ -212,10 +215,22 @@ pub const TABLE: &[Scenario] = &[
         migrate_neighbours::learn,
     ),
     drover(
+        "migrate-postcopy",
+        240,
+        "two moves of which the guest runs before its memory is there",
+        migrate_postcopy::there_and_back,
+    ),
+    drover(
         "migrate-debian",
         420,
         "a stock Debian on qcow2 with every device moves there and back",
         migrate_devices::debian,
+    ),
+    drover(
+        "snapshot",
+        420,
+        "of a guest at work, restored at once, lazily, and paused with its disk",
+        snapshot::of_a_guest_at_work,
     ),
 ];
 

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -97,6 +98,7 @@ fn open(disk: &Path, flags: i32) -> anyhow::Result<File> {
 }
 
 /// Writes until `stop`, past the guest's page cache, and reads some of it again; `written` counts.
+/// Nothing is written while somebody else has the `gate`.
 ///
 /// # Errors
 /// When the disk does, or reads otherwise than it was written.
@@ -104,7 +106,7 @@ pub fn write(
     disk: &Path,
     writer: u64,
     written: &AtomicU64,
-    stop: &AtomicBool,
+    (gate, stop): (&RwLock<()>, &AtomicBool),
 ) -> anyhow::Result<()> {
     let file = open(disk, libc::O_DIRECT)?;
     let mut buffer = Buffer::new();
@@ -112,6 +114,7 @@ pub fn write(
         if stop.load(Ordering::SeqCst) {
             break;
         }
+        let open = gate.read().unwrap_or_else(PoisonError::into_inner);
         fill(buffer.block(), writer, sequence);
         file.write_all_at(buffer.block(), offset(writer, sequence))
             .with_context(|| format!("write {sequence} of writer {writer}"))?;
@@ -125,6 +128,7 @@ pub fn write(
             file.sync_data().context("the disk cannot be flushed")?;
         }
         written.store(sequence + 1, Ordering::SeqCst);
+        drop(open);
         std::thread::sleep(PAUSE);
     }
     file.sync_data().context("the disk cannot be flushed")

@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
@@ -49,10 +50,12 @@ pub fn main(args: &[&str]) -> anyhow::Result<ExitCode> {
         ["answer", port, file] => return peer(port, Path::new(file)).map(|()| ExitCode::SUCCESS),
         ["watch", disk, peer] => ("watch", watch(disk, peer)),
         ["progress"] => ("progress", progress()),
+        ["hold"] => ("hold", hold()),
+        ["go"] => ("go", go()),
         ["verdict"] => ("verdict", verdict()),
         ["dmesg"] => ("dmesg", dmesg()),
         _ => bail!(
-            "usage: lab_agent witness watch DISK PEER | progress | verdict | dmesg | answer PORT FILE"
+            "usage: lab_agent witness watch DISK PEER | progress | hold | go | verdict | dmesg | answer PORT FILE"
         ),
     };
     // As `say` of the guest's tasks does it.
@@ -88,6 +91,21 @@ fn progress() -> anyhow::Result<String> {
     // The one that is there may be from before a move.
     let _ = fs::remove_file(file("progress"));
     read_when_there("progress")
+}
+
+/// Leaves the disk alone, with everything written, until `go`; what was written then.
+fn hold() -> anyhow::Result<String> {
+    fs::write(file("hold"), "")?;
+    read_when_there("held")
+}
+
+fn go() -> anyhow::Result<String> {
+    fs::remove_file(file("hold")).context("is it held?")?;
+    let let_go = wait_until(Instant::now() + SOON, || {
+        (!file("held").exists()).then_some(())
+    });
+    let_go.context("the witness still holds its writers")?;
+    progress()
 }
 
 fn verdict() -> anyhow::Result<String> {
@@ -148,6 +166,7 @@ fn background(disk: &str, peer: &str) -> anyhow::Result<()> {
     let counts = Counts::default();
     let (clocks, stop) = (Watch::new(tsc::khz()), AtomicBool::new(false));
     let (counts, clocks, stop) = (&counts, &clocks, &stop);
+    let gate = &RwLock::new(());
     let disk = Path::new(disk);
     let mut errors = Vec::new();
     std::thread::scope(|scope| {
@@ -156,15 +175,14 @@ fn background(disk: &str, peer: &str) -> anyhow::Result<()> {
         }
         let mut work = Vec::new();
         for (written, writer) in counts.written.iter().zip(0..) {
-            work.push(scope.spawn(move || blocks::write(disk, writer, written, stop)));
+            work.push(scope.spawn(move || blocks::write(disk, writer, written, (gate, stop))));
         }
         if peer != "none" {
             work.push(scope.spawn(move || stream::call(peer, &counts.returned, stop)));
         }
-        while !file("stop").exists() && !work.iter().any(|thread| thread.is_finished()) {
-            put("progress", &counts.line())?;
-            std::thread::sleep(LOOK);
-        }
+        attend(counts, gate, || {
+            work.iter().any(|thread| thread.is_finished())
+        })?;
         stop.store(true, Ordering::SeqCst);
         let ended = work
             .into_iter()
@@ -189,6 +207,27 @@ fn background(disk: &str, peer: &str) -> anyhow::Result<()> {
         report.push_str(&format!(" failed: {error:#};"));
     }
     put("report", &report)
+}
+
+/// Does what is asked for in files, until that is to stop, or `is_over`.
+fn attend(counts: &Counts, gate: &RwLock<()>, is_over: impl Fn() -> bool) -> anyhow::Result<()> {
+    let mut held = None;
+    while !file("stop").exists() && !is_over() {
+        put("progress", &counts.line())?;
+        match (file("hold").exists(), &held) {
+            (true, None) => {
+                held = Some(gate.write().unwrap_or_else(PoisonError::into_inner));
+                put("held", &counts.line())?;
+            }
+            (false, Some(_)) => {
+                held = None;
+                fs::remove_file(file("held"))?;
+            }
+            (true, Some(_)) | (false, None) => {}
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
 }
 
 /// Writes a file at once or not at all.
