@@ -8,15 +8,22 @@
 //! |---|---|
 //! | [`options`] | limits, and what can go wrong |
 //! | `receive` | a migration from beginning to end |
-//! | `stream` | a data connection's thread |
+//! | `control` | the control connection |
+//! | `attach` | which connections are this migration's |
+//! | `transfer`, `stream` | the data connections' threads |
+//! | `missing` | post-copy: memory while pages are missing |
 //! | `pull` | post-copy: pages that come after the machine has started |
 //! | `takeover` | device states and the hand-off |
 
+mod attach;
+mod control;
+mod missing;
 pub mod options;
 mod pull;
 mod receive;
 mod stream;
 mod takeover;
+mod transfer;
 
 pub use options::{DestinationError, DestinationOptions, Received};
 pub use receive::receive;

@@ -1,28 +1,18 @@
 //! A migration from beginning to end, as the destination sees it.
 
-use std::io::ErrorKind;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use super::attach::attach;
+use super::control::{Control, TICK};
 use super::options::{DestinationError, DestinationOptions, Received};
-use super::pull::{Fetcher, Missing, Puller};
-use super::stream::Stream;
-use super::takeover::Takeover;
+use super::transfer::{Ended, transfer};
 use crate::bitmap::DirtyBitmap;
-use crate::codec::{DecodeError, Decoder};
 use crate::page::{PageIndex, PageRun};
-use crate::ports::{Accept, Channel, Host, Incoming, PageStore};
+use crate::ports::{Accept, Channel, Host, Incoming};
 use crate::section::Section;
 use crate::wire::message::{Hello, MAGIC, Offer, Reasons, Welcome};
-use crate::wire::{FrameError, FrameReader, Message, Versions};
-
-/// How often a wait looks whether it is still wanted.
-const TICK: Duration = Duration::from_millis(20);
-
-/// How long a connection may take to show its token.
-const ATTACH_TIME: Duration = Duration::from_secs(2);
+use crate::wire::{FrameReader, Message, Versions};
 
 /// How long a source whose data connection failed may take to say why.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -30,64 +20,6 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Sections and their bytes at most; a machine with hundreds of devices stays far below.
 const MAX_SECTIONS: usize = 4096;
 const MAX_SECTION_BYTES: usize = 256 << 20;
-
-/// The control connection.
-pub(super) struct Control<'a> {
-    channel: Box<dyn Channel>,
-    reader: FrameReader,
-    pub(super) patience: Duration,
-    cancelled: &'a AtomicBool,
-}
-
-impl Control<'_> {
-    pub(super) fn send(&mut self, message: &Message) -> Result<(), FrameError> {
-        self.channel.set_timeout(self.patience)?;
-        Ok(message.send(&mut *self.channel)?)
-    }
-
-    pub(super) fn break_off(&self) {
-        self.channel.breaker().break_off();
-    }
-
-    pub(super) fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
-    }
-
-    /// A message that has come within a moment, if any.
-    pub(super) fn poll(&mut self) -> Result<Option<Message>, FrameError> {
-        self.channel.set_timeout(TICK)?;
-        match Message::receive(&mut self.reader, &mut *self.channel) {
-            Ok(message) => Ok(Some(message)),
-            Err(error) if error.is_timeout() => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The next message; meanwhile `check` is called now and then.
-    pub(super) fn receive(
-        &mut self,
-        mut check: impl FnMut() -> Result<(), DestinationError>,
-    ) -> Result<Message, DestinationError> {
-        let deadline = Instant::now() + self.patience;
-        loop {
-            match self.poll()? {
-                Some(Message::Abort(reasons)) => {
-                    return Err(DestinationError::Peer(reasons.reasons.join("; ")));
-                }
-                Some(message) => return Ok(message),
-                None => {}
-            }
-            check()?;
-            if self.is_cancelled() {
-                return Err(DestinationError::Cancelled);
-            }
-            if Instant::now() > deadline {
-                let silent = std::io::Error::from(std::io::ErrorKind::TimedOut);
-                return Err(silent.into());
-            }
-        }
-    }
-}
 
 /// Takes a machine over that comes on `channel`, the control connection; data connections come
 /// through `accept`.
@@ -207,184 +139,11 @@ fn prepare(
     Ok(machine)
 }
 
-/// Waits for the data connections. Strangers are turned away.
-fn attach(
-    control: &Control<'_>,
-    accept: &mut dyn Accept,
-    offer: &Offer,
-    options: &DestinationOptions,
-) -> Result<Vec<Stream>, DestinationError> {
-    let deadline = Instant::now() + options.patience;
-    let expected = offer.streams + u16::from(offer.postcopy);
-    let mut streams: Vec<Option<Stream>> = (0..expected).map(|_| None).collect();
-    let mut found = 0;
-    while found < expected {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let mut channel = match accept.accept(left.min(TICK)) {
-            Ok(channel) => channel,
-            Err(_) if control.is_cancelled() => return Err(DestinationError::Cancelled),
-            Err(error) if error.kind() == ErrorKind::TimedOut && !left.is_zero() => continue,
-            Err(source) => {
-                return Err(DestinationError::Attach {
-                    found,
-                    expected,
-                    source,
-                });
-            }
-        };
-        channel.set_timeout(ATTACH_TIME.min(options.patience))?;
-        let mut reader = FrameReader::default();
-        let shown = Message::receive(&mut reader, &mut *channel);
-        let Ok(Message::Attach(attach)) = shown else {
-            log::warn!("a connection did not attach itself as one of this migration");
-            continue;
-        };
-        let place = streams.get_mut(usize::from(attach.index));
-        match place {
-            Some(place @ None) if same(&attach.token, &options.token) => {
-                channel.set_timeout(options.patience)?;
-                *place = Some(Stream { channel, reader });
-                found += 1;
-            }
-            _ => log::warn!("a connection did not show this migration's token"),
-        }
-    }
-    Ok(streams.into_iter().flatten().collect())
-}
-
-/// Compares without telling by the time it takes how much was right.
-fn same(shown: &[u8], token: &[u8]) -> bool {
-    let difference = shown.iter().zip(token).fold(0, |all, (a, b)| all | (a ^ b));
-    shown.len() == token.len() && difference == 0
-}
-
-type StreamResult = (u16, Result<(), DecodeError>);
-
-/// Takes pages and sections, then the hand-off.
-fn transfer(
-    control: &mut Control<'_>,
-    (streams, priority): (Vec<Stream>, Option<Stream>),
-    machine: Box<dyn Incoming>,
-) -> Result<Received, DestinationError> {
-    let pages = machine.pages();
-    let regions = &pages.regions();
-    let channels = streams.iter().chain(&priority);
-    let breakers: Vec<_> = channels.map(|stream| stream.channel.breaker()).collect();
-    let expected = streams.len();
-    let stopped = Arc::new(AtomicBool::new(false));
-    let fetcher = priority.map(|stream| Fetcher::new(stream, stopped.clone(), control.patience));
-    std::thread::scope(|scope| {
-        let (results, inbox) = channel();
-        let mut orders = Vec::new();
-        let spawn = |name: String, work, later| {
-            let thread = std::thread::Builder::new().name(name);
-            let results = results.clone();
-            let spawned = thread.spawn_scoped(scope, move || match work {
-                Work::Carry(stream, index, pages) => {
-                    carry(stream, index, (regions, pages), (&results, &later));
-                }
-                Work::Fetch(fetcher) => fetch(fetcher, &results, &later),
-            });
-            spawned.map(drop).inspect_err(|_| {
-                breakers.iter().for_each(|breaker| breaker.break_off());
-            })
-        };
-        for (stream, index) in streams.into_iter().zip(0..) {
-            let (order, later) = channel();
-            orders.push(order);
-            let work = Work::Carry(stream, index, &*pages);
-            spawn(format!("mig-{index}"), work, later)?;
-        }
-        if let Some(fetcher) = fetcher {
-            let (order, later) = channel();
-            orders.push(order);
-            spawn("mig-fault".to_owned(), Work::Fetch(fetcher), later)?;
-        }
-        let mut ended = Ended {
-            inbox,
-            missing: expected,
-        };
-        let gathered = gather(control, &mut ended, regions);
-        let gathered = gathered.map_err(|error| explain(control, error));
-        let result = gathered.and_then(|(sections, later)| {
-            let puller = later.map(|later| Puller {
-                orders: std::mem::take(&mut orders),
-                breakers: breakers.clone(),
-                stopped: Arc::clone(&stopped),
-                later,
-            });
-            ended.missing = expected;
-            // Threads without an order have nothing left to do.
-            orders.clear();
-            Takeover::new(control, machine, sections, puller.map(|p| (p, ended))).run()
-        });
-        if result.is_err() {
-            breakers.iter().for_each(|breaker| breaker.break_off());
-        }
-        result
-    })
-}
-
-/// What a thread does.
-enum Work<'a> {
-    Carry(Stream, u16, &'a dyn PageStore),
-    Fetch(Fetcher),
-}
-
-/// Fetches pages that somebody waits for, once `later` says so.
-fn fetch(fetcher: Fetcher, results: &Sender<StreamResult>, later: &Receiver<Arc<Missing>>) {
-    if let Ok(missing) = later.recv() {
-        // The one who asked may have given up.
-        let _ = results.send((PRIORITY, fetcher.run(&missing)));
-    }
-}
-
-/// The number under which the connection for pages that are needed at once reports.
-const PRIORITY: u16 = u16::MAX;
-
-/// Takes what comes on a data connection, before the machine starts and, if `later` says so,
-/// afterwards.
-fn carry(
-    mut stream: Stream,
-    index: u16,
-    (regions, pages): (&[PageRun], &dyn PageStore),
-    (results, later): (&Sender<StreamResult>, &Receiver<Arc<Missing>>),
-) {
-    let result = stream.drain(Decoder::new(regions), pages);
-    let ended_well = result.is_ok();
-    // The one who asked may have given up.
-    let _ = results.send((index, result));
-    if ended_well && let Ok(missing) = later.recv() {
-        let result = stream.drain(Decoder::into_used(regions), &*missing);
-        let _ = results.send((index, result));
-    }
-}
-
-/// Which data connections are still at work.
-pub(super) struct Ended {
-    inbox: Receiver<StreamResult>,
-    pub(super) missing: usize,
-}
-
-impl Ended {
-    /// Notes those that have ended; the first failure is an error.
-    pub(super) fn check(&mut self, wait: Duration) -> Result<(), DestinationError> {
-        while self.missing > 0 {
-            let Ok((index, result)) = self.inbox.recv_timeout(wait) else {
-                return Ok(());
-            };
-            result.map_err(|source| DestinationError::Stream { index, source })?;
-            self.missing -= usize::from(index != PRIORITY);
-        }
-        Ok(())
-    }
-}
-
 /// Device states and, in a post-copy, the pages that come later.
-type Gathered = (Vec<Section>, Option<Vec<DirtyBitmap>>);
+pub(super) type Gathered = (Vec<Section>, Option<Vec<DirtyBitmap>>);
 
 /// Everything until [`Message::Prepare`], and all pages that come before it.
-fn gather(
+pub(super) fn gather(
     control: &mut Control<'_>,
     ended: &mut Ended,
     regions: &[PageRun],
@@ -453,7 +212,7 @@ fn note_missing(
 
 /// A source that gives up breaks its data connections off and says why on the control connection:
 /// its word counts, not what the breaking looked like.
-fn explain(control: &mut Control<'_>, error: DestinationError) -> DestinationError {
+pub(super) fn explain(control: &mut Control<'_>, error: DestinationError) -> DestinationError {
     let deadline = Instant::now() + LAST_WORDS;
     while matches!(error, DestinationError::Stream { .. }) && Instant::now() < deadline {
         match control.poll() {

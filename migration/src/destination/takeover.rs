@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::control::{Control, TICK};
+use super::missing::Missing;
 use super::options::{DestinationError, Received};
-use super::pull::{Missing, Puller};
-use super::receive::{Control, Ended};
+use super::pull::Puller;
+use super::transfer::Ended;
 use crate::handoff::{
     self, Awaited, Cause, DestinationAction, DestinationEvent, DestinationHandoff,
     DestinationOutcome, Mark, Mode, Reason,
@@ -160,7 +162,7 @@ impl<'c, 'a> Takeover<'c, 'a> {
         // It may not have been started yet; whoever can end it is to see it.
         self.machine.hold();
         while !self.machine.has_ended() {
-            std::thread::sleep(super::pull::TICK);
+            std::thread::sleep(TICK);
         }
         DestinationEvent::GiveUp
     }

@@ -12,6 +12,7 @@
 //! | `pacer` | the bandwidth limit |
 //! | `rounds` | pre-copy |
 //! | `serve` | post-copy: pages that the destination waits for |
+//! | `postcopy` | the destination runs the machine and is served its pages |
 //! | `switchover` | the last pages, device states, the hand-off |
 
 mod connect;
@@ -19,6 +20,7 @@ mod control;
 mod migrate;
 pub mod options;
 mod pacer;
+mod postcopy;
 mod rounds;
 mod serve;
 mod stream;

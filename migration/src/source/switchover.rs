@@ -1,25 +1,22 @@
 //! The time that the VM stands still: last pages, device states, the hand-off.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, TICK};
 use super::migrate::{Parts, Record, resume};
 use super::options::{OnTimeout, SourceError, SourceOptions};
+use super::postcopy::Later;
 use super::rounds::{LastPages, Rounds, micros};
 use super::serve::Server;
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::{
     self, Awaited, Cause, Mode, Outcome, SourceAction, SourceEvent, SourceHandoff,
 };
-use crate::ports::{Breaker, Channel, Reclaim};
-use crate::progress::{Blackout, MigrationHandle, Phase, Postcopy};
-use crate::wire::message::{Commit, Complete, Missing, Prepare, Reasons};
+use crate::ports::{Channel, Reclaim};
+use crate::progress::{Blackout, MigrationHandle, Phase};
+use crate::wire::message::{Commit, Prepare, Reasons};
 use crate::wire::{FrameError, Message};
-
-/// Runs of missing pages in one message at most.
-const MISSING_RUNS: usize = 32 << 10;
 
 /// How a migration ended.
 pub(super) struct Ending {
@@ -28,42 +25,20 @@ pub(super) struct Ending {
     pub(super) error: Option<SourceError>,
 }
 
-/// Post-copy's part of a switchover.
-#[derive(Default)]
-struct Later {
-    /// Pages that the destination does not have.
-    missing: Vec<DirtyBitmap>,
-    report: Option<Postcopy>,
-    began: Option<Instant>,
-    /// Streams that have sent all of theirs.
-    pushed: usize,
-    /// Whether the destination has, for all that is known, taken the machine over.
-    peer_has_it: bool,
-    breaker: Option<Arc<dyn Breaker>>,
-    /// The thread that answers the destination's requests.
-    server: ServerFlags,
-}
-
-#[derive(Clone, Default)]
-struct ServerFlags {
-    stopped: Arc<AtomicBool>,
-    failed: Arc<AtomicBool>,
-}
-
 pub(super) struct Switchover<'r, 'a> {
-    rounds: &'r mut Rounds<'a>,
-    control: &'r mut Control,
-    handle: &'a MigrationHandle,
-    patience: Duration,
+    pub(super) rounds: &'r mut Rounds<'a>,
+    pub(super) control: &'r mut Control,
+    pub(super) handle: &'a MigrationHandle,
+    pub(super) patience: Duration,
     /// However long the last pages take: a stream that makes no progress still ends it.
-    forced: bool,
-    blackout: Blackout,
-    stopped: Instant,
-    sections: u32,
-    mode: Mode,
-    later: Later,
+    pub(super) forced: bool,
+    pub(super) blackout: Blackout,
+    pub(super) stopped: Instant,
+    pub(super) sections: u32,
+    pub(super) mode: Mode,
+    pub(super) later: Later,
     /// What the peer said last, when it gave up.
-    words: Option<String>,
+    pub(super) words: Option<String>,
 }
 
 impl<'r, 'a> Switchover<'r, 'a> {
@@ -133,7 +108,7 @@ impl<'r, 'a> Switchover<'r, 'a> {
         ending
     }
 
-    fn stop_server(&self) {
+    pub(super) fn stop_server(&self) {
         self.later.server.stopped.store(true, Ordering::SeqCst);
         if let Some(breaker) = &self.later.breaker {
             breaker.break_off();
@@ -194,25 +169,6 @@ impl<'r, 'a> Switchover<'r, 'a> {
         }
         self.blackout.save_us = micros(begin.elapsed());
         Ok(frames)
-    }
-
-    /// In a post-copy, what the destination does not have.
-    fn send_missing(&mut self) -> Result<(), SourceError> {
-        if self.mode == Mode::Precopy {
-            return Ok(());
-        }
-        let runs = self.later.missing.iter().flat_map(DirtyBitmap::runs);
-        let runs: Vec<_> = runs.map(|run| (run.start.0, run.count)).collect();
-        let mut rest = runs.as_slice();
-        loop {
-            let (some, after) = rest.split_at(rest.len().min(MISSING_RUNS));
-            let runs = some.to_vec();
-            self.control.send(&Message::Missing(Missing { runs }))?;
-            if after.is_empty() {
-                return Ok(());
-            }
-            rest = after;
-        }
     }
 
     /// Drives the hand-off to its end.
@@ -279,98 +235,6 @@ impl<'r, 'a> Switchover<'r, 'a> {
             self.blackout.commit_us = micros(begin.elapsed());
         }
         self.ending(outcome)
-    }
-
-    /// The destination has answered the commit that was sent at `begin`: pages are pushed and served until it has
-    /// all of them.
-    fn serve(&mut self, begin: Instant) -> SourceEvent {
-        self.begin_serving(begin);
-        let pages = self.later.report.map_or(0, |report| report.pages);
-        let mut heard = Instant::now();
-        loop {
-            if self.later.server.failed.load(Ordering::SeqCst) {
-                return SourceEvent::LinkLost;
-            }
-            let streams = self.rounds.streams_done(Duration::ZERO);
-            let life = self.rounds.show_life(self.control, pages);
-            let message = self.control.poll(TICK);
-            match (streams, life, message) {
-                (_, _, Ok(Some(Message::Complete(complete)))) => {
-                    self.complete(complete);
-                    return SourceEvent::Received(handoff::Message::Complete);
-                }
-                (_, _, Ok(Some(message))) => {
-                    return SourceEvent::Received(self.understand(message));
-                }
-                (Ok(done), Ok(()), Ok(None)) => {
-                    self.later.pushed += done;
-                    if self.later.pushed < self.rounds.streams() || done > 0 {
-                        // Streams have deadlines of their own.
-                        heard = Instant::now();
-                    }
-                }
-                (Err(error), _, _) | (_, Err(error), _) => {
-                    log::warn!(error:% = error; "post-copy");
-                    return SourceEvent::LinkLost;
-                }
-                (_, _, Err(error)) => {
-                    log::warn!(error:% = error; "connection lost in post-copy");
-                    return SourceEvent::LinkLost;
-                }
-            }
-            self.rounds.show_push(pages);
-            if heard.elapsed() > self.patience {
-                return SourceEvent::DeadlinePassed;
-            }
-        }
-    }
-
-    fn begin_serving(&mut self, begin: Instant) {
-        self.later.peer_has_it = true;
-        if self.later.began.is_some() {
-            return;
-        }
-        self.blackout.commit_us = micros(begin.elapsed());
-        self.blackout.total_us = micros(self.stopped.elapsed());
-        self.later.began = Some(Instant::now());
-        let missing = std::mem::take(&mut self.later.missing);
-        let pages = Rounds::bytes_of(&missing) / crate::PAGE_BYTES;
-        self.later.report = Some(Postcopy {
-            pages,
-            ..Postcopy::default()
-        });
-        log::info!(pages; "the destination runs the VM and fetches what is missing");
-        self.handle
-            .update(|progress| progress.phase = Phase::Postcopy);
-        self.rounds.push(missing);
-    }
-
-    fn complete(&mut self, complete: Complete) {
-        let total = self.later.began.map_or(Duration::ZERO, |at| at.elapsed());
-        if let Some(report) = &mut self.later.report {
-            report.total_us = micros(total);
-            report.faults = complete.faults;
-            report.mean_fault_us = complete.waited_us / complete.faults.max(1);
-            report.longest_fault_us = complete.longest_us;
-        }
-    }
-
-    /// The machine's halves stand still on both sides until somebody gives up.
-    fn wait_for_link(&mut self) -> SourceEvent {
-        self.control.channel.breaker().break_off();
-        self.stop_server();
-        log::error!(
-            "the connection broke in post-copy: the VM stands still, with parts of its memory here"
-        );
-        self.handle
-            .update(|progress| progress.phase = Phase::Unlinked);
-        loop {
-            let in_doubt = !self.later.peer_has_it;
-            if self.handle.is_abandoned() || (in_doubt && self.handle.is_cancelled()) {
-                return SourceEvent::GiveUp;
-            }
-            std::thread::sleep(TICK);
-        }
     }
 
     fn ending(&mut self, outcome: Outcome) -> Ending {
@@ -444,7 +308,7 @@ impl<'r, 'a> Switchover<'r, 'a> {
     }
 
     /// A message as the hand-off knows it; one that has no place there becomes one that has none.
-    fn understand(&mut self, message: Message) -> handoff::Message {
+    pub(super) fn understand(&mut self, message: Message) -> handoff::Message {
         match message {
             Message::Prepared(prepared) => {
                 self.blackout.restore_us = prepared.restore_us;

@@ -1,0 +1,69 @@
+//! The control connection, as the destination uses it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::options::DestinationError;
+use crate::ports::Channel;
+use crate::wire::{FrameError, FrameReader, Message};
+
+/// How often a wait looks whether it is still wanted.
+pub(super) const TICK: Duration = Duration::from_millis(20);
+
+/// The control connection.
+pub(super) struct Control<'a> {
+    pub(super) channel: Box<dyn Channel>,
+    pub(super) reader: FrameReader,
+    pub(super) patience: Duration,
+    pub(super) cancelled: &'a AtomicBool,
+}
+
+impl Control<'_> {
+    pub(super) fn send(&mut self, message: &Message) -> Result<(), FrameError> {
+        self.channel.set_timeout(self.patience)?;
+        Ok(message.send(&mut *self.channel)?)
+    }
+
+    pub(super) fn break_off(&self) {
+        self.channel.breaker().break_off();
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// A message that has come within a moment, if any.
+    pub(super) fn poll(&mut self) -> Result<Option<Message>, FrameError> {
+        self.channel.set_timeout(TICK)?;
+        match Message::receive(&mut self.reader, &mut *self.channel) {
+            Ok(message) => Ok(Some(message)),
+            Err(error) if error.is_timeout() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next message; meanwhile `check` is called now and then.
+    pub(super) fn receive(
+        &mut self,
+        mut check: impl FnMut() -> Result<(), DestinationError>,
+    ) -> Result<Message, DestinationError> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            match self.poll()? {
+                Some(Message::Abort(reasons)) => {
+                    return Err(DestinationError::Peer(reasons.reasons.join("; ")));
+                }
+                Some(message) => return Ok(message),
+                None => {}
+            }
+            check()?;
+            if self.is_cancelled() {
+                return Err(DestinationError::Cancelled);
+            }
+            if Instant::now() > deadline {
+                let silent = std::io::Error::from(std::io::ErrorKind::TimedOut);
+                return Err(silent.into());
+            }
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The data connections' threads.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use super::control::Control;
+use super::missing::Missing;
+use super::options::{DestinationError, Received};
+use super::pull::{Fetcher, Puller};
+use super::receive::{explain, gather};
+use super::stream::Stream;
+use super::takeover::Takeover;
+use crate::codec::{DecodeError, Decoder};
+use crate::page::PageRun;
+use crate::ports::{Incoming, PageStore};
+
+type StreamResult = (u16, Result<(), DecodeError>);
+
+/// Takes pages and sections, then the hand-off.
+pub(super) fn transfer(
+    control: &mut Control<'_>,
+    (streams, priority): (Vec<Stream>, Option<Stream>),
+    machine: Box<dyn Incoming>,
+) -> Result<Received, DestinationError> {
+    let pages = machine.pages();
+    let regions = &pages.regions();
+    let channels = streams.iter().chain(&priority);
+    let breakers: Vec<_> = channels.map(|stream| stream.channel.breaker()).collect();
+    let expected = streams.len();
+    let stopped = Arc::new(AtomicBool::new(false));
+    let fetcher = priority.map(|stream| Fetcher::new(stream, stopped.clone(), control.patience));
+    std::thread::scope(|scope| {
+        let (results, inbox) = channel();
+        let mut orders = Vec::new();
+        let spawn = |name: String, work, later| {
+            let thread = std::thread::Builder::new().name(name);
+            let results = results.clone();
+            let spawned = thread.spawn_scoped(scope, move || match work {
+                Work::Carry(stream, index, pages) => {
+                    carry(stream, index, (regions, pages), (&results, &later));
+                }
+                Work::Fetch(fetcher) => fetch(fetcher, &results, &later),
+            });
+            spawned.map(drop).inspect_err(|_| {
+                breakers.iter().for_each(|breaker| breaker.break_off());
+            })
+        };
+        for (stream, index) in streams.into_iter().zip(0..) {
+            let (order, later) = channel();
+            orders.push(order);
+            let work = Work::Carry(stream, index, &*pages);
+            spawn(format!("mig-{index}"), work, later)?;
+        }
+        if let Some(fetcher) = fetcher {
+            let (order, later) = channel();
+            orders.push(order);
+            spawn("mig-fault".to_owned(), Work::Fetch(fetcher), later)?;
+        }
+        let mut ended = Ended {
+            inbox,
+            missing: expected,
+        };
+        let gathered = gather(control, &mut ended, regions);
+        let gathered = gathered.map_err(|error| explain(control, error));
+        let result = gathered.and_then(|(sections, later)| {
+            let puller = later.map(|later| Puller {
+                orders: std::mem::take(&mut orders),
+                breakers: breakers.clone(),
+                stopped: Arc::clone(&stopped),
+                later,
+            });
+            ended.missing = expected;
+            // Threads without an order have nothing left to do.
+            orders.clear();
+            Takeover::new(control, machine, sections, puller.map(|p| (p, ended))).run()
+        });
+        if result.is_err() {
+            breakers.iter().for_each(|breaker| breaker.break_off());
+        }
+        result
+    })
+}
+
+/// What a thread does.
+enum Work<'a> {
+    Carry(Stream, u16, &'a dyn PageStore),
+    Fetch(Fetcher),
+}
+
+/// Fetches pages that somebody waits for, once `later` says so.
+fn fetch(fetcher: Fetcher, results: &Sender<StreamResult>, later: &Receiver<Arc<Missing>>) {
+    if let Ok(missing) = later.recv() {
+        // The one who asked may have given up.
+        let _ = results.send((PRIORITY, fetcher.run(&missing)));
+    }
+}
+
+/// The number under which the connection for pages that are needed at once reports.
+const PRIORITY: u16 = u16::MAX;
+
+/// Takes what comes on a data connection, before the machine starts and, if `later` says so,
+/// afterwards.
+fn carry(
+    mut stream: Stream,
+    index: u16,
+    (regions, pages): (&[PageRun], &dyn PageStore),
+    (results, later): (&Sender<StreamResult>, &Receiver<Arc<Missing>>),
+) {
+    let result = stream.drain(Decoder::new(regions), pages);
+    let ended_well = result.is_ok();
+    // The one who asked may have given up.
+    let _ = results.send((index, result));
+    if ended_well && let Ok(missing) = later.recv() {
+        let result = stream.drain(Decoder::into_used(regions), &*missing);
+        let _ = results.send((index, result));
+    }
+}
+
+/// Which data connections are still at work.
+pub(super) struct Ended {
+    inbox: Receiver<StreamResult>,
+    pub(super) missing: usize,
+}
+
+impl Ended {
+    /// Notes those that have ended; the first failure is an error.
+    pub(super) fn check(&mut self, wait: Duration) -> Result<(), DestinationError> {
+        while self.missing > 0 {
+            let Ok((index, result)) = self.inbox.recv_timeout(wait) else {
+                return Ok(());
+            };
+            result.map_err(|source| DestinationError::Stream { index, source })?;
+            self.missing -= usize::from(index != PRIORITY);
+        }
+        Ok(())
+    }
+}
