@@ -15,6 +15,8 @@ pub(super) struct FrameCounter {
     bytes: Vec<u8>,
     /// Bytes of the frame, as far as is known.
     length: Option<usize>,
+    /// Whether they include the raw pages.
+    is_whole: bool,
 }
 
 impl FrameCounter {
@@ -25,15 +27,16 @@ impl FrameCounter {
 
     pub(super) fn step(&mut self, byte: u8) {
         self.offset += 1;
-        if self.length.is_none_or(|length| self.bytes.len() < length) {
+        if !self.is_whole {
             self.bytes.push(byte);
         }
         if self.offset == HEADER_BYTES {
             let header = self.header();
             self.length = header.map(|header| HEADER_BYTES + header.payload_bytes as usize);
         }
-        if self.length == Some(self.offset) && self.bytes.len() == self.offset {
+        if self.length == Some(self.offset) && !self.is_whole {
             self.length = Some(self.offset + self.raw_bytes());
+            self.is_whole = true;
         }
         if self.length == Some(self.offset) {
             *self = Self {

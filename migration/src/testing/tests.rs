@@ -3,11 +3,29 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::bitmap::DirtyBitmap;
+use crate::codec::{Encoder, Encoding};
 use crate::page::{PageIndex, PageRun};
 use crate::ports::{Channel, DirtyTracker, PageStore};
 use crate::wire::Message;
 
 const PAGE: usize = 4096;
+
+#[test]
+fn frames_are_counted_with_their_raw_pages() {
+    let mut encoder = Encoder::new(0);
+    let run = PageRun::new(PageIndex(0), 2).unwrap();
+    let noise: Vec<u8> = (0..2 * PAGE).map(|at| (at * at >> 3) as u8).collect();
+    let mut frame = Vec::new();
+    let (_, raw) = encoder.encode(run.start, (&[run], &noise), &[], Encoding::Raw, &mut frame);
+    raw.into_iter()
+        .for_each(|range| frame.extend_from_slice(&noise[range]));
+    assert!(frame.len() > 2 * PAGE);
+    let mut counter = frames::FrameCounter::default();
+    for number in 0..3 {
+        assert_eq!(counter.place(), (number, 0));
+        frame.iter().for_each(|byte| counter.step(*byte));
+    }
+}
 
 fn harvested(tracker: &FakeTracker, base: u64, pages: u64) -> Vec<u64> {
     let mut bitmap = DirtyBitmap::new(PageIndex(base), pages);

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_millis(150);
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// A machine that never converges and whose time is up at once.
-fn world(lockable: bool) -> World {
+pub(crate) fn world(lockable: bool) -> World {
     let mut world = World::small(lockable);
     world.options.on_timeout = OnTimeout::Postcopy;
     world.options.timeout = Duration::ZERO;
@@ -153,12 +153,12 @@ fn a_machine_whose_memory_cannot_be_made_lazy_stays() {
 
 /// A direction of a connection.
 #[derive(Clone, Copy, Debug)]
-enum Line {
+pub(crate) enum Line {
     Control(bool),
     Data(usize, bool),
 }
 
-fn wire_of(wiring: &mut Wiring, line: Line) -> &mut Wire {
+pub(crate) fn wire_of(wiring: &mut Wiring, line: Line) -> &mut Wire {
     let (pair, there) = match line {
         Line::Control(there) => (&mut wiring.control, there),
         Line::Data(index, there) => (&mut wiring.data[index], there),
@@ -167,7 +167,7 @@ fn wire_of(wiring: &mut Wiring, line: Line) -> &mut Wire {
 }
 
 /// The third data connection is the one for pages that are needed at once.
-const LINES: [Line; 6] = [
+pub(crate) const LINES: [Line; 6] = [
     Line::Control(true),
     Line::Control(false),
     Line::Data(0, true),
@@ -176,12 +176,17 @@ const LINES: [Line; 6] = [
     Line::Data(2, false),
 ];
 
+/// Each of the first frames, and ever fewer of the many answers to requests for pages.
+pub(crate) fn frames() -> impl Iterator<Item = u32> {
+    std::iter::successors(Some(0), |frame| Some(frame + 1 + frame / 12))
+}
+
 /// A fault at every frame of every connection.
 fn sweep(offset: usize, kind: FaultKind) {
     let (mut held, mut whole, mut resumed) = (0, 0, 0);
     for lockable in [true, false] {
         for line in LINES {
-            for frame in 0.. {
+            for frame in frames() {
                 let what = format!("{line:?} frame {frame} {kind:?} lockable={lockable}");
                 let mut world = world(lockable);
                 world.set_patience(PATIENCE);
