@@ -144,8 +144,11 @@ pub(crate) async fn watch(
 ) -> Result<Ending<MigrationReport>> {
     let mut display = Display::new(quiet);
     let last_word = |event| {
-        if let EventKind::MigrationRound { round } = &event {
-            display.round(round);
+        match &event {
+            EventKind::MigrationRound { round } => display.round(round),
+            EventKind::PagesCut => display.say(CUT),
+            EventKind::PagesLinked => display.say("connected again: the VM goes on"),
+            _ => {}
         }
         match event {
             EventKind::MigrationEnded { report } => Some(*report),
@@ -205,8 +208,12 @@ impl Display {
     }
 
     fn round(&mut self, round: &RoundReport) {
+        self.say(&describe_round(round));
+    }
+
+    fn say(&self, line: &str) {
         if self.lines {
-            eprintln!("{}", describe_round(round));
+            eprintln!("{line}");
         }
     }
 }
@@ -257,6 +264,9 @@ impl Bar {
     }
 }
 
+/// Of a post-copy without a connection.
+const CUT: &str = "the connection is cut: the VM stands still until it can be made again";
+
 fn bar_line(progress: &Progress) -> String {
     const WIDTH: u64 = 24;
     let phase = match progress.phase {
@@ -264,7 +274,7 @@ fn bar_line(progress: &Progress) -> String {
         Phase::Precopy => format!("round {}", progress.round),
         Phase::Switchover => "switchover".to_owned(),
         Phase::Postcopy => "post-copy".to_owned(),
-        Phase::Unlinked => "the connection is cut: the VM stands still".to_owned(),
+        Phase::Unlinked => return CUT.to_owned(),
         Phase::Ended => "done".to_owned(),
     };
     let all = (progress.memory_bytes / 4096).max(1);
@@ -361,6 +371,10 @@ pub(crate) fn print_report(report: &MigrationReport) {
             time(later.mean_fault_us),
             time(later.longest_fault_us),
         );
+        if later.reconnections > 0 {
+            let times = later.reconnections;
+            println!("the connection was cut meanwhile, and made again: {times} times");
+        }
     }
     let mix = report.pages;
     println!(

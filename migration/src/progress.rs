@@ -20,7 +20,8 @@ pub enum Phase {
     Switchover,
     /// The destination runs the VM and fetches what is missing.
     Postcopy,
-    /// Post-copy without a connection: the VM stands still on both sides, in halves.
+    /// Post-copy without a connection: the VM stands still on both sides, in halves, until the
+    /// source has connected again.
     Unlinked,
     /// It is over.
     Ended,
@@ -165,6 +166,9 @@ pub struct Postcopy {
     pub mean_fault_us: u64,
     /// How long it waited for one at most.
     pub longest_fault_us: u64,
+    /// How often the connection was cut and made again.
+    #[serde(default)]
+    pub reconnections: u32,
 }
 
 /// What may be changed while a migration runs.
@@ -185,8 +189,19 @@ pub struct MigrationHandle {
     observer: Option<Observer>,
 }
 
-/// Hears of every round that has ended. Called on the migration's thread; returns at once.
-pub type Observer = Box<dyn Fn(&RoundReport) + Send + Sync>;
+/// Something that an observer hears of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observation {
+    /// A round has ended.
+    Round(RoundReport),
+    /// Post-copy: the connection is cut, the VM stands still.
+    Cut,
+    /// Post-copy: the destination is connected again.
+    Linked,
+}
+
+/// Hears what happens. Called on the migration's thread; returns at once.
+pub type Observer = Box<dyn Fn(Observation) + Send + Sync>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Plain data, whole after every statement.
@@ -206,16 +221,16 @@ impl MigrationHandle {
         }
     }
 
-    /// Tells `observer` of rounds.
+    /// Tells `observer` what happens.
     #[must_use]
     pub fn with_observer(mut self, observer: Observer) -> Self {
         self.observer = Some(observer);
         self
     }
 
-    pub(crate) fn observe(&self, round: &RoundReport) {
+    pub(crate) fn observe(&self, seen: Observation) {
         if let Some(observer) = &self.observer {
-            observer(round);
+            observer(seen);
         }
     }
 
@@ -237,7 +252,9 @@ impl MigrationHandle {
         self.cancel();
     }
 
-    pub(crate) fn is_abandoned(&self) -> bool {
+    /// Whether nobody waits for a new connection any more.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Relaxed)
     }
 

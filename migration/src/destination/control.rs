@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::options::DestinationError;
+use super::stream::Stream;
 use crate::ports::Channel;
 use crate::wire::{FrameError, FrameReader, Message};
 
@@ -24,6 +25,13 @@ impl Control<'_> {
         Ok(message.send(&mut *self.channel)?)
     }
 
+    /// Goes on over another connection.
+    pub(super) fn replace(&mut self, stream: Stream) {
+        self.break_off();
+        self.channel = stream.channel;
+        self.reader = stream.reader;
+    }
+
     pub(super) fn break_off(&self) {
         self.channel.breaker().break_off();
     }
@@ -34,7 +42,12 @@ impl Control<'_> {
 
     /// A message that has come within a moment, if any.
     pub(super) fn poll(&mut self) -> Result<Option<Message>, FrameError> {
-        self.channel.set_timeout(TICK)?;
+        self.poll_within(TICK)
+    }
+
+    /// A message that has come within `time`, if any.
+    pub(super) fn poll_within(&mut self, time: Duration) -> Result<Option<Message>, FrameError> {
+        self.channel.set_timeout(time)?;
         match Message::receive(&mut self.reader, &mut *self.channel) {
             Ok(message) => Ok(Some(message)),
             Err(error) if error.is_timeout() => Ok(None),

@@ -1,8 +1,9 @@
 //! Memory while pages are missing.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::Instant;
 
 use crate::bitmap::DirtyBitmap;
 use crate::page::{PageIndex, PageRun};
@@ -14,17 +15,20 @@ pub(super) struct Missing {
     pub(super) lazy: Arc<dyn LazyMemory>,
     runs: Vec<PageRun>,
     /// By region. Held while a page is placed: nobody may take one that is on its way for one that
-    /// was never sent. One lock is held at a time.
+    /// was never sent. Lock order: `asked`, then one of these.
     regions: Vec<Mutex<DirtyBitmap>>,
     left: AtomicU64,
+    /// Pages that somebody waits for, and since when. The host tells of each once: who is told sees to
+    /// it, or the next one who can.
+    asked: Mutex<BTreeMap<PageIndex, Instant>>,
     faults: AtomicU64,
     waited_us: AtomicU64,
     longest_us: AtomicU64,
 }
 
-fn lock(region: &Mutex<DirtyBitmap>) -> MutexGuard<'_, DirtyBitmap> {
-    // A bitmap is whole after every statement.
-    region.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Bitmaps and maps are whole after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Missing {
@@ -34,6 +38,7 @@ impl Missing {
             lazy,
             runs: missing.iter().filter_map(run).collect(),
             left: AtomicU64::new(missing.iter().map(DirtyBitmap::count).sum()),
+            asked: Mutex::default(),
             regions: missing.into_iter().map(Mutex::new).collect(),
             faults: AtomicU64::new(0),
             waited_us: AtomicU64::new(0),
@@ -60,7 +65,7 @@ impl Missing {
         }
     }
 
-    pub(super) fn region(&self, run: PageRun) -> Result<MutexGuard<'_, DirtyBitmap>, PortError> {
+    fn region(&self, run: PageRun) -> Result<MutexGuard<'_, DirtyBitmap>, PortError> {
         let holds = |(_, region): &(&Mutex<_>, &PageRun)| {
             region.start <= run.start && run.end() <= region.end()
         };
@@ -86,8 +91,47 @@ impl Missing {
         Ok(false)
     }
 
-    pub(super) fn note_fault(&self, waited: Duration) {
-        let micros = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+    /// Which those are.
+    pub(super) fn list(&self) -> Vec<DirtyBitmap> {
+        let regions = self.regions.iter();
+        regions.map(|region| lock(region).clone()).collect()
+    }
+
+    /// Somebody waits for a page; whether that is news.
+    pub(super) fn note_asked(&self, page: PageIndex) -> bool {
+        let mut asked = lock(&self.asked);
+        let is_new = !asked.contains_key(&page);
+        asked.entry(page).or_insert_with(Instant::now);
+        is_new
+    }
+
+    /// Nobody waits for it any more.
+    pub(super) fn forget_asked(&self, page: PageIndex) {
+        lock(&self.asked).remove(&page);
+    }
+
+    /// Pages that somebody waits for.
+    pub(super) fn asked(&self) -> Vec<PageIndex> {
+        lock(&self.asked).keys().copied().collect()
+    }
+
+    /// Pages have come: nobody waits for those any more.
+    pub(super) fn note_answers(&self) {
+        lock(&self.asked).retain(|page, since| {
+            let run = PageRun {
+                start: *page,
+                count: 1,
+            };
+            let waits = self.region(run).is_ok_and(|region| region.contains(*page));
+            if !waits {
+                self.note_fault(*since);
+            }
+            waits
+        });
+    }
+
+    fn note_fault(&self, since: Instant) {
+        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.faults.fetch_add(1, Ordering::Relaxed);
         self.waited_us.fetch_add(micros, Ordering::Relaxed);
         self.longest_us.fetch_max(micros, Ordering::Relaxed);

@@ -13,14 +13,18 @@
 //! | `transfer`, `stream` | the data connections' threads |
 //! | `missing` | post-copy: memory while pages are missing |
 //! | `pull` | post-copy: pages that come after the machine has started |
+//! | `postcopy` | the machine runs before all of its pages are here |
+//! | `relink` | post-copy: a new link after the first was cut |
 //! | `takeover` | device states and the hand-off |
 
 mod attach;
 mod control;
 mod missing;
 pub mod options;
+mod postcopy;
 mod pull;
 mod receive;
+mod relink;
 mod stream;
 mod takeover;
 mod transfer;

@@ -16,6 +16,9 @@ pub struct DestinationOptions {
     pub patience: Duration,
     /// Data connections at most.
     pub max_streams: u16,
+    /// How long a source that has not heard that a post-copy is complete may take to connect again
+    /// and hear it.
+    pub linger: Duration,
 }
 
 /// A machine that has come over.

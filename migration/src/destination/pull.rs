@@ -1,17 +1,16 @@
 //! Post-copy: pages that come after the machine has started, those first that somebody waits for.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::control::TICK;
 use super::missing::Missing;
 use super::stream::Stream;
 use crate::bitmap::DirtyBitmap;
 use crate::codec::{DecodeError, Decoder};
-use crate::page::{PageIndex, PageRun};
+use crate::page::PageIndex;
 use crate::ports::{Breaker, LazyMemory, PageStore};
 use crate::wire::message::Fetch;
 use crate::wire::{FrameError, FrameKind, Message};
@@ -56,8 +55,6 @@ pub(super) struct Fetcher {
     stream: Stream,
     stopped: Arc<AtomicBool>,
     patience: Duration,
-    /// Pages that were asked for, and since when somebody waits.
-    asked: BTreeMap<PageIndex, Instant>,
     /// Answers that are on their way.
     expected: usize,
 }
@@ -68,7 +65,6 @@ impl Fetcher {
             stream,
             stopped,
             patience,
-            asked: BTreeMap::new(),
             expected: 0,
         }
     }
@@ -85,13 +81,16 @@ impl Fetcher {
     fn serve(&mut self, missing: &Missing) -> Result<(), DecodeError> {
         let mut decoder = Decoder::into_used(&missing.regions());
         let mut payload = Vec::new();
+        // What was asked for on a connection that broke is asked for again.
+        self.request(missing, &missing.asked())?;
         while !self.stopped.load(Ordering::SeqCst) {
             let wait = if self.expected > 0 {
                 Duration::ZERO
             } else {
                 TICK
             };
-            self.ask(missing, wait)?;
+            let pages = Self::new_faults(missing, wait)?;
+            self.request(missing, &pages)?;
             if self.expected > 0 {
                 self.take(missing, &mut decoder, &mut payload)?;
             }
@@ -99,16 +98,26 @@ impl Fetcher {
         Ok(())
     }
 
-    /// Asks for everything that somebody waits for by now.
-    fn ask(&mut self, missing: &Missing, wait: Duration) -> Result<(), DecodeError> {
-        let mut frames = Vec::new();
-        let mut wait = wait;
+    /// Everything that somebody waits for by now and that was not asked for yet.
+    fn new_faults(missing: &Missing, wait: Duration) -> Result<Vec<PageIndex>, DecodeError> {
+        let (mut pages, mut wait) = (Vec::new(), wait);
         while let Some(page) = missing.lazy.next_fault(wait)? {
             wait = Duration::ZERO;
-            if self.asked.contains_key(&page) || !missing.is_to_be_fetched(page)? {
+            // Before anything can fail.
+            if missing.note_asked(page) {
+                pages.push(page);
+            }
+        }
+        Ok(pages)
+    }
+
+    fn request(&mut self, missing: &Missing, pages: &[PageIndex]) -> Result<(), DecodeError> {
+        let mut frames = Vec::new();
+        for page in pages {
+            if !missing.is_to_be_fetched(*page)? {
+                missing.forget_asked(*page);
                 continue;
             }
-            self.asked.insert(page, Instant::now());
             self.expected += 1;
             let fetch = Fetch {
                 page: page.0,
@@ -147,19 +156,7 @@ impl Fetcher {
             }
         }
         self.expected -= 1;
-        self.asked.retain(|page, since| {
-            let run = PageRun {
-                start: *page,
-                count: 1,
-            };
-            let waits = missing
-                .region(run)
-                .is_ok_and(|region| region.contains(*page));
-            if !waits {
-                missing.note_fault(since.elapsed());
-            }
-            waits
-        });
+        missing.note_answers();
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::attach::attach;
+use super::attach::{Door, attach};
 use super::control::{Control, TICK};
 use super::options::{DestinationError, DestinationOptions, Received};
 use super::transfer::{Ended, transfer};
@@ -12,7 +12,7 @@ use crate::page::{PageIndex, PageRun};
 use crate::ports::{Accept, Channel, Host, Incoming};
 use crate::section::Section;
 use crate::wire::message::{Hello, MAGIC, Offer, Reasons, Welcome};
-use crate::wire::{FrameReader, Message, Versions};
+use crate::wire::{FrameReader, Message, Versions, missing};
 
 /// How long a source whose data connection failed may take to say why.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -75,10 +75,11 @@ fn take(
         true => &Message::AcceptPostcopy,
         false => &Message::Accept,
     })?;
-    let mut streams = attach(control, accept, &offer, options)?;
+    let mut door = Door::new(accept, options);
+    let mut streams = attach(control, &mut door, &offer)?;
     // The last one.
     let priority = if offer.postcopy { streams.pop() } else { None };
-    transfer(control, (streams, priority), machine)
+    transfer(control, door, (streams, priority), machine)
 }
 
 fn greet(
@@ -194,19 +195,8 @@ fn note_missing(
 ) -> Result<(), DestinationError> {
     let bitmap = |region: &PageRun| DirtyBitmap::new(region.start, region.count);
     let later = later.get_or_insert_with(|| regions.iter().map(bitmap).collect());
-    for (start, count) in runs {
-        let run = PageRun::new(PageIndex(*start), *count);
-        let place = run.and_then(|run| {
-            let holds = |region: &&PageRun| region.start <= run.start && run.end() <= region.end();
-            let index = regions.iter().position(|region| holds(&region))?;
-            later.get_mut(index).zip(Some(run))
-        });
-        let Some((bitmap, run)) = place else {
-            let text = format!("{count} missing pages at {start} are not guest memory");
-            return Err(DestinationError::Protocol(text));
-        };
-        bitmap.insert(run);
-    }
+    let marked = missing::mark(later, runs, PageIndex(0));
+    marked.map_err(|error| DestinationError::Protocol(error.to_string()))?;
     Ok(())
 }
 

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::control::{Control, TICK};
+use super::control::Control;
 use super::missing::Missing;
 use super::options::{DestinationError, Received};
 use super::pull::Puller;
+use super::relink::NewLinks;
 use super::transfer::Ended;
 use crate::handoff::{
     self, Awaited, Cause, DestinationAction, DestinationEvent, DestinationHandoff,
@@ -17,32 +18,44 @@ use crate::section::Section;
 use crate::wire::Message;
 use crate::wire::message::{Prepared, Reasons};
 
-pub(super) struct Takeover<'c, 'a> {
-    control: &'c mut Control<'a>,
-    machine: Box<dyn Incoming>,
+/// How pages come after the machine has started.
+pub(super) struct Later<'a> {
+    pub(super) puller: Puller,
+    pub(super) ended: Ended,
+    pub(super) link: NewLinks<'a>,
+    /// See [`DestinationOptions::linger`](super::options::DestinationOptions::linger).
+    pub(super) linger: Duration,
+}
+
+pub(super) struct Takeover<'c, 'a, 'd> {
+    pub(super) control: &'c mut Control<'a>,
+    pub(super) machine: Box<dyn Incoming>,
     sections: Vec<Section>,
     /// In a post-copy.
-    puller: Option<(Puller, Ended)>,
-    missing: Option<Arc<Missing>>,
+    pub(super) later: Option<Later<'d>>,
+    pub(super) missing: Option<Arc<Missing>>,
+    /// The connection was cut, and the machine stands still because of it.
+    pub(super) held: bool,
     restore_us: u64,
     /// What went wrong here, in more words than the hand-off knows.
-    error: Option<DestinationError>,
+    pub(super) error: Option<DestinationError>,
     start_error: Option<PortError>,
 }
 
-impl<'c, 'a> Takeover<'c, 'a> {
+impl<'c, 'a, 'd> Takeover<'c, 'a, 'd> {
     pub(super) fn new(
         control: &'c mut Control<'a>,
         machine: Box<dyn Incoming>,
         sections: Vec<Section>,
-        puller: Option<(Puller, Ended)>,
+        later: Option<Later<'d>>,
     ) -> Self {
         Self {
             control,
             machine,
             sections,
-            puller,
+            later,
             missing: None,
+            held: false,
             restore_us: 0,
             error: None,
             start_error: None,
@@ -50,7 +63,7 @@ impl<'c, 'a> Takeover<'c, 'a> {
     }
 
     pub(super) fn run(mut self) -> Result<Received, DestinationError> {
-        let (mut handoff, mut action) = DestinationHandoff::begin(match self.puller {
+        let (mut handoff, mut action) = DestinationHandoff::begin(match self.later {
             Some(_) => Mode::Postcopy,
             None => Mode::Precopy,
         });
@@ -99,72 +112,11 @@ impl<'c, 'a> Takeover<'c, 'a> {
     /// In a post-copy, pages come when they are touched from here on: already a device that takes
     /// its state over may look at its queues.
     fn make_lazy(&mut self) -> Result<(), PortError> {
-        if let Some((puller, _)) = &mut self.puller {
-            let lazy = self.machine.make_lazy(&puller.later)?;
-            self.missing = Some(puller.begin(lazy));
+        if let Some(later) = &mut self.later {
+            let lazy = self.machine.make_lazy(&later.puller.later)?;
+            self.missing = Some(later.puller.begin(lazy));
         }
         Ok(())
-    }
-
-    /// Waits until every page has come.
-    fn pull(&mut self) -> DestinationEvent {
-        let (Some((_, ended)), Some(missing)) = (&mut self.puller, &self.missing) else {
-            return DestinationEvent::LinkLost;
-        };
-        let mut heard = Instant::now();
-        loop {
-            if self.machine.has_ended() {
-                return DestinationEvent::PagesComplete;
-            }
-            let lost = match (ended.check(Duration::ZERO), self.control.poll()) {
-                (Ok(()), Ok(None)) => None,
-                (Ok(()), Ok(Some(Message::Round(_)))) => {
-                    heard = Instant::now();
-                    None
-                }
-                (Ok(()), Ok(Some(other))) => Some(super::receive::unexpected(&other)),
-                (Ok(()), Err(error)) => Some(error.into()),
-                (Err(error), _) => Some(error),
-            };
-            let lost = match lost {
-                None if ended.missing == 0 && missing.left() == 0 => match missing.complete() {
-                    Ok(()) => return DestinationEvent::PagesComplete,
-                    Err(error) => Some(error.into()),
-                },
-                None if ended.missing == 0 => {
-                    let text = format!("{} pages were not sent", missing.left());
-                    Some(DestinationError::Protocol(text))
-                }
-                None if heard.elapsed() > self.control.patience => {
-                    Some(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
-                }
-                lost => lost,
-            };
-            if let Some(error) = lost {
-                log::error!(error:% = error.chain(), missing_pages = missing.left(); "the source's pages do not come any more");
-                self.error = Some(error);
-                return DestinationEvent::LinkLost;
-            }
-        }
-    }
-
-    fn hold(&mut self) -> DestinationEvent {
-        self.machine.hold();
-        DestinationEvent::Paused
-    }
-
-    /// The machine stands still, with parts of its memory at the source, until somebody ends it.
-    fn wait_for_link(&mut self) -> DestinationEvent {
-        if let Some((puller, _)) = &self.puller {
-            puller.stop();
-        }
-        self.control.break_off();
-        // It may not have been started yet; whoever can end it is to see it.
-        self.machine.hold();
-        while !self.machine.has_ended() {
-            std::thread::sleep(TICK);
-        }
-        DestinationEvent::GiveUp
     }
 
     fn claim(&mut self, mark: Mark) -> DestinationEvent {
@@ -178,6 +130,7 @@ impl<'c, 'a> Takeover<'c, 'a> {
     }
 
     fn start(&mut self) -> DestinationEvent {
+        self.held = false;
         match self.machine.start() {
             Ok(()) => DestinationEvent::Started,
             Err(error) => {
@@ -200,10 +153,7 @@ impl<'c, 'a> Takeover<'c, 'a> {
             handoff::Message::Committed => Message::Committed,
             handoff::Message::Declined(cause) => Message::Declined(reasons(cause)),
             handoff::Message::Abort(cause) => Message::Abort(reasons(cause)),
-            handoff::Message::Complete => {
-                let summary = self.missing.as_ref().map(|missing| missing.summary());
-                Message::Complete(summary.unwrap_or_default())
-            }
+            handoff::Message::Complete => return self.say_complete(),
             // The source's.
             handoff::Message::Prepare | handoff::Message::Commit(_) => {
                 return DestinationEvent::LinkLost;

@@ -5,22 +5,26 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use super::attach::Door;
 use super::control::Control;
 use super::missing::Missing;
 use super::options::{DestinationError, Received};
 use super::pull::{Fetcher, Puller};
 use super::receive::{explain, gather};
+use super::relink::NewLinks;
 use super::stream::Stream;
-use super::takeover::Takeover;
+use super::takeover::{Later, Takeover};
 use crate::codec::{DecodeError, Decoder};
 use crate::page::PageRun;
 use crate::ports::{Incoming, PageStore};
 
-type StreamResult = (u16, Result<(), DecodeError>);
+pub(super) type StreamResult = (u16, Result<(), DecodeError>);
 
-/// Takes pages and sections, then the hand-off.
+/// Takes pages and sections, then the hand-off. In a post-copy, connections of a new link come
+/// through `door`.
 pub(super) fn transfer(
     control: &mut Control<'_>,
+    door: Door<'_>,
     (streams, priority): (Vec<Stream>, Option<Stream>),
     machine: Box<dyn Incoming>,
 ) -> Result<Received, DestinationError> {
@@ -58,6 +62,8 @@ pub(super) fn transfer(
             orders.push(order);
             spawn("mig-fault".to_owned(), Work::Fetch(fetcher), later)?;
         }
+        // The threads have theirs: once they have ended, nothing more comes.
+        drop(results);
         let mut ended = Ended {
             inbox,
             missing: expected,
@@ -74,7 +80,13 @@ pub(super) fn transfer(
             ended.missing = expected;
             // Threads without an order have nothing left to do.
             orders.clear();
-            Takeover::new(control, machine, sections, puller.map(|p| (p, ended))).run()
+            let later = puller.map(|puller| Later {
+                puller,
+                ended,
+                linger: door.linger,
+                link: NewLinks::new(door, expected),
+            });
+            Takeover::new(control, machine, sections, later).run()
         });
         if result.is_err() {
             breakers.iter().for_each(|breaker| breaker.break_off());
@@ -98,7 +110,7 @@ fn fetch(fetcher: Fetcher, results: &Sender<StreamResult>, later: &Receiver<Arc<
 }
 
 /// The number under which the connection for pages that are needed at once reports.
-const PRIORITY: u16 = u16::MAX;
+pub(super) const PRIORITY: u16 = u16::MAX;
 
 /// Takes what comes on a data connection, before the machine starts and, if `later` says so,
 /// afterwards.
@@ -125,6 +137,19 @@ pub(super) struct Ended {
 }
 
 impl Ended {
+    /// The threads of a new link; they all have the other end.
+    pub(super) fn of(inbox: Receiver<StreamResult>, streams: usize) -> Self {
+        Self {
+            inbox,
+            missing: streams,
+        }
+    }
+
+    /// Waits until no thread is left. Their connections are broken off.
+    pub(super) fn wait_for_all(&mut self) {
+        while self.inbox.recv().is_ok() {}
+    }
+
     /// Notes those that have ended; the first failure is an error.
     pub(super) fn check(&mut self, wait: Duration) -> Result<(), DestinationError> {
         while self.missing > 0 {

@@ -1,29 +1,33 @@
 //! Handshake: versions, the machine's description, data connections.
 
+use std::time::Duration;
+
 use super::control::Control;
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
 use crate::ports::{Channel, Dial};
 use crate::progress::MigrationHandle;
-use crate::wire::message::{Attach, Hello, MAGIC, Offer};
+use crate::wire::message::{Attach, Hello, MAGIC, Offer, Welcome};
 use crate::wire::{Message, Versions};
 
 /// Connections to the destination.
-pub(super) struct Links {
+pub(super) struct Links<'d> {
     /// For pages.
     pub(super) data: Vec<Box<dyn Channel>>,
     /// For pages that are needed at once, when there may be a post-copy.
     pub(super) priority: Option<Box<dyn Channel>>,
+    /// How they are opened again.
+    pub(super) further: Further<'d>,
 }
 
 /// Introduces this side, describes the machine and opens the data connections.
-pub(super) fn connect(
+pub(super) fn connect<'d>(
     control: &mut Control,
-    dial: &mut dyn Dial,
+    dial: &'d mut dyn Dial,
     parts: &Parts<'_>,
     options: &SourceOptions,
     handle: &MigrationHandle,
-) -> Result<Links, SourceError> {
+) -> Result<Links<'d>, SourceError> {
     let wait = |control: &mut Control, time| control.receive(time, || handle.is_cancelled());
     let ours = Versions::OURS;
     control.send(&Message::Hello(Hello {
@@ -61,24 +65,55 @@ pub(super) fn connect(
         Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     }
-    let extra = u16::from(postcopy);
-    let data: Result<Vec<_>, SourceError> = (0..options.streams + extra)
-        .map(|index| {
-            let failed = |source| SourceError::Dial { index, source };
-            let mut channel = dial.dial(welcome.data_url.as_deref()).map_err(failed)?;
-            channel.set_timeout(options.patience).map_err(failed)?;
-            let attach = Message::Attach(Attach {
-                token: welcome.token.clone(),
-                index,
-            });
-            attach.send(&mut *channel).map_err(failed)?;
-            Ok(channel)
-        })
-        .collect();
-    let mut data = data?;
-    // The last one.
-    let priority = if postcopy { data.pop() } else { None };
-    Ok(Links { data, priority })
+    let mut further = Further {
+        dial,
+        welcome,
+        streams: options.streams,
+        patience: options.patience,
+    };
+    let (data, priority) = further.open_data(postcopy)?;
+    Ok(Links {
+        data,
+        priority,
+        further,
+    })
+}
+
+/// How further connections are opened.
+pub(super) struct Further<'d> {
+    dial: &'d mut dyn Dial,
+    welcome: Welcome,
+    streams: u16,
+    patience: Duration,
+}
+
+/// Connections for pages, and the one for pages that are needed at once.
+pub(super) type DataLinks = (Vec<Box<dyn Channel>>, Option<Box<dyn Channel>>);
+
+impl Further<'_> {
+    /// All data connections.
+    pub(super) fn open_data(&mut self, postcopy: bool) -> Result<DataLinks, SourceError> {
+        let count = self.streams + u16::from(postcopy);
+        let data: Result<Vec<_>, SourceError> = (0..count).map(|index| self.open(index)).collect();
+        let mut data = data?;
+        // The last one.
+        let priority = if postcopy { data.pop() } else { None };
+        Ok((data, priority))
+    }
+
+    /// One that shows that it belongs to this migration.
+    pub(super) fn open(&mut self, index: u16) -> Result<Box<dyn Channel>, SourceError> {
+        let failed = |source| SourceError::Dial { index, source };
+        let url = self.welcome.data_url.as_deref();
+        let mut channel = self.dial.dial(url).map_err(failed)?;
+        channel.set_timeout(self.patience).map_err(failed)?;
+        let attach = Message::Attach(Attach {
+            token: self.welcome.token.clone(),
+            index,
+        });
+        attach.send(&mut *channel).map_err(failed)?;
+        Ok(channel)
+    }
 }
 
 pub(super) fn unexpected(message: &Message) -> SourceError {

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use super::connect;
@@ -10,7 +9,7 @@ use super::control::Control;
 use super::options::{SourceError, SourceOptions, SourceReport};
 use super::pacer::Pacer;
 use super::rounds::{Rounds, Workers};
-use super::stream::{Shared, Stream, Totals};
+use super::stream::{Shared, Totals};
 use super::switchover::{Ending, Switchover};
 use crate::handoff::{Cause, Doubt, Outcome, Reason};
 use crate::ports::{Breaker, Channel, Dial, DirtyTracker, Machine, PageStore};
@@ -165,31 +164,18 @@ fn attempt(
         encoding: options.encoding,
         cache_bytes: options.cache_bytes,
     };
+    let priority = links.priority;
     parts.tracker.start()?;
     let result = std::thread::scope(|scope| {
         // Dropped before the threads are awaited.
         let breakers = breakers;
-        let (results, inbox) = channel();
-        let mut orders = Vec::new();
-        for (channel, index) in links.data.into_iter().zip(0..) {
-            let (order, plans) = std::sync::mpsc::channel();
-            orders.push(order);
-            let stream = Stream::new(&shared, index, channel);
-            let results = results.clone();
-            std::thread::Builder::new()
-                .name(format!("mig-{index}"))
-                .spawn_scoped(scope, move || stream.run(&plans, &results))?;
-        }
-        drop(results);
-        let workers = Workers {
-            orders,
-            results: inbox,
-        };
+        let workers = Workers::start(scope, &shared, links.data)?;
         let mut rounds = Rounds::new(&shared, workers, (options, handle));
         let precopied = rounds.precopy(parts, control);
         let ending = precopied.and_then(|last| {
-            let switchover = Switchover::new(&mut rounds, control, handle, options);
-            switchover.run(parts, last, links.priority, record)
+            let links = (links.further, breakers.connections.clone());
+            let mut switchover = Switchover::new(&mut rounds, control, links, (options, handle));
+            switchover.run(parts, last, priority, record)
         });
         record.rounds = std::mem::take(&mut rounds.reports);
         record.predicted = rounds.predicted;

@@ -11,6 +11,7 @@
 //! | `stream` | a data connection's thread |
 //! | `pacer` | the bandwidth limit |
 //! | `rounds` | pre-copy |
+//! | `relink` | post-copy: a new link after the first was cut |
 //! | `serve` | post-copy: pages that the destination waits for |
 //! | `postcopy` | the destination runs the machine and is served its pages |
 //! | `switchover` | the last pages, device states, the hand-off |
@@ -21,6 +22,7 @@ mod migrate;
 pub mod options;
 mod pacer;
 mod postcopy;
+mod relink;
 mod rounds;
 mod serve;
 mod stream;

@@ -56,6 +56,9 @@ pub struct SourceOptions {
     pub patience: Duration,
     /// The same while it builds the machine, for which it may have to find all of its memory.
     pub prepare_patience: Duration,
+    /// How long after a post-copy was cut, and after an attempt to connect again, the next one is
+    /// made.
+    pub retry: Duration,
 }
 
 /// A migration did not take place. The VM runs on, unless the report's outcome says otherwise.

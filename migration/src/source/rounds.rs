@@ -1,19 +1,22 @@
 //! Pre-copy: rounds over memory that changes meanwhile.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, TICK};
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
-use super::stream::{RoundPlan, Shared};
+use super::stream::{RoundPlan, Shared, Stream};
 use crate::bitmap::DirtyBitmap;
 use crate::convergence::{Decision, Limits, decide, predicted_blackout};
 use crate::handoff::Mode;
 use crate::page::{PAGE_BYTES, PageRun};
-use crate::progress::{MigrationHandle, PageMix, Phase, RoundReport};
+use crate::ports::Channel;
+use crate::progress::{MigrationHandle, Observation, PageMix, Phase, RoundReport};
 use crate::wire::Message;
 use crate::wire::message::Round;
 
@@ -31,8 +34,44 @@ const REFRESH: Duration = Duration::from_millis(200);
 
 /// The data connections' threads.
 pub(super) struct Workers {
-    pub(super) orders: Vec<Sender<Arc<RoundPlan>>>,
-    pub(super) results: Receiver<Result<(), SourceError>>,
+    orders: Vec<Sender<Arc<RoundPlan>>>,
+    results: Receiver<Result<(), SourceError>>,
+}
+
+impl Workers {
+    /// A thread per connection. They end with their connections, or when this is dropped.
+    pub(super) fn start<'scope, 'a>(
+        scope: &'scope Scope<'scope, '_>,
+        shared: &'a Shared<'a>,
+        channels: Vec<Box<dyn Channel>>,
+    ) -> io::Result<Self>
+    where
+        'a: 'scope,
+    {
+        let (results, inbox) = channel();
+        let mut orders = Vec::new();
+        for (channel, index) in channels.into_iter().zip(0..) {
+            let (order, plans) = std::sync::mpsc::channel();
+            orders.push(order);
+            let stream = Stream::new(shared, index, channel);
+            let results = results.clone();
+            std::thread::Builder::new()
+                .name(format!("mig-{index}"))
+                .spawn_scoped(scope, move || stream.run(&plans, &results))?;
+        }
+        Ok(Self {
+            orders,
+            results: inbox,
+        })
+    }
+
+    /// None.
+    pub(super) fn none() -> Self {
+        Self {
+            orders: Vec::new(),
+            results: channel().1,
+        }
+    }
 }
 
 /// Pages that are dirty when the machine is stopped, and when they travel.
@@ -229,6 +268,11 @@ impl<'a> Rounds<'a> {
         });
     }
 
+    /// Goes on with other connections, in a post-copy; the threads of those before end.
+    pub(super) fn replace_workers(&mut self, workers: Workers) {
+        self.workers = workers;
+    }
+
     /// What has become of the streams within `wait`: how many have done what they were told.
     pub(super) fn streams_done(&self, wait: Duration) -> Result<usize, SourceError> {
         let Ok(first) = self.workers.results.recv_timeout(wait) else {
@@ -355,7 +399,7 @@ impl<'a> Rounds<'a> {
         let Some(last) = self.reports.last().copied() else {
             return;
         };
-        self.handle.observe(&last);
+        self.handle.observe(Observation::Round(last));
         log::debug!(
             round = last.number, pages = last.pages.total(), wire_bytes = last.wire_bytes,
             duration_us = last.duration_us, dirty_pages = last.dirty_pages,

@@ -1,20 +1,20 @@
 //! The time that the VM stands still: last pages, device states, the hand-off.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::connect::Further;
 use super::control::{Control, TICK};
 use super::migrate::{Parts, Record, resume};
 use super::options::{OnTimeout, SourceError, SourceOptions};
 use super::postcopy::Later;
 use super::rounds::{LastPages, Rounds, micros};
-use super::serve::Server;
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::{
     self, Awaited, Cause, Mode, Outcome, SourceAction, SourceEvent, SourceHandoff,
 };
-use crate::ports::{Channel, Reclaim};
-use crate::progress::{Blackout, MigrationHandle, Phase};
+use crate::ports::{Breaker, Channel, Reclaim};
+use crate::progress::{Blackout, MigrationHandle, Phase, Postcopy};
 use crate::wire::message::{Commit, Prepare, Reasons};
 use crate::wire::{FrameError, Message};
 
@@ -25,11 +25,14 @@ pub(super) struct Ending {
     pub(super) error: Option<SourceError>,
 }
 
-pub(super) struct Switchover<'r, 'a> {
+pub(super) struct Switchover<'r, 'a, 'd> {
     pub(super) rounds: &'r mut Rounds<'a>,
     pub(super) control: &'r mut Control,
     pub(super) handle: &'a MigrationHandle,
+    /// Opens the connections of a new link.
+    pub(super) further: Further<'d>,
     pub(super) patience: Duration,
+    pub(super) retry: Duration,
     /// However long the last pages take: a stream that makes no progress still ends it.
     pub(super) forced: bool,
     pub(super) blackout: Blackout,
@@ -41,31 +44,33 @@ pub(super) struct Switchover<'r, 'a> {
     pub(super) words: Option<String>,
 }
 
-impl<'r, 'a> Switchover<'r, 'a> {
+impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
     pub(super) fn new(
         rounds: &'r mut Rounds<'a>,
         control: &'r mut Control,
-        handle: &'a MigrationHandle,
-        options: &SourceOptions,
+        (further, breakers): (Further<'d>, Vec<Arc<dyn Breaker>>),
+        (options, handle): (&SourceOptions, &'a MigrationHandle),
     ) -> Self {
         Self {
             rounds,
             control,
             handle,
+            further,
             patience: options.patience,
+            retry: options.retry,
             forced: options.on_timeout == OnTimeout::Force,
             blackout: Blackout::default(),
             stopped: Instant::now(),
             sections: 0,
             mode: Mode::Precopy,
-            later: Later::default(),
+            later: Later::over(breakers),
             words: None,
         }
     }
 
     /// Stops the machine, sends the rest and hands over. An error means that it runs again.
     pub(super) fn run(
-        mut self,
+        &mut self,
         parts: &mut Parts<'_>,
         (dirty, mode): LastPages,
         priority: Option<Box<dyn Channel>>,
@@ -79,14 +84,7 @@ impl<'r, 'a> Switchover<'r, 'a> {
         self.blackout.pause_us = micros(self.stopped.elapsed());
         let ending = std::thread::scope(|scope| {
             let spawned = match (mode, priority) {
-                (Mode::Postcopy, Some(channel)) => {
-                    self.later.breaker = Some(channel.breaker());
-                    let server = Server::new(self.rounds.shared, channel);
-                    let flags = self.later.server.clone();
-                    let serve = move || server.run(&flags.stopped, &flags.failed);
-                    let thread = std::thread::Builder::new().name("mig-fetch".to_owned());
-                    thread.spawn_scoped(scope, serve).map(drop)
-                }
+                (Mode::Postcopy, Some(channel)) => self.start_server(scope, channel),
                 (Mode::Postcopy | Mode::Precopy, _) => Ok(()),
             };
             let sent = spawned.map_err(SourceError::from);
@@ -97,22 +95,18 @@ impl<'r, 'a> Switchover<'r, 'a> {
                     resume(parts, error)
                 }
             };
-            self.stop_server();
+            self.stop_serving();
             ending
         });
         if self.later.began.is_none() {
             self.blackout.total_us = micros(self.stopped.elapsed());
         }
         record.blackout = Some(self.blackout);
-        record.postcopy = self.later.report;
+        record.postcopy = self.later.report.map(|report| Postcopy {
+            reconnections: self.later.reconnections,
+            ..report
+        });
         ending
-    }
-
-    pub(super) fn stop_server(&self) {
-        self.later.server.stopped.store(true, Ordering::SeqCst);
-        if let Some(breaker) = &self.later.breaker {
-            breaker.break_off();
-        }
     }
 
     fn send_rest(

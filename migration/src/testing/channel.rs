@@ -345,6 +345,14 @@ pub fn network(url: Option<&str>, wiring: Wiring) -> (FakeDial, FakeAccept) {
     (dial, FakeAccept { arriving, url })
 }
 
+impl FakeDial {
+    /// A stranger's connections go in here.
+    #[must_use]
+    pub fn entrance(&self) -> Sender<FakeChannel> {
+        self.listener.clone()
+    }
+}
+
 impl Dial for FakeDial {
     fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
         std::thread::sleep(self.pause);

@@ -16,9 +16,13 @@ const PAGE: usize = 4096;
 struct State {
     faults: VecDeque<PageIndex>,
     whole: bool,
-    /// Nobody waits any more.
+    /// The guest stands still; where it waits for a page, it goes on waiting.
+    held: bool,
+    /// It has nothing more to do.
     closed: bool,
     changed: BTreeSet<PageIndex>,
+    /// The guest has touched every page.
+    done: bool,
 }
 
 /// Fake memory in a post-copy.
@@ -49,18 +53,23 @@ impl FakeLazy {
         waited.expect("no test thread panicked").0
     }
 
-    /// A guest that touches every page, the last one first, and changes every third.
+    /// A guest that touches every page, the last one first, and changes every third. The host tells of
+    /// each that it waits for once.
     pub(super) fn touch_everything(&self) {
         let regions = self.memory.regions().into_iter();
         let pages: Vec<_> = regions.flat_map(|run| run.start.0..run.end().0).collect();
         for page in pages.into_iter().rev().map(PageIndex) {
             let mut state = self.state();
             let mut asked = false;
-            while self.memory.page(page).is_none() && !state.whole {
+            loop {
                 if state.closed {
                     return;
                 }
-                if !asked {
+                let waits = self.memory.page(page).is_none() && !state.whole;
+                if !waits && !state.held {
+                    break;
+                }
+                if waits && !asked && !state.held {
                     state.faults.push_back(page);
                     self.changed.notify_all();
                     asked = true;
@@ -72,6 +81,14 @@ impl FakeLazy {
                 state.changed.insert(page);
             }
         }
+        self.state().done = true;
+        self.changed.notify_all();
+    }
+
+    /// The guest stands still, or goes on.
+    pub(super) fn hold(&self, held: bool) {
+        self.state().held = held;
+        self.changed.notify_all();
     }
 
     /// The guest waits no more.
@@ -80,8 +97,20 @@ impl FakeLazy {
         self.changed.notify_all();
     }
 
-    /// Undoes what the guest has changed: what is left is what came, unless a page came twice.
+    /// Waits until the guest has touched every page, if it can.
+    pub fn wait_touched(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        while !state.done && Instant::now() < deadline {
+            state = self.wait(state, Duration::from_millis(5));
+        }
+        state.done
+    }
+
+    /// Ends the guest and undoes what it has changed: what is left is what came, unless a page came
+    /// twice.
     pub fn undo(&self) {
+        self.close();
         for page in std::mem::take(&mut self.state().changed) {
             self.memory.change(page, |bytes| bytes.flip());
         }

@@ -1,7 +1,7 @@
 //! A machine on its way, and the host that it goes to.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{Copies, FakeDisk, FakeLazy, FakeMemory, FakeTracker, Side};
@@ -254,6 +254,7 @@ impl Host for FakeHost {
             disk: self.disk.clone(),
             copies: self.copies.clone(),
             failures: self.failures.clone(),
+            has_guest: false,
         }))
     }
 }
@@ -263,8 +264,10 @@ impl Host for FakeHost {
 pub struct FakePostcopy {
     /// Memory while pages are missing.
     pub lazy: Mutex<Option<Arc<FakeLazy>>>,
-    /// Whether the machine was held because the connection was cut.
+    /// Whether the machine is held because the connection was cut.
     pub held: AtomicBool,
+    /// How often it was.
+    pub holds: AtomicU32,
     /// Set by an operator who ends the machine.
     pub ended: AtomicBool,
 }
@@ -284,6 +287,8 @@ struct FakeIncoming {
     disk: FakeDisk,
     copies: Copies,
     failures: Failures,
+    /// Its guest has a thread.
+    has_guest: bool,
 }
 
 impl Incoming for FakeIncoming {
@@ -308,8 +313,12 @@ impl Incoming for FakeIncoming {
     fn start(&mut self) -> Result<(), PortError> {
         self.failures.check(Step::Start)?;
         self.copies.set(Side::Destination, true);
+        self.postcopy.held.store(false, Ordering::SeqCst);
         if let Some(lazy) = self.postcopy.lazy() {
-            std::thread::spawn(move || lazy.touch_everything());
+            lazy.hold(false);
+            if !std::mem::replace(&mut self.has_guest, true) {
+                std::thread::spawn(move || lazy.touch_everything());
+            }
         }
         Ok(())
     }
@@ -329,8 +338,9 @@ impl Incoming for FakeIncoming {
     fn hold(&mut self) {
         self.copies.set(Side::Destination, false);
         if let Some(lazy) = self.postcopy.lazy() {
-            lazy.close();
+            lazy.hold(true);
         }
+        self.postcopy.holds.fetch_add(1, Ordering::SeqCst);
         self.postcopy.held.store(true, Ordering::SeqCst);
     }
 
@@ -341,6 +351,9 @@ impl Incoming for FakeIncoming {
 
 impl Drop for FakeIncoming {
     fn drop(&mut self) {
+        if let Some(lazy) = self.postcopy.lazy() {
+            lazy.close();
+        }
         self.copies.set(Side::Destination, false);
         self.disk.forget_destination();
     }

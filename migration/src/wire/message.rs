@@ -60,13 +60,16 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-/// First frame of a data connection.
+/// The number under which a new control connection attaches itself, when a post-copy was cut.
+pub const CONTROL_INDEX: u16 = u16::MAX;
+
+/// First frame of a data connection, and of every connection of a new link.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attach {
     /// From [`Welcome::token`].
     #[serde(with = "serde_bytes")]
     pub token: Vec<u8>,
-    /// Number of the connection, from 0.
+    /// Number of the connection, from 0; [`CONTROL_INDEX`] on a new control connection.
     pub index: u16,
 }
 
@@ -145,7 +148,8 @@ pub struct Commit {
 }
 
 /// Pages that come after the machine has started. Several of these may be sent; at least one is,
-/// if there is to be a post-copy.
+/// if there is to be a post-copy. On a new link the destination sends what it has not got, ascending,
+/// and ends the list with one of these that is empty.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Missing {
     /// First page and count of each run.

@@ -8,12 +8,14 @@
 //! |---|---|
 //! | [`frame`] | headers, their check sums, reading and writing frames |
 //! | [`message`] | the messages of the control connection |
+//! | `missing` | lists of pages that the destination does not have |
 //! | [`batch`] | the table of a frame of pages |
 //! | `version` | which version two builds speak |
 
 pub mod batch;
 pub mod frame;
 pub mod message;
+pub(crate) mod missing;
 mod version;
 
 pub use batch::{Batch, BatchRun, PageKind};

@@ -5,4 +5,5 @@ mod failures;
 mod faults;
 mod good;
 mod postcopy;
+mod relink;
 mod world;

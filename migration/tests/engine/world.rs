@@ -1,6 +1,7 @@
 //! A source, a destination and what is between them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,8 @@ use migration::progress::{MigrationHandle, Tuning};
 use migration::source::{EncodingChoice, OnTimeout, Parts, SourceOptions, SourceReport, migrate};
 use migration::testing::machine::Guest;
 use migration::testing::{
-    Copies, Failures, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side, Wire, network, pair,
+    Copies, Failures, FakeChannel, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side, Wire,
+    network, pair,
 };
 use migration::{PageIndex, PageRun, Section};
 
@@ -49,7 +51,10 @@ pub(crate) struct World {
     pub(crate) patience: Duration,
     pub(crate) handle: Arc<MigrationHandle>,
     pub(crate) destination_cancelled: Arc<AtomicBool>,
+    pub(crate) destination_ended: Arc<AtomicBool>,
     pub(crate) lockable: bool,
+    /// Where strangers can connect while a machine is on its way.
+    pub(crate) entrance: Arc<Mutex<Option<Sender<FakeChannel>>>>,
 }
 
 /// What came of a migration.
@@ -100,11 +105,14 @@ impl World {
                 on_timeout: OnTimeout::Cancel,
                 patience: PATIENCE,
                 prepare_patience: PATIENCE,
+                retry: Duration::from_secs(60),
             },
             patience: PATIENCE,
             handle: new_handle(Duration::from_millis(300)),
             destination_cancelled: Arc::default(),
+            destination_ended: Arc::default(),
             lockable,
+            entrance: Arc::default(),
         }
     }
 
@@ -147,7 +155,7 @@ impl World {
         let starts = self.copies.destination_starts();
         let (ours, theirs) = pair(wiring.control.0.clone(), wiring.control.1.clone());
         let wires = wiring.data.clone();
-        let each = move |index: u16| wires[usize::from(index) % wires.len()].clone();
+        let each = move |index: u16| wires.get(usize::from(index)).cloned().unwrap_or_default();
         let (mut dial, mut accept) = network(Some("tcp:elsewhere"), Box::new(each));
         wiring
             .breakers
@@ -155,15 +163,20 @@ impl World {
             .expect("no panic")
             .push(ours.breaker());
         dial.pause = wiring.pause;
+        *self.entrance.lock().expect("no panic") = Some(dial.entrance());
         dial.breakers = Arc::clone(&wiring.breakers);
         let options = DestinationOptions {
             token: b"a token".to_vec(),
             patience: self.patience,
             max_streams: 8,
+            linger: self.patience * 5,
         };
         let (host, cancelled) = (&mut self.host, Arc::clone(&self.destination_cancelled));
         let tracker = Arc::clone(&self.machine.guest.tracker);
         let memory = Arc::clone(&self.machine.guest.memory);
+        let entrance = Arc::clone(&self.entrance);
+        let ended = Arc::clone(&self.destination_ended);
+        ended.store(false, Ordering::SeqCst);
         let mut parts = Parts {
             machine: &mut self.machine,
             pages: &*memory,
@@ -172,12 +185,14 @@ impl World {
         let (report, (received, destination_took)) = std::thread::scope(|scope| {
             let destination = scope.spawn(move || {
                 let received = receive(Box::new(theirs), &mut accept, host, &options, &cancelled);
+                ended.store(true, Ordering::SeqCst);
                 (received, begin.elapsed())
             });
             let channel = Box::new(ours);
             let report = migrate(&mut parts, channel, &mut dial, &self.options, &self.handle);
             // A process that ends takes its connections with it.
             drop(dial);
+            entrance.lock().expect("no panic").take();
             (report, destination.join().expect("no panic"))
         });
         End {

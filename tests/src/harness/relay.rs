@@ -1,9 +1,10 @@
-//! A relay between the two sides of a migration that breaks the connection off at a chosen message,
-//! or changes the machine's description on its way.
+//! Relays between the two sides of a migration: one breaks the connection off at a chosen message, or
+//! changes the machine's description on its way; the other can be cut and mended at any time.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -142,4 +143,83 @@ fn offer(message: Message, describe: fn(Vec<u8>) -> Vec<u8>) -> io::Result<Vec<u
         other => other,
     };
     message.encode().map_err(io::Error::other)
+}
+
+/// A relay whose connections can be cut, and made again.
+#[derive(Debug)]
+pub struct Cable {
+    /// Where the source finds it.
+    pub url: String,
+    wires: Arc<Mutex<Wires>>,
+}
+
+#[derive(Debug, Default)]
+struct Wires {
+    ends: Vec<TcpStream>,
+    is_cut: bool,
+}
+
+impl Cable {
+    /// A cable to `target`, a `tcp://` URL.
+    ///
+    /// # Errors
+    /// When there is no port for it.
+    pub fn start(target: &str) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let url = format!("tcp://{}", listener.local_addr()?);
+        let target = target.strip_prefix("tcp://").context("not tcp://")?;
+        let (target, wires) = (target.to_owned(), Arc::<Mutex<Wires>>::default());
+        let shared = Arc::clone(&wires);
+        std::thread::spawn(move || carry(&listener, &target, &shared));
+        Ok(Self { url, wires })
+    }
+
+    /// Cuts every connection; new ones end at once.
+    ///
+    /// # Panics
+    /// When the relay has.
+    pub fn cut(&self) {
+        let mut wires = self.wires.lock().expect("the relay has not panicked");
+        wires.is_cut = true;
+        for end in wires.ends.drain(..) {
+            // It may have ended before.
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// New connections hold again.
+    ///
+    /// # Panics
+    /// When the relay has.
+    pub fn mend(&self) {
+        self.wires
+            .lock()
+            .expect("the relay has not panicked")
+            .is_cut = false;
+    }
+}
+
+/// Ends with the test's process.
+fn carry(listener: &TcpListener, target: &str, wires: &Mutex<Wires>) -> io::Result<()> {
+    loop {
+        let (source, _) = listener.accept()?;
+        let mut wires = wires.lock().map_err(|_| io::Error::other("poisoned"))?;
+        if wires.is_cut {
+            continue;
+        }
+        let Ok(destination) = TcpStream::connect(target) else {
+            continue;
+        };
+        source.set_nodelay(true)?;
+        destination.set_nodelay(true)?;
+        wires.ends.push(source.try_clone()?);
+        wires.ends.push(destination.try_clone()?);
+        let ways = [
+            (source.try_clone()?, destination.try_clone()?),
+            (destination, source),
+        ];
+        for (from, to) in ways {
+            std::thread::spawn(move || pass_bytes(from, to));
+        }
+    }
 }

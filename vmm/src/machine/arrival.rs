@@ -373,16 +373,31 @@ impl Arrival {
         }
     }
 
-    /// Has the controller do something with the machine, if it comes to it in time.
-    fn tell(&self, job: impl FnOnce(&mut Controller) + Send + 'static) {
+    /// Has the controller do something with the machine; `None` when it does not come to it in time.
+    fn tell<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Controller) -> T + Send + 'static,
+    ) -> Option<T> {
         let (done, is_done) = std::sync::mpsc::channel();
         self.seat.machine.post(move |controller| {
-            job(controller);
-            let _ = done.send(());
+            let _ = done.send(job(controller));
         });
-        if is_done.recv_timeout(HOLD_TIME).is_err() {
+        let result = is_done.recv_timeout(HOLD_TIME);
+        if result.is_err() {
             log::warn!("the VM's controller is busy or gone");
         }
+        result.ok()
+    }
+
+    /// Pages come again.
+    fn go_on(&self) -> Result<(), PortError> {
+        let went_on = self.tell(Controller::go_on_with_pages);
+        went_on
+            .unwrap_or(Ok(()))
+            .map_err(|error| PortError::Machine {
+                what: "the VM cannot be started",
+                source: Box::new(error),
+            })
     }
 }
 
@@ -403,8 +418,7 @@ impl Incoming for Arrival {
 
     fn start(&mut self) -> Result<(), PortError> {
         if self.lazy && self.slot.lock().is_none() {
-            self.tell(Controller::go_on_with_pages);
-            return Ok(());
+            return self.go_on();
         }
         if self.lazy {
             self.seat.fate.started.store(true, Ordering::SeqCst);
@@ -441,23 +455,21 @@ impl Incoming for Arrival {
         let memory = self.with("memory", |arrived| {
             Ok::<_, MachineError>(Arc::clone(arrived.machine.memory()))
         })?;
-        let in_use = Arc::clone(&self.seat.fate.started);
-        Ok(Arc::new(LazyRam::new(&memory, missing, in_use)?))
+        let fate = &self.seat.fate;
+        let flags = (Arc::clone(&fate.started), Arc::clone(&fate.whole));
+        Ok(Arc::new(LazyRam::new(&memory, missing, flags)?))
     }
 
     fn hold(&mut self) {
-        self.seat.fate.cut.store(true, Ordering::SeqCst);
-        let mut is_new = false;
+        let fate = &self.seat.fate;
+        fate.cut.store(true, Ordering::SeqCst);
         if let Some(arrived) = self.slot.lock().as_mut() {
-            // It was never started.
+            // It was never started, and is when pages come.
+            fate.goes_on.store(!arrived.paused, Ordering::SeqCst);
             arrived.paused = true;
-            is_new = true;
         }
-        if is_new {
-            self.hand_over();
-        } else {
-            self.tell(Controller::hold_for_pages);
-        }
+        self.hand_over();
+        self.tell(Controller::hold_for_pages);
     }
 
     fn has_ended(&self) -> bool {

@@ -219,6 +219,9 @@ impl Controller {
             self.check_doubt()?;
         }
         let transition = admit(self.state, request)?;
+        if request == Request::Pause {
+            self.note_pause();
+        }
         self.perform(transition)?;
         if request == Request::Resume {
             self.in_doubt = false;
@@ -258,7 +261,10 @@ impl Controller {
         };
         let transition = match transition {
             // An operator was quicker.
-            Transition::Pause if self.state == VmState::Paused => Transition::Nothing,
+            Transition::Pause if self.state == VmState::Paused => {
+                self.note_pause();
+                Transition::Nothing
+            }
             transition => transition,
         };
         if let Err(error) = self.perform(transition) {

@@ -121,9 +121,11 @@ pub enum EventKind {
         #[schema(value_type = String)]
         directory: PathBuf,
     },
-    /// Post-copy: the connection to the source is cut, and parts of memory are still there. The VM
-    /// stands still.
+    /// Post-copy: the connection to the peer is cut, and parts of memory are still at the source. The
+    /// VM stands still until the source has connected again.
     PagesCut,
+    /// Post-copy: the peer is connected again, and pages come.
+    PagesLinked,
     /// The VM has ended; the last event.
     Ended {
         /// Why.

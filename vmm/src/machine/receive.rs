@@ -25,6 +25,9 @@ use crate::host::link::{LinkError, LinkUrl, Listener, PeerInfo, Security};
 /// How long a source may be silent.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a source may take to hear that a post-copy is complete.
+const LINGER: Duration = Duration::from_secs(60);
+
 /// Data connections at most.
 const MAX_STREAMS: u16 = 16;
 
@@ -288,6 +291,7 @@ impl Entrance {
             token: token.to_vec(),
             patience: PATIENCE,
             max_streams: MAX_STREAMS,
+            linger: LINGER,
         };
         let slot = Arc::new(Mutex::new(None));
         let mut host = ArrivalHost {

@@ -23,21 +23,23 @@ pub(crate) struct LazyRam {
     /// disk. So it is not, once the guest runs on it, before every page is there.
     faults: Option<Userfault>,
     pages: RamPages,
-    whole: AtomicBool,
+    /// Whether every page is there.
+    whole: Arc<AtomicBool>,
     /// Whether the guest has been started.
     in_use: Arc<AtomicBool>,
 }
 
 impl LazyRam {
     /// Throws the pages of `missing` away. Whoever touches one of them, or one that was never
-    /// there, waits from now on. `in_use` says whether a guest runs on it.
+    /// there, waits from now on. Of the flags, the first says whether a guest runs on it; the second
+    /// is set when every page is there.
     ///
     /// # Errors
     /// [`PortError`]; the pages are gone all the same.
     pub(crate) fn new(
         ram: &Arc<GuestRam>,
         missing: &[DirtyBitmap],
-        in_use: Arc<AtomicBool>,
+        (in_use, whole): (Arc<AtomicBool>, Arc<AtomicBool>),
     ) -> Result<Self, PortError> {
         let pages = RamPages::new(Arc::clone(ram));
         discard(ram, missing)?;
@@ -45,7 +47,7 @@ impl LazyRam {
         Ok(Self {
             faults: Some(faults),
             pages,
-            whole: AtomicBool::new(false),
+            whole,
             in_use,
         })
     }

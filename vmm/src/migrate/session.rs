@@ -27,6 +27,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// The same while it builds the machine. A host that dies meanwhile is noticed by keepalive.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(300);
 
+/// How often a destination is tried again whose connection was cut in post-copy.
+const RETRY: Duration = Duration::from_secs(1);
+
 /// Data connections when nobody says otherwise: more than a few do not make memory faster.
 const MAX_AUTO_STREAMS: usize = 4;
 
@@ -115,6 +118,7 @@ fn options(request: &MigrationRequest, memory_bytes: u64) -> SourceOptions {
         on_timeout: request.on_timeout,
         patience: PATIENCE,
         prepare_patience: PREPARE_PATIENCE,
+        retry: RETRY,
     }
 }
 

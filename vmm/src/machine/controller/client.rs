@@ -46,10 +46,10 @@ pub enum CommandError {
     /// Parts of its memory have not come yet.
     #[error("parts of the VM's memory are still at its source")]
     PagesMissing,
-    /// Nor will they: the connection is cut.
+    /// Nor do they come: the connection is cut.
     #[error(
-        "parts of the VM's memory are at its source, and the connection to it is cut; `stop` gives \
-         the VM up"
+        "parts of the VM's memory are at its source, and the connection to it is cut; it goes on when \
+         the source has connected again, `stop` gives the VM up"
     )]
     PagesCut,
     /// Another copy of it may be running.

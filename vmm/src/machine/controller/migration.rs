@@ -8,7 +8,7 @@ use std::time::Duration;
 use migration::Section;
 use migration::handoff::Mark;
 use migration::ports::Reclaim;
-use migration::progress::{MigrationHandle, Phase, RoundReport, Tuning};
+use migration::progress::{MigrationHandle, Observation, Phase, RoundReport, Tuning};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{CommandError, Controller};
@@ -139,9 +139,8 @@ impl Controller {
         let link = MachineLink::new(self.jobs_sender.clone());
         let observer = {
             let link = link.clone();
-            move |round: &RoundReport| {
-                let round = *round;
-                link.post(move |controller| controller.note_round(round));
+            move |seen: Observation| {
+                link.post(move |controller| controller.note(seen));
             }
         };
         let tuning = Tuning {
@@ -182,7 +181,13 @@ impl Controller {
         }
     }
 
-    fn note_round(&mut self, round: RoundReport) {
+    /// What has happened in the migration.
+    fn note(&mut self, seen: Observation) {
+        let round = match seen {
+            Observation::Cut => return self.events.publish(EventKind::PagesCut),
+            Observation::Linked => return self.events.publish(EventKind::PagesLinked),
+            Observation::Round(round) => round,
+        };
         if let Some(migration) = &mut self.migration {
             migration.rounds.push(round);
         }

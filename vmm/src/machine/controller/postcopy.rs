@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{CommandError, Controller};
 use crate::machine::events::EventKind;
 use crate::machine::lifecycle::{Request, VmState};
+use crate::machine::runtime::MachineError;
 
 /// How long vCPUs may take to stop that do not wait for a page.
 const HOLD_TIME: Duration = Duration::from_millis(200);
@@ -25,8 +26,12 @@ pub(in crate::machine) struct Fate {
     pub(in crate::machine) cut: AtomicBool,
     /// The machine is no more.
     pub(in crate::machine) ended: AtomicBool,
-    /// All pages are here, or nobody fetches them any more.
+    /// All pages are here, though the source may not know yet.
+    pub(in crate::machine) whole: Arc<AtomicBool>,
+    /// The source knows that all pages are here, or nobody fetches them any more.
     pub(in crate::machine) over: AtomicBool,
+    /// The machine stands still for want of its pages alone, and goes on with them.
+    pub(in crate::machine) goes_on: AtomicBool,
 }
 
 impl Fate {
@@ -37,12 +42,17 @@ impl Fate {
     fn is_over(&self) -> bool {
         self.over.load(Ordering::SeqCst)
     }
+
+    fn is_whole(&self) -> bool {
+        self.whole.load(Ordering::SeqCst)
+    }
 }
 
 impl Controller {
     /// The post-copy, while pages are missing.
     fn open_postcopy(&self) -> Option<&Fate> {
-        self.postcopy.as_deref().filter(|fate| !fate.is_over())
+        let fate = self.postcopy.as_deref();
+        fate.filter(|fate| !fate.is_over() && !fate.is_whole())
     }
 
     /// Whether pages are missing.
@@ -66,18 +76,50 @@ impl Controller {
         log::warn!(held, vcpus = self.machine.vcpus.len(); "vCPUs stopped, the others wait for memory");
         if self.state == VmState::Running {
             self.set_paused();
+            if let Some(fate) = &self.postcopy {
+                fate.goes_on.store(true, Ordering::SeqCst);
+            }
         }
         self.events.publish(EventKind::PagesCut);
     }
 
-    /// Pages come again.
-    pub(in crate::machine) fn go_on_with_pages(&mut self) {
+    /// Somebody wants a machine paused that stands still for want of its pages: it does not go on
+    /// with them.
+    pub(super) fn note_pause(&self) {
         if let Some(fate) = &self.postcopy {
-            fate.cut.store(false, Ordering::SeqCst);
+            fate.goes_on.store(false, Ordering::SeqCst);
         }
-        self.machine.vcpus.run();
+    }
+
+    /// Pages come again, and the machine goes on, unless somebody has paused it.
+    ///
+    /// # Errors
+    /// [`MachineError`]; the machine stays paused.
+    pub(in crate::machine) fn go_on_with_pages(&mut self) -> Result<(), MachineError> {
+        let Some(fate) = self.postcopy.clone() else {
+            return Ok(());
+        };
+        fate.cut.store(false, Ordering::SeqCst);
+        self.events.publish(EventKind::PagesLinked);
+        if self.end.is_some() {
+            return Ok(());
+        }
+        if !fate.goes_on.swap(false, Ordering::SeqCst) {
+            // vCPUs were held at most; devices and the guest's time stand still, too, in a pause.
+            return match self.machine.has_run {
+                true => self.machine.pause(),
+                false => Ok(()),
+            };
+        }
+        if self.machine.has_run {
+            self.machine.vcpus.run();
+        } else {
+            fate.started.store(true, Ordering::SeqCst);
+            self.machine.start()?;
+        }
         self.state = VmState::Running;
         self.events.publish(EventKind::Resumed);
+        Ok(())
     }
 
     /// Takes the machine apart at its end.
