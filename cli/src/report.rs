@@ -187,9 +187,13 @@ fn postcopy(report: &MigrationReport) -> String {
             time(later.longest_fault_us)
         ),
     };
+    let cut = match later.reconnections {
+        0 => String::new(),
+        times => format!(" The connection was cut meanwhile, and made again: {times} times."),
+    };
     let body = format!(
         "<p>{} pages were missing when the VM started at the destination, and came within {}. \
-         {waited}</p>\n",
+         {waited}{cut}</p>\n",
         count(later.pages),
         time(later.total_us)
     );

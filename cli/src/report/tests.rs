@@ -315,6 +315,7 @@ fn postcopied() -> MigrationReport {
             faults: 1043,
             mean_fault_us: 870,
             longest_fault_us: 14_200,
+            reconnections: 2,
         }),
         ..good()
     }
@@ -324,7 +325,8 @@ fn postcopied() -> MigrationReport {
 fn postcopy_is_a_card_with_how_long_the_guest_waited() {
     let page = page(&postcopied());
     let text = "24,576 pages were missing when the VM started at the destination, and came within \
-                1.25 s. The guest waited for 1,043 of them: 870 µs on average, 14.2 ms at most.";
+                1.25 s. The guest waited for 1,043 of them: 870 µs on average, 14.2 ms at most. The connection was cut meanwhile, and made \
+                again: 2 times.";
     assert!(page.contains("<h2>Post-copy</h2>") && page.contains(text));
 }
 

@@ -106,6 +106,9 @@ impl Fetcher {
             // Before anything can fail.
             if missing.note_asked(page) {
                 pages.push(page);
+            } else if !missing.is_to_be_fetched(page)? {
+                // It has come, was given back, and was touched again before its answer is here.
+                missing.forget_asked(page);
             }
         }
         Ok(pages)

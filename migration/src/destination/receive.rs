@@ -96,7 +96,7 @@ fn greet(
         other => return Err(unexpected(&other)),
     };
     if magic != MAGIC {
-        let text = format!("it introduces itself as {magic:?}");
+        let text = "it does not introduce itself as a migration's source".to_owned();
         return Err(DestinationError::Protocol(text));
     }
     let version = Versions::OURS.choose(Versions { oldest, newest });
@@ -115,29 +115,35 @@ fn prepare(
     host: &mut dyn Host,
     options: &DestinationOptions,
 ) -> Result<Box<dyn Incoming>, DestinationError> {
+    let mut reasons = Vec::new();
     if offer.streams == 0 || offer.streams > options.max_streams {
         let (found, limit) = (offer.streams, options.max_streams);
-        let text = format!("{found} data connections are asked for, 1 to {limit} are possible");
-        return Err(DestinationError::Refused(vec![text]));
+        reasons.push(format!(
+            "{found} data connections are asked for, 1 to {limit} are possible"
+        ));
     }
-    let machine = host
-        .prepare(&offer.skeleton)
-        .map_err(DestinationError::Refused)?;
+    let machine = match host.prepare(&offer.skeleton) {
+        Ok(machine) => machine,
+        Err(more) => {
+            reasons.extend(more);
+            return Err(DestinationError::Refused(reasons));
+        }
+    };
     let offered = offer.regions.iter();
     let offered: Option<Vec<_>> = offered
         .map(|(start, count)| PageRun::new(PageIndex(*start), *count))
         .collect();
     if offered.as_ref() != Some(&machine.pages().regions()) {
-        let text = "memory is laid out differently here".to_owned();
-        return Err(DestinationError::Refused(vec![text]));
+        reasons.push("memory is laid out differently here".to_owned());
     }
-    if offer.postcopy
-        && let Some(obstacle) = machine.postcopy_obstacle()
-    {
-        let text = format!("post-copy is not possible: {obstacle}");
-        return Err(DestinationError::Refused(vec![text]));
+    if offer.postcopy {
+        let obstacle = machine.postcopy_obstacle();
+        reasons.extend(obstacle.map(|why| format!("post-copy is not possible: {why}")));
     }
-    Ok(machine)
+    match reasons.is_empty() {
+        true => Ok(machine),
+        false => Err(DestinationError::Refused(reasons)),
+    }
 }
 
 /// Device states and, in a post-copy, the pages that come later.
@@ -148,6 +154,7 @@ pub(super) fn gather(
     control: &mut Control<'_>,
     ended: &mut Ended,
     regions: &[PageRun],
+    postcopy: bool,
 ) -> Result<Gathered, DestinationError> {
     let mut sections: Vec<Section> = Vec::new();
     let mut later = None;
@@ -166,7 +173,9 @@ pub(super) fn gather(
                     return Err(DestinationError::Protocol(text));
                 }
             }
-            Message::Missing(missing) => note_missing(&mut later, &missing.runs, regions)?,
+            Message::Missing(missing) if postcopy => {
+                note_missing(&mut later, &missing.runs, regions)?
+            }
             Message::Prepare(prepare) => break prepare.sections,
             other => return Err(unexpected(&other)),
         }

@@ -57,6 +57,7 @@ pub(super) fn transfer(
             let work = Work::Carry(stream, index, &*pages);
             spawn(format!("mig-{index}"), work, later)?;
         }
+        let has_fetcher = fetcher.is_some();
         if let Some(fetcher) = fetcher {
             let (order, later) = channel();
             orders.push(order);
@@ -68,7 +69,7 @@ pub(super) fn transfer(
             inbox,
             missing: expected,
         };
-        let gathered = gather(control, &mut ended, regions);
+        let gathered = gather(control, &mut ended, regions, has_fetcher);
         let gathered = gathered.map_err(|error| explain(control, error));
         let result = gathered.and_then(|(sections, later)| {
             let puller = later.map(|later| Puller {

@@ -112,6 +112,9 @@ pub enum SourceError {
          --max-downtime, more bandwidth, --on-timeout force or postcopy help", .0.as_secs()
     )]
     Timeout(Duration),
+    /// A post-copy was cut, and somebody has ended the wait for a new link.
+    #[error("its missing pages were given up here: it cannot go on at its destination")]
+    PagesGivenUp,
     /// The hand-off failed.
     #[error("the hand-off failed: {0}")]
     Handoff(Reason),

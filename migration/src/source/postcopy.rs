@@ -36,6 +36,8 @@ pub(super) struct Later {
     /// The thread that answers the destination's requests.
     server: ServerFlags,
     pub(super) reconnections: u32,
+    /// Somebody no longer wanted to wait for a new link.
+    pub(super) given_up: bool,
     /// A new link that is not in use yet.
     pub(super) link: Option<NewLink>,
 }

@@ -61,6 +61,7 @@ impl Switchover<'_, '_, '_> {
             }
             next = Instant::now() + self.retry;
         }
+        self.later.given_up = true;
         SourceEvent::GiveUp
     }
 

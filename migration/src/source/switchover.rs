@@ -90,9 +90,9 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
             let sent = spawned.map_err(SourceError::from);
             let ending = match sent.and_then(|()| self.send_rest(parts, dirty)) {
                 Ok(()) => Ok(self.hand_over(parts)),
+                // First the machine; what the peer has to say about it can wait.
                 Err(error) => {
-                    let error = Rounds::explain(self.control, error);
-                    resume(parts, error)
+                    resume(parts, error).map_err(|error| Rounds::explain(self.control, error))
                 }
             };
             self.stop_serving();
@@ -178,24 +178,22 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
                 continue;
             }
             let event = match action {
-                SourceAction::Send(message) => {
-                    if matches!(message, handoff::Message::Commit(_)) {
-                        self.blackout.prepare_us = micros(begin.elapsed());
-                        begin = Instant::now();
-                    }
-                    self.send(message)
-                }
+                SourceAction::Send(message) => self.send(message),
                 SourceAction::Wait(Awaited::Link) => self.wait_for_link(),
                 SourceAction::Wait(awaited) => self.wait(awaited),
                 SourceAction::Serve => self.serve(begin),
-                SourceAction::Release => match parts.machine.release() {
-                    Ok(mark) => SourceEvent::Released(mark),
-                    Err(error) => {
-                        self.words = Some(error.to_string());
-                        log::error!(error:% = error; "the disks could not be let go");
-                        SourceEvent::ReleaseFailed
+                SourceAction::Release => {
+                    self.blackout.prepare_us = micros(begin.elapsed());
+                    begin = Instant::now();
+                    match parts.machine.release() {
+                        Ok(mark) => SourceEvent::Released(mark),
+                        Err(error) => {
+                            self.words = Some(error.to_string());
+                            log::error!(error:% = error; "the disks could not be let go");
+                            SourceEvent::ReleaseFailed
+                        }
                     }
-                },
+                }
                 SourceAction::Reclaim => match parts.machine.reclaim() {
                     Ok(reclaim) => {
                         self.later.peer_has_it |= reclaim == Reclaim::HeldByPeer;
@@ -232,6 +230,13 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
     }
 
     fn ending(&mut self, outcome: Outcome) -> Ending {
+        if outcome == Outcome::Surrendered && self.later.given_up {
+            log::error!("the VM's missing pages were given up: it cannot go on at its destination");
+            return Ending {
+                outcome,
+                error: Some(SourceError::PagesGivenUp),
+            };
+        }
         let error = match outcome {
             Outcome::Surrendered => None,
             Outcome::Resumed(reason) => Some(reason),
