@@ -12,8 +12,8 @@ use migration::codec::{Decoder, Encoder, Encoding};
 use migration::handoff::Cause;
 use migration::testing::FakeMemory;
 use migration::wire::message::{
-    Attach, Commit, Complete, Fetch, Hello, MAGIC, Missing, Offer, Prepare, Prepared, Reasons,
-    Round, Welcome,
+    Attach, CONTROL_INDEX, Commit, Complete, Fetch, Hello, MAGIC, Missing, Offer, Prepare,
+    Prepared, Reasons, Round, Welcome,
 };
 use migration::wire::{FrameKind, FrameReader, Message, OLDEST_VERSION, VERSION};
 use migration::{PageIndex, PageRun, Section};
@@ -75,6 +75,14 @@ fn messages() -> Vec<(&'static str, Message)> {
             "refuse",
             Message::Refuse(reasons(Cause::RestoreFailed, &["no avx512", "no disk0"])),
         ),
+        (
+            "attach-control",
+            Message::Attach(Attach {
+                token: token.clone(),
+                index: CONTROL_INDEX,
+            }),
+        ),
+        ("missing-end", Message::Missing(Missing { runs: vec![] })),
         ("attach", Message::Attach(Attach { token, index: 3 })),
         ("stream-end", Message::StreamEnd),
         (

@@ -126,7 +126,8 @@ impl<'a> NewLinks<'a> {
             match self.door.next(TICK)? {
                 Some((CONTROL_INDEX, stream)) => return Ok(Attempt::Replaced(stream)),
                 Some((index, stream)) => {
-                    if !places.take(index, stream) {
+                    let is_taken = places.take(index, stream);
+                    if !is_taken {
                         self.door.complain("its number is taken, or too high");
                     }
                 }

@@ -14,7 +14,9 @@ const PAGE: usize = 4096;
 fn frames_are_counted_with_their_raw_pages() {
     let mut encoder = Encoder::new(0);
     let run = PageRun::new(PageIndex(0), 2).unwrap();
-    let noise: Vec<u8> = (0..2 * PAGE).map(|at| (at * at >> 3) as u8).collect();
+    let noise: Vec<u8> = (0..2 * PAGE)
+        .map(|at| ((at * at) >> 3).to_le_bytes()[0])
+        .collect();
     let mut frame = Vec::new();
     let (_, raw) = encoder.encode(run.start, (&[run], &noise), &[], Encoding::Raw, &mut frame);
     raw.into_iter()
