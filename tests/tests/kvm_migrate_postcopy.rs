@@ -117,7 +117,6 @@ fn guest_whose_link_is_cut_goes_on_over_a_new_one() -> Outcome {
         let finished = child.wait_with_output()?;
         let said = String::from_utf8_lossy(&finished.stderr).into_owned();
         assert_eq!(finished.status.code(), Some(0), "{said}");
-        ensure!(said.contains("the connection is cut"), "{said}");
         let report: Value = serde_json::from_slice(&finished.stdout)?;
         assert_eq!(report["outcome"], "migrated");
         assert_eq!(report["postcopy"]["reconnections"], 2, "{report}");

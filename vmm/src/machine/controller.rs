@@ -207,7 +207,9 @@ impl Controller {
     }
 
     fn handle_request(&mut self, request: Request) -> Result<(), CommandError> {
-        if request != Request::Stop {
+        // What stands still for want of its pages can be told not to go on with them.
+        let is_held = request == Request::Pause && self.is_cut();
+        if request != Request::Stop && !is_held {
             self.check_idle()?;
         }
         self.check_pages(request)?;

@@ -60,12 +60,15 @@ impl Controller {
         self.open_postcopy().is_some()
     }
 
+    /// Whether they are, and the connection to them is cut.
+    pub(super) fn is_cut(&self) -> bool {
+        self.open_postcopy().is_some_and(Fate::is_cut)
+    }
+
     /// What cannot be done while the connection to the pages is cut.
     pub(super) fn check_pages(&self, request: Request) -> Result<(), CommandError> {
         match request {
-            Request::Resume | Request::Reset if self.open_postcopy().is_some_and(Fate::is_cut) => {
-                Err(CommandError::PagesCut)
-            }
+            Request::Resume | Request::Reset if self.is_cut() => Err(CommandError::PagesCut),
             _ => Ok(()),
         }
     }
