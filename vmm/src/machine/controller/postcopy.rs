@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use super::{CommandError, Controller};
 use crate::machine::events::EventKind;
 use crate::machine::lifecycle::{Request, VmState};
-use crate::machine::runtime::MachineError;
+use crate::machine::runtime::{Machine, MachineError};
 
 /// How long vCPUs may take to stop that do not wait for a page.
 const HOLD_TIME: Duration = Duration::from_millis(200);
@@ -136,12 +138,36 @@ impl Controller {
             log::warn!("the machine is left as it is: parts of its memory never came");
             std::mem::forget(self.machine);
         } else {
-            drop(self.machine);
+            take_apart_unless_cut(self.machine, &fate);
         }
         fate.ended.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + FAREWELL;
         while !fate.is_over() && Instant::now() < deadline {
             std::thread::sleep(TICK);
         }
+    }
+}
+
+/// A device may be waiting for a page; when the connection breaks now, it waits for ever, and so
+/// would this thread.
+fn take_apart_unless_cut(machine: Machine, fate: &Fate) {
+    let machine = Arc::new(Mutex::new(Some(machine)));
+    let theirs = Arc::clone(&machine);
+    let thread = std::thread::Builder::new().name("ctl-end".to_owned());
+    let thread = thread.spawn(move || drop(theirs.lock().take()));
+    let thread = match thread {
+        Ok(thread) => thread,
+        Err(error) => {
+            log::warn!(error:%; "no thread to take the machine apart");
+            return drop(machine.lock().take());
+        }
+    };
+    while !thread.is_finished() && !fate.is_cut() {
+        std::thread::sleep(TICK);
+    }
+    if !thread.is_finished() {
+        log::warn!(
+            "parts of the machine wait for memory that never came, and are left as they are"
+        );
     }
 }
