@@ -65,6 +65,7 @@ lint: ## Formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check
 	$(CARGO) fmt --all --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) check --manifest-path fuzz/Cargo.toml --locked
 
 deny: ## Who may depend on whom; licences, sources, versions
 	$(CARGO) test --locked --package tests --test architecture

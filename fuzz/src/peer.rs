@@ -35,6 +35,8 @@ pub const GOLDEN: &[&[u8]] = golden![
     "missing",
     "fetch",
     "complete",
+    "attach-control",
+    "missing-end",
 ];
 
 /// Frames of pages.

@@ -1,17 +1,19 @@
 //! A whole migration with a peer that says anything, on the control and the data connections.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use migration::destination::{DestinationOptions, receive};
 use migration::handoff::{Cause, Outcome};
-use migration::progress::{MigrationHandle, Tuning};
+use migration::progress::{MigrationHandle, Phase, Tuning};
 use migration::source::{EncodingChoice, OnTimeout, Parts, SourceOptions, migrate};
 use migration::testing::{Copies, Failures, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side};
 use migration::wire::Message;
 use migration::wire::frame::HEADER_BYTES;
 use migration::wire::message::{
-    Attach, Commit, Hello, MAGIC, Offer, Prepare, Prepared, Reasons, Round, Welcome,
+    Attach, Commit, Complete, Hello, MAGIC, Missing, Offer, Prepare, Prepared, Reasons, Round,
+    Welcome,
 };
 use migration::{PageIndex, PageRun, Section};
 
@@ -31,9 +33,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let attacks_source = input.flag();
-    let mut wires = [const { Vec::new() }; 3];
+    let postcopy = input.flag();
+    let mut wires = [const { Vec::new() }; 4];
     while !input.is_empty() {
-        let wire = usize::from(input.below(3));
+        let wire = usize::from(input.below(4));
         let (kind, length) = (input.u8(), input.u16());
         let payload = input.take(length.into());
         match kind {
@@ -43,7 +46,7 @@ pub fn run(data: &[u8]) {
         }
     }
     match attacks_source {
-        true => source(&wires),
+        true => source(&wires, postcopy),
         false => destination(&wires),
     }
 }
@@ -53,7 +56,7 @@ fn region() -> PageRun {
 }
 
 /// It never runs without having held the disk, and is nothing without a machine.
-fn destination([control, data @ ..]: &[Vec<u8>; 3]) {
+fn destination([control, data @ ..]: &[Vec<u8>; 4]) {
     let (disk, copies) = (FakeDisk::new(true), Copies::default());
     // A source that has let go, so that the mark is right by chance.
     disk.source_dies();
@@ -63,11 +66,22 @@ fn destination([control, data @ ..]: &[Vec<u8>; 3]) {
         token: TOKEN.to_vec(),
         patience: PATIENCE,
         max_streams: 2,
+        linger: Duration::ZERO,
     };
     let channel = Box::new(Scripted::new(control));
     let cancelled = AtomicBool::new(false);
-    let received = receive(channel, &mut accept, &mut host, &options, &cancelled);
+    let postcopy = Arc::clone(&host.postcopy);
+    // An operator ends a machine that waits for a link that never comes.
+    let end_cut = || {
+        let is_cut = postcopy.holds.load(Ordering::SeqCst) > 0;
+        postcopy.ended.fetch_or(is_cut, Ordering::SeqCst);
+    };
+    let received = watched(end_cut, || {
+        receive(channel, &mut accept, &mut host, &options, &cancelled)
+    });
+    let was_cut = postcopy.holds.load(Ordering::SeqCst) > 0;
     match &received {
+        _ if was_cut => assert!(copies.destination_starts() <= 1),
         Ok(received) => {
             assert!(received.start_error.is_none());
             assert_eq!(copies.destination_starts(), 1);
@@ -81,8 +95,24 @@ fn destination([control, data @ ..]: &[Vec<u8>; 3]) {
     }
 }
 
+/// Does `work`, and `look` now and then meanwhile.
+fn watched<T>(look: impl Fn() + Sync, work: impl FnOnce() -> T) -> T {
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::SeqCst) {
+                look();
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        let result = work();
+        is_over.store(true, Ordering::SeqCst);
+        result
+    })
+}
+
 /// It runs, unless it was told that the destination does.
-fn source([control, ..]: &[Vec<u8>; 3]) {
+fn source([control, ..]: &[Vec<u8>; 4], postcopy: bool) {
     let (disk, copies) = (FakeDisk::new(true), Copies::default());
     let memory = FakeMemory::with_regions(vec![region()]);
     let mut machine = FakeMachine::new(memory, &disk, &copies, &Failures::default());
@@ -94,10 +124,14 @@ fn source([control, ..]: &[Vec<u8>; 3]) {
         streams: 2,
         encoding: EncodingChoice::Delta,
         cache_bytes: 1 << 20,
-        timeout: PATIENCE,
-        on_timeout: OnTimeout::Cancel,
+        timeout: if postcopy { Duration::ZERO } else { PATIENCE },
+        on_timeout: match postcopy {
+            true => OnTimeout::Postcopy,
+            false => OnTimeout::Cancel,
+        },
         patience: PATIENCE,
         prepare_patience: PATIENCE,
+        retry: Duration::ZERO,
     };
     let handle = MigrationHandle::new(Tuning {
         bandwidth_bytes_per_s: None,
@@ -110,7 +144,14 @@ fn source([control, ..]: &[Vec<u8>; 3]) {
     };
     let channel = Box::new(Scripted::new(control));
     let mut dial = ScriptedPeers::new(&[]);
-    let report = migrate(&mut parts, channel, &mut dial, &options, &handle);
+    let end_cut = || {
+        if handle.progress().phase == Phase::Unlinked {
+            handle.abandon();
+        }
+    };
+    let report = watched(end_cut, || {
+        migrate(&mut parts, channel, &mut dial, &options, &handle)
+    });
     let runs = copies.runs(Side::Source);
     match report.outcome {
         Outcome::Surrendered => assert!(!runs && disk.holder().is_none()),
@@ -118,6 +159,7 @@ fn source([control, ..]: &[Vec<u8>; 3]) {
             assert!(runs && disk.holder() == Some(Side::Source));
             assert!(report.error.is_some());
         }
+        Outcome::InDoubt(_) if postcopy => assert!(!runs),
         Outcome::InDoubt(doubt) => panic!("nobody else has the disk: {doubt:?}"),
     }
 }
@@ -126,8 +168,9 @@ fn source([control, ..]: &[Vec<u8>; 3]) {
 struct Steps(Script);
 
 impl Steps {
-    fn new(attacks_source: bool) -> Self {
-        Self(Script::new().u8(attacks_source.into()))
+    fn new(attacks_source: bool, postcopy: bool) -> Self {
+        let script = Script::new().u8(attacks_source.into());
+        Self(script.u8(postcopy.into()))
     }
 
     fn frame(self, wire: u8, frame: &[u8]) -> Self {
@@ -150,14 +193,14 @@ impl Steps {
 }
 
 /// All that a source says that goes through with it.
-fn honest_source() -> Vec<u8> {
+fn honest_source(postcopy: bool) -> Vec<u8> {
     let attach = |index| {
         Message::Attach(Attach {
             token: TOKEN.to_vec(),
             index,
         })
     };
-    let mut steps = Steps::new(false).messages(
+    let mut steps = Steps::new(false, postcopy).messages(
         0,
         &[
             Message::Hello(Hello {
@@ -169,7 +212,7 @@ fn honest_source() -> Vec<u8> {
                 skeleton: b"machine".to_vec(),
                 regions: vec![REGION],
                 streams: 2,
-                postcopy: false,
+                postcopy,
             }),
             Message::Round(Round {
                 number: 1,
@@ -181,12 +224,24 @@ fn honest_source() -> Vec<u8> {
                 version: 1,
                 bytes: vec![1, 2, 3],
             }),
+        ],
+    );
+    if postcopy {
+        let runs = vec![(REGION.0, 10)];
+        steps = steps.message(0, &Message::Missing(Missing { runs }));
+    }
+    steps = steps.messages(
+        0,
+        &[
             Message::Prepare(Prepare { sections: 1 }),
             Message::Commit(Commit { mark: 1 }),
         ],
     );
     for (wire, index) in [(1, 0), (2, 1)] {
         steps = steps.message(wire, &attach(index));
+    }
+    if postcopy {
+        steps = steps.message(3, &attach(2));
     }
     for golden in PAGE_FRAMES {
         // Raw pages would not fit into an input.
@@ -198,28 +253,42 @@ fn honest_source() -> Vec<u8> {
     steps.message(2, &Message::StreamEnd).0.done()
 }
 
-fn answers(last: &[Message]) -> Vec<u8> {
+fn answers(postcopy: bool, last: &[Message]) -> Vec<u8> {
     let welcome = Message::Welcome(Welcome {
         version: 1,
         token: TOKEN.to_vec(),
         data_url: Some("tcp:192.0.2.7:1".to_owned()),
     });
-    let steps = Steps::new(true).messages(0, &[welcome]);
+    let steps = Steps::new(true, postcopy).messages(0, &[welcome]);
     steps.messages(0, last).0.done()
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
     let prepared = Message::Prepared(Prepared { restore_us: 5 });
     let reasons = Reasons::one(Cause::ClaimFailed, "no");
+    let committed = [prepared.clone(), Message::Committed];
     vec![
-        honest_source(),
-        answers(&[Message::Accept, prepared.clone(), Message::Committed]),
-        answers(&[
-            Message::Accept,
-            prepared,
-            Message::Declined(reasons.clone()),
-        ]),
-        answers(&[Message::Accept, Message::Abort(reasons.clone())]),
-        answers(&[Message::Refuse(reasons)]),
+        honest_source(false),
+        honest_source(true),
+        answers(false, &[&[Message::Accept], &committed[..]].concat()),
+        answers(
+            true,
+            &[
+                &[Message::AcceptPostcopy],
+                &committed[..],
+                &[Message::Complete(Complete::default())],
+            ]
+            .concat(),
+        ),
+        answers(
+            false,
+            &[
+                Message::Accept,
+                prepared,
+                Message::Declined(reasons.clone()),
+            ],
+        ),
+        answers(false, &[Message::Accept, Message::Abort(reasons.clone())]),
+        answers(false, &[Message::Refuse(reasons)]),
     ]
 }
