@@ -50,14 +50,19 @@ struct Candidate {
     deadline: Instant,
 }
 
-/// Reads at most as much as a candidate may send.
+/// Reads once, and at most as much as a candidate may send: one that sends byte by byte holds
+/// nobody up.
 struct Limited<'a> {
     channel: &'a mut dyn Channel,
     left: &'a mut usize,
+    has_read: bool,
 }
 
 impl Read for Limited<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if std::mem::replace(&mut self.has_read, true) {
+            return Err(ErrorKind::TimedOut.into());
+        }
         if *self.left == 0 {
             return Err(io::Error::other("too much before the token"));
         }
@@ -75,6 +80,7 @@ impl Candidate {
         let from = &mut Limited {
             channel: &mut *self.channel,
             left: &mut self.left,
+            has_read: false,
         };
         match Message::receive(&mut self.reader, from) {
             Ok(Message::Attach(attach)) if same(&attach.token, token) => Ok(Some(attach.index)),

@@ -62,6 +62,10 @@ impl Control<'_> {
     ) -> Result<Message, DestinationError> {
         let deadline = Instant::now() + self.patience;
         loop {
+            // Also of a peer that never stops talking.
+            if self.is_cancelled() {
+                return Err(DestinationError::Cancelled);
+            }
             match self.poll()? {
                 Some(Message::Abort(reasons)) => {
                     return Err(DestinationError::Peer(reasons.reasons.join("; ")));
@@ -70,9 +74,6 @@ impl Control<'_> {
                 None => {}
             }
             check()?;
-            if self.is_cancelled() {
-                return Err(DestinationError::Cancelled);
-            }
             if Instant::now() > deadline {
                 let silent = std::io::Error::from(std::io::ErrorKind::TimedOut);
                 return Err(silent.into());

@@ -8,6 +8,7 @@ use super::control::{Control, TICK};
 use super::options::{DestinationError, DestinationOptions, Received};
 use super::transfer::{Ended, transfer};
 use crate::bitmap::DirtyBitmap;
+use crate::handoff::Cause;
 use crate::page::{PageIndex, PageRun};
 use crate::ports::{Accept, Channel, Host, Incoming};
 use crate::section::Section;
@@ -40,7 +41,7 @@ pub fn receive(
         patience: options.patience,
         cancelled,
     };
-    let result = take(&mut control, accept, host, options);
+    let result = take(&mut control, accept, host, options).map_err(tidy);
     if let Err(error) = &result {
         let reasons = Reasons::one(error.cause(), error.chain());
         let told = match error {
@@ -57,6 +58,17 @@ pub fn receive(
         breaker.break_off();
     }
     result
+}
+
+/// Reasons may quote what a stranger has sent.
+fn tidy(error: DestinationError) -> DestinationError {
+    match error {
+        DestinationError::Refused(reasons) => {
+            let cause = Cause::RestoreFailed;
+            DestinationError::Refused(Reasons { cause, reasons }.tidy().reasons)
+        }
+        error => error,
+    }
 }
 
 fn take(

@@ -153,7 +153,16 @@ impl<'a> Switchover<'_, 'a, '_> {
     fn watch(&mut self) -> SourceEvent {
         let pages = self.later.pushing;
         let mut heard = Instant::now();
+        let mut moved = (self.sent_bytes(), Instant::now());
         loop {
+            let sent = self.sent_bytes();
+            if sent != moved.0 {
+                moved = (sent, Instant::now());
+            }
+            // Whoever wants an end waits for pages that travel, not for a peer that only talks.
+            if self.handle.is_abandoned() && moved.1.elapsed() > self.patience {
+                return SourceEvent::LinkLost;
+            }
             if self.later.server.failed.load(Ordering::SeqCst) {
                 return SourceEvent::LinkLost;
             }
@@ -191,6 +200,10 @@ impl<'a> Switchover<'_, 'a, '_> {
                 return SourceEvent::DeadlinePassed;
             }
         }
+    }
+
+    fn sent_bytes(&self) -> u64 {
+        self.rounds.shared.totals.wire_bytes.load(Ordering::Relaxed)
     }
 
     /// Notes that the machine is the destination's; whether that is news.

@@ -112,7 +112,7 @@ const MAX_REASON_BYTES: usize = 512;
 impl Reasons {
     /// As they are sent and as they are shown: not too many, none too long, and nothing in them
     /// but text, whatever the peer has put there.
-    fn tidy(mut self) -> Self {
+    pub(crate) fn tidy(mut self) -> Self {
         let more = self.reasons.len().saturating_sub(MAX_REASONS);
         if more > 0 {
             self.reasons.truncate(MAX_REASONS - 1);

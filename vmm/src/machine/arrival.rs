@@ -270,10 +270,10 @@ fn forbidden(config: &VmConfig, options: &ArrivalOptions, allowed: &[PathBuf]) -
     let mut named: Vec<(String, &Path)> = Vec::new();
     let own_disk = |id: &String| options.disks.iter().any(|(own, _)| own == id);
     for (disk, id) in config.disk.iter().zip(config.disk_ids()) {
-        if !own_disk(&id) {
-            let path = disk.path.iter().chain(&disk.backing_dir);
-            named.extend(path.map(|path| (id.clone(), path.as_path())));
-        }
+        // Where backing files may lie is the source's word also for an image that is ours.
+        let path = disk.path.iter().filter(|_| !own_disk(&id));
+        let path = path.chain(&disk.backing_dir);
+        named.extend(path.map(|path| (id.clone(), path.as_path())));
     }
     let boot = [
         ("kernel", &config.boot.kernel),

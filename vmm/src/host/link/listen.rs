@@ -14,6 +14,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::connect::resolve;
 use super::error::LinkError;
+use super::handshakes::Handshakes;
 use super::inherited::{self, Inherited};
 use super::poll;
 use super::security::Security;
@@ -21,6 +22,9 @@ use super::socket::SocketChannel;
 use super::tls::{HANDSHAKE_MAX, Server};
 use super::url::{HostPort, LinkUrl, is_loopback};
 use crate::host::socket_file::{ListenError, SocketFile};
+
+/// How often a wait for somebody new looks at those who are saying who they are.
+const GLANCE: Duration = Duration::from_millis(2);
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -32,6 +36,7 @@ pub struct Listener {
     url: LinkUrl,
     /// When it speaks TLS.
     tls: Option<Server>,
+    handshakes: Handshakes,
 }
 
 /// Where connections come from.
@@ -156,6 +161,7 @@ impl Listener {
             source: Source::File(socket),
             url: url.clone(),
             tls: None,
+            handshakes: Handshakes::default(),
         })
     }
 
@@ -165,7 +171,12 @@ impl Listener {
             Some(files) => Some(Server::new(files).map_err(LinkError::TlsFiles)?),
             None => return Err(LinkError::NoTlsFiles { url }),
         };
-        Ok(Self { source, url, tls })
+        Ok(Self {
+            source,
+            url,
+            tls,
+            handshakes: Handshakes::default(),
+        })
     }
 
     /// Whether there is one connection and no other.
@@ -212,7 +223,8 @@ impl Listener {
     }
 
     /// The same, but the deadline is for somebody to come: who has come has all the time that a
-    /// peer ever has (10 s) to say who he is. For those who look at something else now and then.
+    /// peer ever has (10 s) to say who he is, also over several calls, and holds up nobody else.
+    /// For those who look at something else now and then.
     ///
     /// # Errors
     /// As [`accept`](Self::accept).
@@ -220,8 +232,40 @@ impl Listener {
         &self,
         deadline: Instant,
     ) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
-        let socket = self.next_socket(deadline)?;
-        self.secure(socket, Instant::now() + HANDSHAKE_MAX)
+        let tls = match &self.tls {
+            Some(tls) if !self.is_single() => tls,
+            _ => {
+                let socket = self.next_socket(deadline)?;
+                return self.secure(socket, Instant::now() + HANDSHAKE_MAX);
+            }
+        };
+        loop {
+            if let Some(secured) = self.handshakes.next() {
+                return secured;
+            }
+            let until = match self.handshakes.are_under_way() {
+                true => deadline.min(Instant::now() + GLANCE),
+                false => deadline,
+            };
+            match self.next_socket(until) {
+                Ok(socket) => {
+                    let peer = self.peer(&socket)?;
+                    let begun = self.handshakes.begin(tls, socket, peer);
+                    begun.map_err(LinkError::host(&self.url, "no thread for a handshake"))?;
+                }
+                Err(error) if error.is_timeout() && Instant::now() < deadline => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn peer(&self, socket: &Socket) -> Result<PeerInfo, LinkError> {
+        let peer = PeerInfo::of(socket, self.url.is_encrypted());
+        // One that was reset before it was accepted has no name any more.
+        peer.map_err(|source| LinkError::Handshake {
+            peer: "somebody".to_owned(),
+            source,
+        })
     }
 
     fn next_socket(&self, deadline: Instant) -> Result<Socket, LinkError> {
@@ -251,20 +295,20 @@ impl Listener {
         socket: Socket,
         deadline: Instant,
     ) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
-        let peer = PeerInfo::of(&socket, self.url.is_encrypted());
-        let peer = peer.map_err(self.not_set_up())?;
+        let peer = self.peer(&socket)?;
         let channel: Box<dyn Channel> = match &self.tls {
             Some(tls) => {
                 let accepted = tls.accept(socket, deadline);
                 Box::new(accepted.map_err(|error| LinkError::handshake(&peer, error))?)
             }
-            None => Box::new(SocketChannel::new(socket).map_err(self.not_set_up())?),
+            None => {
+                let channel = SocketChannel::new(socket);
+                let gone =
+                    |error| LinkError::handshake(&peer, super::tls::HandshakeError::Io(error));
+                Box::new(channel.map_err(gone)?)
+            }
         };
         Ok((channel, peer))
-    }
-
-    fn not_set_up(&self) -> impl FnOnce(io::Error) -> LinkError {
-        LinkError::host(&self.url, "the accepted socket could not be set up")
     }
 
     fn nobody(&self, waited: Duration) -> LinkError {

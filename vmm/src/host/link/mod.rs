@@ -9,6 +9,7 @@
 //! | `security` | certificates, and whether plaintext may leave this host |
 //! | `connect`, `race`, `cancel` | candidates tried side by side |
 //! | `listen`, `inherited` | accepting, also from what the service manager hands over |
+//! | `handshakes` | those who have connected, saying who they are side by side |
 //! | `socket` | a connection over a TCP or unix socket |
 //! | `tls` | a connection that is encrypted and whose sides have proven who they are |
 //! | `poll` | waiting for one socket |
@@ -18,6 +19,7 @@
 mod cancel;
 mod connect;
 mod error;
+mod handshakes;
 mod inherited;
 mod listen;
 mod poll;

@@ -17,6 +17,10 @@ const HOLD_TIME: Duration = Duration::from_millis(200);
 /// How long the source may take to hear that nobody needs its pages any more.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// How long devices may wait for a page that a VM's end needs: a source that is connected and does
+/// not send it is as bad as none.
+const END_TIME: Duration = Duration::from_secs(30);
+
 const TICK: Duration = Duration::from_millis(10);
 
 /// How a post-copy stands: what the thread that fetches pages and the controller tell each other.
@@ -162,7 +166,8 @@ fn take_apart_unless_cut(machine: Machine, fate: &Fate) {
             return drop(machine.lock().take());
         }
     };
-    while !thread.is_finished() && !fate.is_cut() {
+    let deadline = Instant::now() + END_TIME;
+    while !thread.is_finished() && !fate.is_cut() && Instant::now() < deadline {
         std::thread::sleep(TICK);
     }
     if !thread.is_finished() {

@@ -408,7 +408,12 @@ fn short_wait_for_somebody_leaves_the_handshake_its_time() {
         let _ = through.shutdown(std::net::Shutdown::Both);
         let _ = back.join();
     });
-    let accepted = listener.accept_patiently(Instant::now() + Duration::from_millis(200));
+    let accepted = loop {
+        match listener.accept_patiently(Instant::now() + Duration::from_millis(20)) {
+            Err(error) if error.is_timeout() => {}
+            accepted => break accepted,
+        }
+    };
     drop(accepted.map_err(|error| text(&error)).unwrap());
     connecting.join().unwrap().unwrap();
     relaying.join().unwrap();
@@ -538,4 +543,38 @@ fn files_that_do_not_serve_are_named() {
         error.starts_with("tls://[::1]:") && error.contains("needs a certificate"),
         "{error}"
     );
+}
+
+#[test]
+fn strangers_who_are_silent_hold_nobody_up() {
+    let authority = Authority::new("mute");
+    let good = authority.host("good");
+    let listener = Listener::bind(&url("tls://127.0.0.1:0"), &with(&good)).unwrap();
+    let port = listener.local_url().host_port().unwrap().port();
+    let mute: Vec<_> = (0..4)
+        .map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap())
+        .collect();
+    // Gone before anybody looks: with a reset.
+    let gone = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let gone = socket2::Socket::from(gone);
+    gone.set_linger(Some(Duration::ZERO)).unwrap();
+    drop(gone);
+    let target = listener.local_url().clone();
+    let connecting = thread::spawn(move || connect_one(&target, &with(&good), soon()).map(drop));
+    let begin = Instant::now();
+    let accepted = loop {
+        match listener.accept_patiently(Instant::now() + Duration::from_millis(20)) {
+            Ok(accepted) => break accepted,
+            Err(error) if error.is_timeout() || error.is_peer_fault() => {}
+            Err(error) => panic!("{}", text(&error)),
+        }
+        assert!(begin.elapsed() < Duration::from_secs(8), "held up");
+    };
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begin.elapsed()
+    );
+    connecting.join().unwrap().unwrap();
+    drop((accepted, mute));
 }

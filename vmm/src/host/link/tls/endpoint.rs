@@ -48,7 +48,7 @@ pub(in crate::host::link) struct Client {
 }
 
 /// The side that listens.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::host::link) struct Server {
     config: Arc<ServerConfig>,
     authority: PathBuf,
