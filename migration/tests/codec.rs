@@ -86,12 +86,13 @@ fn encoding() -> impl Strategy<Value = Encoding> {
     ]
 }
 
-/// Pages of a batch: which base, which pages of it become what, how they travel.
-type BatchSpec = (usize, Vec<(u64, Change)>, Encoding);
+/// Pages of a batch: which base, which pages of it become what, how they travel, and whether those
+/// that go as they are are kept.
+type BatchSpec = (usize, Vec<(u64, Change)>, Encoding, bool);
 
 fn batch() -> impl Strategy<Value = BatchSpec> {
     let pages = vec((0_u64..64, change()), 1..30);
-    (0..BASES.len(), pages, encoding())
+    (0..BASES.len(), pages, encoding(), any::<bool>())
 }
 
 fn rounds() -> impl Strategy<Value = Vec<(bool, Vec<BatchSpec>)>> {
@@ -128,7 +129,7 @@ impl Sender {
         }
     }
 
-    fn send(&mut self, (base, changes, encoding): &BatchSpec) {
+    fn send(&mut self, (base, changes, encoding, keep): &BatchSpec) {
         let (base, count) = BASES[*base];
         let mut pages = Vec::new();
         for (offset, change) in changes {
@@ -149,6 +150,7 @@ impl Sender {
             rest = after;
         }
         let (base, pages) = (PageIndex(base), (&*pages, &*contents));
+        self.encoder.keep_raw(*keep);
         let (_, raw) = self
             .encoder
             .encode(base, pages, &holes, *encoding, &mut self.wire);

@@ -13,6 +13,10 @@ use super::encoder::Encoding;
 /// Memory after which a way is judged.
 const SPAN_BYTES: u64 = 2 << 20;
 
+/// Memory at the beginning of which nothing is known yet: a slow connection, too, takes the first
+/// of it at once, into its buffers.
+const EARLY_BYTES: u64 = 16 << 20;
+
 /// Spans until the other way is tried: at first, and at most when it keeps failing.
 const FIRST_INTERVAL: u32 = 8;
 const MIN_INTERVAL: u32 = 32;
@@ -64,6 +68,8 @@ pub struct Adaptive {
     way: Way,
     /// Whether the connection was ever full: until then nothing can be gained.
     was_full: bool,
+    /// Memory so far.
+    seen_bytes: u64,
     /// Whether `way` is only being tried.
     trying: bool,
     /// Memory per second, plain and balanced.
@@ -81,6 +87,7 @@ impl Default for Adaptive {
         Self {
             way: Way::Balanced,
             was_full: false,
+            seen_bytes: 0,
             trying: false,
             rates: [None; 2],
             span: EMPTY,
@@ -107,8 +114,19 @@ impl Adaptive {
         }
     }
 
+    /// Whether versions of pages are worth keeping that go as they are now: the connection may
+    /// be a slow one, for which changes will be wanted.
+    #[must_use]
+    pub fn keeps(&self) -> bool {
+        match self.was_full {
+            true => self.way == Way::Balanced,
+            false => self.seen_bytes < EARLY_BYTES,
+        }
+    }
+
     /// Takes in what the batch took.
     pub fn note(&mut self, batch: &BatchFacts) {
+        self.seen_bytes = self.seen_bytes.saturating_add(batch.bytes);
         if !self.was_full {
             return;
         }
@@ -261,6 +279,7 @@ mod tests {
         let mut adaptive = Adaptive::default();
         for _ in 0..10_000 {
             assert_eq!(adaptive.choose(false), Encoding::Raw);
+            assert_eq!(adaptive.keeps(), adaptive.seen_bytes < EARLY_BYTES);
             adaptive.note(&BatchFacts {
                 bytes: 262_144,
                 delta_bytes: 0,
@@ -274,6 +293,7 @@ mod tests {
         let mut adaptive = Adaptive::default();
         for _ in 0..10_000 {
             assert_eq!(adaptive.choose(true), Encoding::Delta);
+            assert!(adaptive.keeps(), "a moment of room loses no versions");
             adaptive.note(&BatchFacts {
                 bytes: 262_144,
                 delta_bytes: 262_144,

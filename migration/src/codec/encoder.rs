@@ -34,6 +34,8 @@ pub struct Encoder {
     cache: DeltaCache,
     /// Whether pages that the cache does not know are put there.
     remember: bool,
+    /// The same for those that go as they are.
+    keep_raw: bool,
     table: Batch,
     /// What follows the table: blocks, then deltas.
     blocks: Vec<u8>,
@@ -58,6 +60,7 @@ impl Encoder {
         Self {
             cache: DeltaCache::new(cache_bytes),
             remember: false,
+            keep_raw: false,
             table: Batch {
                 base: PageIndex(0),
                 runs: Vec::new(),
@@ -75,6 +78,11 @@ impl Encoder {
     pub fn begin_round(&mut self, round: u32, remember: bool) {
         self.cache.begin_round(round);
         self.remember = remember;
+    }
+
+    /// Whether pages that are to go as they are ([`Encoding::Raw`]) are kept, too.
+    pub fn keep_raw(&mut self, keep: bool) {
+        self.keep_raw = keep;
     }
 
     /// Bytes that the cache holds.
@@ -153,6 +161,9 @@ impl Encoder {
         }
         match encoding {
             Encoding::Delta if known || self.remember => self.cache.put(page, bytes),
+            Encoding::Raw if self.keep_raw && (known || self.remember) => {
+                self.cache.put(page, bytes);
+            }
             // What the cache has is no longer what the destination has.
             _ if known => self.cache.remove(page),
             _ => {}

@@ -269,7 +269,11 @@ impl<'a> Stream<'a> {
             EncodingChoice::Raw => Encoding::Raw,
             EncodingChoice::Lz4 => Encoding::Lz4,
             EncodingChoice::Delta => Encoding::Delta,
-            EncodingChoice::Auto => self.adaptive.choose(congested),
+            EncodingChoice::Auto => {
+                let encoding = self.adaptive.choose(congested);
+                self.encoder.keep_raw(self.adaptive.keeps());
+                encoding
+            }
         }
     }
 
