@@ -249,7 +249,7 @@ proptest! {
         // Pages that were zeroes or holes all the time are holes there.
         for page in store.touched() {
             let batches = rounds.iter().flat_map(|(_, batches)| batches);
-            let named = batches.flat_map(|(base, changes, _)| {
+            let named = batches.flat_map(|(base, changes, ..)| {
                 let (base, count) = BASES[*base];
                 changes.iter().map(move |(offset, change)| (base + offset % count, change))
             });

@@ -17,6 +17,10 @@ const SPAN_BYTES: u64 = 2 << 20;
 /// of it at once, into its buffers.
 const EARLY_BYTES: u64 = 16 << 20;
 
+/// Memory per second of one connection below which keeping versions costs nothing that counts:
+/// some microseconds of every page's time.
+const SLOW_BYTES_PER_S: f64 = 400e6;
+
 /// Spans until the other way is tried: at first, and at most when it keeps failing.
 const FIRST_INTERVAL: u32 = 8;
 const MIN_INTERVAL: u32 = 32;
@@ -118,10 +122,20 @@ impl Adaptive {
     /// be a slow one, for which changes will be wanted.
     #[must_use]
     pub fn keeps(&self) -> bool {
-        match self.was_full {
-            true => self.way == Way::Balanced,
-            false => self.seen_bytes < EARLY_BYTES,
+        if !self.was_full {
+            return self.seen_bytes < EARLY_BYTES;
         }
+        let [plain, _] = self.rates;
+        self.way == Way::Balanced || plain.is_none_or(|rate| rate < SLOW_BYTES_PER_S)
+    }
+
+    /// A new round: what it sends was sent before, and changes may do, whatever was best so far.
+    pub fn begin_round(&mut self) {
+        *self = Self {
+            was_full: self.was_full,
+            seen_bytes: self.seen_bytes,
+            ..Self::default()
+        };
     }
 
     /// Takes in what the batch took.
@@ -286,6 +300,33 @@ mod tests {
                 elapsed: Duration::from_micros(80),
             });
         }
+    }
+
+    fn noted(adaptive: &mut Adaptive, bytes_per_s: f64) -> Encoding {
+        let encoding = adaptive.choose(true);
+        adaptive.note(&BatchFacts {
+            bytes: 262_144,
+            delta_bytes: 0,
+            elapsed: Duration::from_secs_f64(262_144.0 / bytes_per_s),
+        });
+        encoding
+    }
+
+    #[test]
+    fn a_slow_link_keeps_versions_whatever_is_tried() {
+        let (mut slow, mut fast) = (Adaptive::default(), Adaptive::default());
+        let mut tried = false;
+        for step in 0..10_000_u32 {
+            let noise = f64::from(step * 7919 % 40) / 100.0;
+            tried |= noted(&mut slow, 60e6 * (1.0 + noise)) == Encoding::Raw;
+            assert!(slow.keeps());
+            // Plain is twice as fast.
+            let factor = if fast.way == Way::Plain { 2.0 } else { 1.0 };
+            noted(&mut fast, 900e6 * factor);
+        }
+        assert!(tried && fast.way == Way::Plain && !fast.keeps());
+        fast.begin_round();
+        assert_eq!(noted(&mut fast, 900e6), Encoding::Delta);
     }
 
     #[test]

@@ -144,6 +144,7 @@ impl<'a> Stream<'a> {
     fn round(&mut self, plan: &RoundPlan) -> Result<(), SourceError> {
         let remember = plan.remember && self.shared.encoding != EncodingChoice::Raw;
         self.encoder.begin_round(plan.number, remember);
+        self.adaptive.begin_round();
         let before = self.encoder.cache_bytes();
         let mut chunk_number = 0_u64;
         for (region, dirty) in plan.dirty.iter().enumerate() {
