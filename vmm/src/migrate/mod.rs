@@ -7,8 +7,10 @@
 //! | `skeleton` | what a destination needs to build the machine |
 //! | `states` | versions of the states that will come, and whether this build reads them |
 //! | `session` | a migration's thread on the source |
+//! | `dialer` | its connections, over several ways |
 //! | `report` | what operators ask for and are told |
 
+mod dialer;
 mod kvm_log;
 mod lazy_ram;
 mod page_store;

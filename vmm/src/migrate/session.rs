@@ -1,26 +1,23 @@
 //! A migration's thread on the source: connects, runs the engine, reports.
 
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::GuestRam;
 use migration::Section;
 use migration::handoff::Mark;
-use migration::ports::{Channel, Dial, Machine, PortError, Reclaim};
+use migration::ports::{Machine, PortError, Reclaim};
 use migration::progress::MigrationHandle;
 use migration::source::{Parts, SourceError, SourceOptions, migrate};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::dialer::{CONNECT_TIME, Dialer};
 use super::report::{MigrationReport, MigrationRequest};
 use super::{KvmLogTracker, RamPages, UnionTracker, WriteLogTracker};
 use crate::control::errors::chain;
-use crate::host::link::{LinkUrl, Security, connect_one, connect_unless};
+use crate::host::link::connect_unless;
 use crate::kvm::DirtyLog;
 use crate::machine::{MachineLink, MigrationMachineError};
-
-/// How long a destination may take to be reached.
-const CONNECT_TIME: Duration = Duration::from_secs(10);
 
 /// How long a peer may be silent.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -119,56 +116,6 @@ fn options(request: &MigrationRequest, memory_bytes: u64) -> SourceOptions {
         patience: PATIENCE,
         prepare_patience: PREPARE_PATIENCE,
         retry: RETRY,
-    }
-}
-
-/// Opens data connections.
-struct Dialer {
-    /// The way that was taken first, then the others if they are to be used.
-    ways: Vec<LinkUrl>,
-    security: Security,
-    next: usize,
-}
-
-impl Dialer {
-    fn new(request: &MigrationRequest, taken: &LinkUrl) -> Self {
-        let mut ways = vec![taken.clone()];
-        if request.multipath {
-            ways.extend(request.urls.iter().filter(|url| *url != taken).cloned());
-        }
-        Self {
-            ways,
-            security: request.security.for_peer_at(taken),
-            next: 0,
-        }
-    }
-}
-
-impl Dial for Dialer {
-    fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
-        let deadline = Instant::now() + CONNECT_TIME;
-        if let Some(url) = url {
-            let url: LinkUrl = url.parse().map_err(io::Error::other)?;
-            let first = &self.ways[0];
-            if std::mem::discriminant(&url) != std::mem::discriminant(first) {
-                let text = format!("{url} is no way beside {first}: it is of another kind");
-                return Err(io::Error::other(text));
-            }
-            return connect_one(&url, &self.security, deadline).map_err(io::Error::other);
-        }
-        let way = self.next % self.ways.len();
-        self.next += 1;
-        let dialed = connect_one(&self.ways[way], &self.security, deadline);
-        match dialed {
-            Ok(channel) => Ok(channel),
-            // Not tried again: the next data connection is not to wait for it, too.
-            Err(error) if way > 0 => {
-                log::warn!(url:% = self.ways[way], error:% = error; "a way to the destination is not used");
-                self.ways.remove(way);
-                self.dial(None)
-            }
-            Err(error) => Err(io::Error::other(error)),
-        }
     }
 }
 

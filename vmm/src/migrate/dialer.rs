@@ -1,0 +1,209 @@
+//! Opens data connections, and all of them again after a cut, over ways of which some may be dead.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use migration::ports::{Channel, Dial};
+
+use super::report::MigrationRequest;
+use crate::host::link::{LinkError, LinkUrl, Security, connect_one};
+
+/// How long a destination may take to be reached.
+pub(super) const CONNECT_TIME: Duration = Duration::from_secs(10);
+
+/// The same where there are several ways: a lost first packet is sent again twice (after 1 s and
+/// 3 s), and the peer does not wait for its connections for ever.
+const WAY_TIME: Duration = Duration::from_secs(4);
+
+/// How long a way is not tried that has failed while another works: longer than the connections of
+/// one link take, so that these meet it once, and shorter than an operator waits for it to count
+/// again.
+const LEFT_OUT: Duration = Duration::from_secs(30);
+
+/// The ways to the destination.
+pub(super) struct Dialer {
+    /// The one that was taken first, then the others.
+    ways: Vec<Way>,
+    security: Security,
+    /// Whether connections spread over all ways; else the others are used when the first fails.
+    spread: bool,
+    next: usize,
+    left_out: Duration,
+}
+
+struct Way {
+    url: LinkUrl,
+    failed: Option<Instant>,
+}
+
+impl Dialer {
+    pub(super) fn new(request: &MigrationRequest, taken: &LinkUrl) -> Self {
+        let others = request.urls.iter().filter(|url| *url != taken);
+        let urls = std::iter::once(taken).chain(others).cloned();
+        Self {
+            ways: urls.map(|url| Way { url, failed: None }).collect(),
+            security: request.security.for_peer_at(taken),
+            spread: request.multipath,
+            next: 0,
+            left_out: LEFT_OUT,
+        }
+    }
+
+    /// Ways in the order in which they are to be tried; those that have failed lately come last.
+    fn order(&mut self) -> Vec<usize> {
+        let count = self.ways.len();
+        let first = match self.spread {
+            true => self.next % count,
+            false => 0,
+        };
+        self.next += 1;
+        let mut order: Vec<_> = (first..count).chain(0..first).collect();
+        let is_left_out = |way: &Way| {
+            way.failed
+                .is_some_and(|when| when.elapsed() < self.left_out)
+        };
+        // Stable: the others keep their order.
+        order.sort_by_key(|&number| is_left_out(&self.ways[number]));
+        order
+    }
+
+    fn try_way(&mut self, number: usize) -> Result<Box<dyn Channel>, LinkError> {
+        let time = match self.ways.len() {
+            1 => CONNECT_TIME,
+            _ => WAY_TIME,
+        };
+        let way = &mut self.ways[number];
+        let dialed = connect_one(&way.url, &self.security, Instant::now() + time);
+        way.failed = dialed.is_err().then(Instant::now);
+        dialed
+    }
+}
+
+impl Dial for Dialer {
+    fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
+        if let Some(url) = url {
+            let url: LinkUrl = url.parse().map_err(io::Error::other)?;
+            let first = &self.ways[0].url;
+            if std::mem::discriminant(&url) != std::mem::discriminant(first) {
+                let text = format!("{url} is no way beside {first}: it is of another kind");
+                return Err(io::Error::other(text));
+            }
+            let deadline = Instant::now() + CONNECT_TIME;
+            return connect_one(&url, &self.security, deadline).map_err(io::Error::other);
+        }
+        let mut failures = Vec::new();
+        for number in self.order() {
+            match self.try_way(number) {
+                Ok(channel) => return Ok(channel),
+                Err(error) => {
+                    let url = self.ways[number].url.clone();
+                    if self.ways.len() > 1 {
+                        log::warn!(url:%, error:%; "a way to the destination does not work");
+                    }
+                    failures.push((url, error));
+                }
+            }
+        }
+        Err(io::Error::other(match failures.len() {
+            1 => failures.remove(0).1,
+            _ => LinkError::Unreachable(failures),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, TcpListener};
+
+    use super::*;
+
+    fn listener() -> (TcpListener, LinkUrl) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let url = url_of(listener.local_addr().unwrap());
+        (listener, url)
+    }
+
+    fn url_of(address: SocketAddr) -> LinkUrl {
+        format!("tcp://{address}").parse().unwrap()
+    }
+
+    fn dialer(urls: &[&LinkUrl], multipath: bool) -> Dialer {
+        let urls: Vec<LinkUrl> = urls.iter().copied().cloned().collect();
+        let request = MigrationRequest {
+            multipath,
+            ..MigrationRequest::to(urls.clone())
+        };
+        Dialer::new(&request, &urls[0])
+    }
+
+    /// How many connections wait.
+    fn arrived(listener: &TcpListener) -> usize {
+        std::iter::from_fn(|| listener.accept().ok()).count()
+    }
+
+    #[test]
+    fn the_way_that_was_taken_first_may_die() {
+        for multipath in [true, false] {
+            let (first, first_url) = listener();
+            let (second, second_url) = listener();
+            let mut dialer = dialer(&[&first_url, &second_url], multipath);
+            drop(first);
+            let held: Vec<_> = (0..5).map(|_| dialer.dial(None).unwrap()).collect();
+            assert_eq!(arrived(&second), held.len(), "multipath: {multipath}");
+        }
+    }
+
+    #[test]
+    fn a_dead_way_is_met_once_and_is_back_later() {
+        let (first, first_url) = listener();
+        let (second, second_url) = listener();
+        let first_address = first.local_addr().unwrap();
+        let mut dialer = dialer(&[&first_url, &second_url], true);
+        drop(first);
+        let _held = dialer.dial(None).unwrap();
+        let failed = dialer.ways[0].failed;
+        assert!(failed.is_some());
+        let _held = [dialer.dial(None).unwrap(), dialer.dial(None).unwrap()];
+        assert_eq!(dialer.ways[0].failed, failed, "it was tried again");
+        assert_eq!(arrived(&second), 3);
+        let first = TcpListener::bind(first_address).unwrap();
+        first.set_nonblocking(true).unwrap();
+        dialer.left_out = Duration::ZERO;
+        let _held = [dialer.dial(None).unwrap(), dialer.dial(None).unwrap()];
+        assert_eq!((arrived(&first), arrived(&second)), (1, 1));
+    }
+
+    #[test]
+    fn a_way_that_was_left_out_is_tried_when_the_others_die() {
+        let (first, first_url) = listener();
+        let (second, second_url) = listener();
+        let first_address = first.local_addr().unwrap();
+        let mut dialer = dialer(&[&first_url, &second_url], true);
+        drop(first);
+        let _held = dialer.dial(None).unwrap();
+        drop(second);
+        let Err(error) = dialer.dial(None) else {
+            panic!("nobody listens");
+        };
+        let text = error.to_string();
+        for url in [&first_url, &second_url] {
+            assert!(text.contains(&url.to_string()), "{text}");
+        }
+        let first = TcpListener::bind(first_address).unwrap();
+        first.set_nonblocking(true).unwrap();
+        let _held = dialer.dial(None).unwrap();
+        assert_eq!(arrived(&first), 1);
+    }
+
+    #[test]
+    fn connections_spread_only_when_they_are_to() {
+        for (multipath, expected) in [(true, (2, 2)), (false, (4, 0))] {
+            let (first, first_url) = listener();
+            let (second, second_url) = listener();
+            let mut dialer = dialer(&[&first_url, &second_url], multipath);
+            let _held: Vec<_> = (0..4).map(|_| dialer.dial(None).unwrap()).collect();
+            assert_eq!((arrived(&first), arrived(&second)), expected);
+        }
+    }
+}
