@@ -247,8 +247,10 @@ pub(crate) struct ReceiveArgs {
     pub(crate) security: SecurityArgs,
     #[command(flatten)]
     pub(crate) arrival: ArrivalArgs,
-    /// Directory below which the source may name files [default: anywhere, but with --plaintext
-    /// nowhere].
+    /// Directory below which the source may name files; its TAPs are named by --tap then
+    /// [default: anywhere for a source that comes over TLS or a unix socket, or over loopback TCP
+    /// as a process of this user or of root; nowhere for any other, and over tcp:// with
+    /// --plaintext].
     #[arg(long, value_name = "DIR")]
     pub(crate) allow_path: Vec<PathBuf>,
     /// Print the address as JSON.

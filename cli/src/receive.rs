@@ -44,11 +44,7 @@ fn announce(name: &str, url: &LinkUrl, json: bool) -> Result<()> {
 }
 
 fn options(args: ReceiveArgs) -> Result<ReceiveOptions> {
-    let plaintext = args.security.plaintext;
-    let allowed = match args.allow_path {
-        dirs if dirs.is_empty() && !plaintext => None,
-        dirs => Some(dirs),
-    };
+    let allowed = Some(args.allow_path).filter(|dirs| !dirs.is_empty());
     Ok(ReceiveOptions {
         name: args.name.parse()?,
         listen: args.listen,

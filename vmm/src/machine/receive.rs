@@ -277,6 +277,19 @@ impl Entrance {
         }
     }
 
+    /// What is different here for a VM that `peer` brings: of one that may be anybody, no file of
+    /// this host is opened but those that an option names. Who allows plaintext expects strangers.
+    fn arrival_from(&self, peer: &PeerInfo) -> ArrivalOptions {
+        let mut options = self.options.arrival.clone();
+        let over_tcp = matches!(self.listener.local_url(), LinkUrl::Tcp(_));
+        let strangers = over_tcp && self.options.security.plaintext;
+        if options.allowed_paths.is_none() && (strangers || !peer.is_known()) {
+            log::info!(peer:%; "the source is not known: it may name no file of this host");
+            options.allowed_paths = Some(Vec::new());
+        }
+        options
+    }
+
     /// The VM that a connection brings; `None` when it brings nothing.
     fn take_from(
         &self,
@@ -297,7 +310,7 @@ impl Entrance {
         let mut host = ArrivalHost {
             site: ArrivalSite {
                 name: self.options.name.clone(),
-                options: self.options.arrival.clone(),
+                options: self.arrival_from(peer),
                 builtin_kernel: self.options.launch.builtin_kernel,
                 notices: Arc::clone(&self.notices),
             },

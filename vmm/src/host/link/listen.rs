@@ -16,12 +16,13 @@ use super::connect::resolve;
 use super::error::LinkError;
 use super::handshakes::Handshakes;
 use super::inherited::{self, Inherited};
+use super::owner::owner;
 use super::poll;
 use super::security::Security;
 use super::socket::SocketChannel;
 use super::tls::{HANDSHAKE_MAX, Server};
 use super::url::{HostPort, LinkUrl, is_loopback};
-use crate::host::socket_file::{ListenError, SocketFile};
+use crate::host::socket_file::{ListenError, SocketFile, effective_uid};
 
 /// How often a wait for somebody new looks at those who are saying who they are.
 const GLANCE: Duration = Duration::from_millis(2);
@@ -326,6 +327,22 @@ impl PeerInfo {
             remote: End::of(&socket.peer_addr()?)?,
             encrypted,
         })
+    }
+
+    /// Whether the peer is one who may do here what this process may: it has shown a certificate,
+    /// was let at a unix socket, or is, while it is connected over loopback, a process of this
+    /// user or of root.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        match (&self.local, &self.remote) {
+            _ if self.encrypted => true,
+            (End::Ip(local), End::Ip(remote)) if is_loopback(remote.ip()) => {
+                let owner = owner(*remote, *local);
+                owner.is_some_and(|uid| uid == 0 || uid == effective_uid())
+            }
+            (End::Ip(_), _) | (_, End::Ip(_)) => false,
+            (End::Unix(_), End::Unix(_)) => true,
+        }
     }
 }
 

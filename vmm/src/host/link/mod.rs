@@ -10,6 +10,7 @@
 //! | `connect`, `race`, `cancel` | candidates tried side by side |
 //! | `listen`, `inherited` | accepting, also from what the service manager hands over |
 //! | `handshakes` | those who have connected, saying who they are side by side |
+//! | `owner` | whose the other end is, on this host |
 //! | `socket` | a connection over a TCP or unix socket |
 //! | `tls` | a connection that is encrypted and whose sides have proven who they are |
 //! | `poll` | waiting for one socket |
@@ -22,6 +23,7 @@ mod error;
 mod handshakes;
 mod inherited;
 mod listen;
+mod owner;
 mod poll;
 mod race;
 mod security;

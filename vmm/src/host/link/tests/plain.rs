@@ -301,3 +301,34 @@ fn connecting_threads() -> usize {
     let names = tasks.filter_map(|task| std::fs::read(task.ok()?.path().join("comm")).ok());
     names.filter(|name| name == b"mig-connect\n").count()
 }
+
+#[test]
+fn peers_of_this_host_are_known_by_their_user() {
+    let dir = scratch("known");
+    let unix = format!("unix:{}/s", dir.display());
+    for at in [
+        "tcp://127.0.0.1:0",
+        "tcp://[::1]:0",
+        "tcp://0.0.0.0:0",
+        &unix,
+    ] {
+        let security = Security {
+            plaintext: true,
+            ..Security::default()
+        };
+        let listener = Listener::bind(&url(at), &security).unwrap();
+        let target = listener
+            .local_url()
+            .to_string()
+            .replace("0.0.0.0", "127.0.0.1");
+        let connected = connect_one(&url(&target), &security, soon()).unwrap();
+        let (_held, peer) = listener.accept(soon()).unwrap();
+        assert!(peer.is_known(), "{at}: {peer}");
+        drop(connected);
+        if at.starts_with("tcp") {
+            // Nobody holds that end any more.
+            assert!(!peer.is_known(), "{at}: {peer}");
+        }
+    }
+    std::fs::remove_dir_all(dir).unwrap();
+}
