@@ -1,7 +1,9 @@
 //! A machine that comes from another host, or from a snapshot: built from its description, filled,
 //! started.
 
-use std::path::{Path, PathBuf};
+mod adapt;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,6 +14,7 @@ use migration::{DirtyBitmap, Section};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
+use self::adapt::adapt;
 use super::assembly::{BuildError, Origin, cpu_reasons};
 use super::controller::{Controller, Fate, MachineLink, Terminals};
 use super::notices::Notices;
@@ -21,7 +24,7 @@ use super::receive::ReceiveError;
 use super::resources::Resources;
 use super::restore::check_lazy;
 use super::runtime::{Machine, MachineError};
-use crate::config::{CharTarget, MemoryConfig, RngConfig, VmConfig, VmName};
+use crate::config::{CharTarget, MemoryConfig, VmConfig, VmName};
 use crate::control::errors::chain;
 use crate::host::meminfo::HostMemory;
 use crate::kvm::is_same_frequency;
@@ -41,7 +44,8 @@ pub struct ArrivalOptions {
     pub taps: Vec<(String, String)>,
     /// The socket of vsock, if the machine has one.
     pub vsock: Option<PathBuf>,
-    /// Directories below which the source may name files; `None`: anywhere.
+    /// Directories below which the source may name files, and then no TAP; `None`: anywhere, unless
+    /// it comes from a peer of whom it is not known who he is.
     pub allowed_paths: Option<Vec<PathBuf>>,
 }
 
@@ -90,53 +94,6 @@ pub(super) struct ArrivalSite {
 }
 
 impl ArrivalSite {
-    /// The configuration as it is here.
-    fn adapt(&self, config: &mut VmConfig) -> Result<(), Vec<String>> {
-        let mut reasons = Vec::new();
-        config.name = self.name.clone();
-        let disk_ids = config.disk_ids();
-        let net_ids = config.net_ids();
-        let options = &self.options;
-        if let Some(allowed) = &options.allowed_paths {
-            reasons.extend(forbidden(config, options, allowed));
-        }
-        for (id, path) in &options.disks {
-            match disk_ids.iter().position(|known| known == id) {
-                Some(index) => config.disk[index].path = Some(path.clone()),
-                None => reasons.push(format!("the VM has no disk {id} (it has {disk_ids:?})")),
-            }
-        }
-        for (id, tap) in &options.taps {
-            match net_ids.iter().position(|known| known == id) {
-                Some(index) => config.net[index].tap = Some(tap.clone()),
-                None => reasons.push(format!("the VM has no interface {id} (it has {net_ids:?})")),
-            }
-        }
-        if let Some(serial) = &options.serial {
-            config.serial = serial.clone();
-        }
-        if let (Some(console), Some(target)) = (&mut config.console, &options.console) {
-            console.target = target.clone();
-        }
-        if let (Some(vsock), Some(socket)) = (&mut config.vsock, &options.vsock) {
-            vsock.socket = socket.clone();
-        }
-        // Ids as the source has them: here, too, devices are known by them.
-        for (disk, id) in config.disk.iter_mut().zip(disk_ids) {
-            disk.id = Some(id);
-        }
-        for (net, id) in config.net.iter_mut().zip(net_ids) {
-            net.id = Some(id);
-        }
-        if let Err(error) = config.validate() {
-            reasons.push(chain(&error));
-        }
-        match reasons.is_empty() {
-            true => Ok(()),
-            false => Err(reasons),
-        }
-    }
-
     /// Builds the machine that `skeleton` describes; its memory is empty.
     ///
     /// # Errors
@@ -157,7 +114,7 @@ impl ArrivalSite {
     fn assemble(&self, skeleton: &Skeleton, locks: DiskLocks) -> Result<Arrived, Vec<String>> {
         let mut config = skeleton.config.clone();
         let cpuid = skeleton.cpuid();
-        let mut reasons = self.adapt(&mut config).err().unwrap_or_default();
+        let mut reasons = adapt(&mut config, &self.name, &self.options);
         reasons.extend(memory_reason(&config.memory));
         if !reasons.is_empty() {
             // Nothing that the source names is opened then.
@@ -238,85 +195,6 @@ fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
         true => Ok(()),
         false => Err(reasons),
     }
-}
-
-/// A file's path without links, also of a file that is not there yet.
-fn what_would_be_opened(path: &Path) -> Option<PathBuf> {
-    if !path.is_absolute() {
-        return None;
-    }
-    if let Ok(real) = path.canonicalize() {
-        return Some(real);
-    }
-    if path.symlink_metadata().is_ok() {
-        // A link to nothing: opening it may create a file anywhere.
-        return None;
-    }
-    let folder = path.parent()?.canonicalize().ok()?;
-    Some(folder.join(path.file_name()?))
-}
-
-/// Files that the source names and must not.
-fn forbidden(config: &VmConfig, options: &ArrivalOptions, allowed: &[PathBuf]) -> Vec<String> {
-    let is_allowed = |path: &Path| {
-        let Some(real) = what_would_be_opened(path) else {
-            return false;
-        };
-        allowed.iter().any(|dir| {
-            let dir = dir.canonicalize().unwrap_or_else(|_| dir.clone());
-            real.starts_with(dir)
-        })
-    };
-    let mut named: Vec<(String, &Path)> = Vec::new();
-    let own_disk = |id: &String| options.disks.iter().any(|(own, _)| own == id);
-    for (disk, id) in config.disk.iter().zip(config.disk_ids()) {
-        // Where backing files may lie is the source's word also for an image that is ours.
-        let path = disk.path.iter().filter(|_| !own_disk(&id));
-        let path = path.chain(&disk.backing_dir);
-        named.extend(path.map(|path| (id.clone(), path.as_path())));
-    }
-    let boot = [
-        ("kernel", &config.boot.kernel),
-        ("initrd", &config.boot.initrd),
-    ];
-    for (what, path) in boot {
-        named.extend(path.iter().map(|path| (what.to_owned(), path.as_path())));
-    }
-    if options.serial.is_none() {
-        named.extend(config.serial.path().map(|path| ("serial".to_owned(), path)));
-    }
-    if let (Some(console), None) = (&config.console, &options.console) {
-        let path = console.target.path();
-        named.extend(path.map(|path| ("console".to_owned(), path)));
-    }
-    if let (Some(vsock), None) = (&config.vsock, &options.vsock) {
-        named.push(("vsock".to_owned(), &vsock.socket));
-    }
-    if let Some(rng) = &config.rng
-        && rng.source != RngConfig::default().source
-    {
-        named.push(("rng".to_owned(), &rng.source));
-    }
-    // Devices of other processes do not move, but who describes a machine may not know that.
-    let served = config
-        .disk
-        .iter()
-        .filter_map(|disk| disk.vhost_user.as_deref());
-    let served = served.chain(
-        config
-            .net
-            .iter()
-            .filter_map(|net| net.vhost_user.as_deref()),
-    );
-    let served = served.chain(config.fs.iter().map(|fs| fs.socket.as_path()));
-    named.extend(served.map(|path| ("vhost-user".to_owned(), path)));
-    let forbidden = named.into_iter().filter(|(_, path)| !is_allowed(path));
-    forbidden
-        .map(|(what, path)| {
-            let path = path.display();
-            format!("{what}: {path} is not below a directory given by --allow-path")
-        })
-        .collect()
 }
 
 impl Host for ArrivalHost {

@@ -36,12 +36,15 @@ pub(super) struct Way {
 impl Way {
     /// Over TCP to `host`, on the first cable.
     pub(super) fn tcp(host: Host) -> Self {
+        let tap = format!("net0={}", TwoHosts::TAP);
         let allowed = [
             "--plaintext",
             "--allow-path",
             "/scratch",
             "--allow-path",
             "/media",
+            "--tap",
+            &tap,
         ];
         Self {
             listen: format!("tcp://{}:0", host.address(0)),
