@@ -33,6 +33,9 @@ const REFRESH: Duration = Duration::from_millis(200);
 /// `drover migrate` when nobody can tell where the VM runs.
 const EXIT_IN_DOUBT: u8 = 7;
 
+/// The outcome, for scripts, when the VM has ended meanwhile: no report has it.
+const ENDED: &str = "ended";
+
 pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
     let client = find(&args.name)?;
     let (name, json, page) = (args.name.clone(), args.json, args.report.clone());
@@ -41,12 +44,23 @@ pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
         .with_context(|| format!("VM {name}"))?;
     let report = match ending {
         Ending::Told(report) => report,
-        Ending::VmEnded(reason) => bail!("VM {name} has ended before it has moved: {reason}"),
+        Ending::VmEnded(reason) => {
+            let error = format!("VM {name} has ended before it has moved: {reason}");
+            if json {
+                print_json(&without_report(&name, ENDED, &error))?;
+            }
+            bail!(error);
+        }
         Ending::Silent(why) => {
-            eprintln!(
-                "drover: VM {name} does not say what became of its migration ({why}): it may run \
-                 at the destination, look there"
+            let error = format!(
+                "VM {name} does not say what became of its migration ({why}): it may run at the \
+                 destination, look there"
             );
+            if json {
+                let outcome = serde_json::to_value(MigrationOutcome::InDoubt)?;
+                print_json(&without_report(&name, outcome, &error))?;
+            }
+            eprintln!("drover: {error}");
             return Ok(ExitCode::from(EXIT_IN_DOUBT));
         }
     };
@@ -329,6 +343,11 @@ fn final_object(report: &MigrationReport) -> Result<Value> {
         }
     }
     Ok(value)
+}
+
+/// What scripts get when the VM has left no report: no other field is known.
+fn without_report(name: &str, outcome: impl Into<Value>, error: &str) -> Value {
+    serde_json::json!({ "name": name, "outcome": outcome.into(), "error": error })
 }
 
 pub(crate) fn print_report(report: &MigrationReport) {

@@ -5,7 +5,7 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::harness::certificates::Authority;
 use tests::harness::follower::Follower;
 use tests::harness::ground::Ground;
@@ -257,7 +257,8 @@ fn vm_is_stopped_while_it_moves() -> Outcome {
         return Ok(());
     };
     let mut vm = writing(&ground, WRITES)?;
-    let mut slow = Slow::start(&ground, &vm)?;
+    let mut slow = Slow::start_with(&ground, &vm, &["--bandwidth", "1M", "--json"])?;
+    wait_phase(&vm, "precopy")?;
     let begin = Instant::now();
     vm.control().drover("stop", &[])?;
     assert_eq!(vm.wait_exit(SOON)?.code(), Some(0));
@@ -268,7 +269,11 @@ fn vm_is_stopped_while_it_moves() -> Outcome {
     );
     let finished = slow.end()?;
     let expected = "VM vm has ended before it has moved: it was stopped";
-    assert_eq!(failure(&finished, 1)?, expected);
+    assert_eq!(finished.code(), Some(1), "{finished:?}");
+    assert_eq!(finished.stderr, format!("drover: {expected}\n"));
+    let object: Value = serde_json::from_str(&finished.stdout)?;
+    let told = json!({ "name": "vm", "outcome": "ended", "error": expected });
+    assert_eq!(object, told);
     let said = slow.end_of_place()?;
     ensure!(said.contains("no VM has come over: "), "{said}");
     assert_eq!(ground.runtime_files(), Vec::<String>::new());
@@ -323,6 +328,7 @@ fn vm_that_is_stopped_when_it_runs_there_is_in_doubt() -> Outcome {
         "postcopy",
         "--bandwidth",
         "8M",
+        "--json",
     ];
     let mut slow = Slow::start_with(&ground, &vm, &postcopy)?;
     wait_phase(&vm, "postcopy")?;
@@ -336,6 +342,10 @@ fn vm_that_is_stopped_when_it_runs_there_is_in_doubt() -> Outcome {
     let expected = "drover: VM vm does not say what became of its migration (while it was handed \
                     over, it was stopped): it may run at the destination, look there";
     assert_eq!(said, expected);
+    let object: Value = serde_json::from_str(&finished.stdout)?;
+    let error = expected.trim_start_matches("drover: ");
+    let told = json!({ "name": "vm", "outcome": "in-doubt", "error": error });
+    assert_eq!(object, told);
     Ok(())
 }
 
