@@ -9,13 +9,33 @@ use clap::{Args, Parser, Subcommand};
 
 /// Exit codes of `drover run`, also shown by `drover run --help`.
 const EXIT_CODES: &str = "Exit codes:
-  0  the guest powered off, or the VM was stopped
+  0  the guest powered off, or the VM was stopped, or has moved to another process
   1  an error, told on standard error
   2  the command line is wrong
   3  the guest rebooted (with --on-reboot exit)
   4  the guest's kernel panicked
   5  the guest shut down by a triple fault
   6  a vCPU could not go on";
+
+/// Exit codes of `drover receive`: the VM's, once it has come.
+const RECEIVE_EXIT_CODES: &str = "Exit codes:
+  0  the guest powered off, the VM was stopped, or it has moved on
+  1  an error, told on standard error; no VM has come
+  2  the command line is wrong
+  3  the guest rebooted, and the VM's configuration ends it then
+  4  the guest's kernel panicked
+  5  the guest shut down by a triple fault
+  6  a vCPU could not go on";
+
+/// Exit codes of `drover restore`.
+const RESTORE_EXIT_CODES: &str = "Exit codes:
+  0  the guest powered off, the VM was stopped, or it has moved on
+  1  an error, told on standard error; the VM was not started
+  2  the command line is wrong
+  3  the guest rebooted, and the VM's configuration ends it then
+  4  the guest's kernel panicked
+  5  the guest shut down by a triple fault
+  6  a vCPU could not go on, or with --lazy, memory could not be loaded";
 
 /// Exit codes of `drover migrate`.
 const MIGRATE_EXIT_CODES: &str = "Exit codes:
@@ -73,13 +93,14 @@ pub(crate) enum Command {
     #[command(after_help = MIGRATE_EXIT_CODES)]
     Migrate(Box<MigrateArgs>),
     /// Wait for one VM that another process sends with `drover migrate`, and run it.
-    #[command(after_help = EXIT_CODES)]
+    #[command(after_help = RECEIVE_EXIT_CODES)]
     Receive(Box<ReceiveArgs>),
     /// Show, cancel or change a VM's migration.
     Migration(MigrationArgs),
     /// Take a snapshot of a VM, which runs on.
     Snapshot(SnapshotArgs),
     /// Start a VM from a snapshot.
+    #[command(after_help = RESTORE_EXIT_CODES)]
     Restore(Box<RestoreArgs>),
     /// Connect this terminal to a VM's serial port or console (started with pty or socket=PATH).
     Console(ConsoleArgs),
