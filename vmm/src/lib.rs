@@ -25,6 +25,7 @@
 
 pub mod arch;
 pub mod boot;
+mod causes;
 pub mod config;
 pub mod control;
 pub mod doctor;

@@ -21,15 +21,13 @@ use crate::config::VmName;
 use crate::control::errors::chain;
 use crate::control::{self, NameClaim};
 use crate::host::link::{LinkError, LinkUrl, Listener, PeerInfo, Security};
+use crate::migrate::MAX_STREAMS;
 
 /// How long a source may be silent.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a source may take to hear that a post-copy is complete.
 const LINGER: Duration = Duration::from_secs(60);
-
-/// Data connections at most.
-const MAX_STREAMS: u16 = 16;
 
 /// How often a wait for the source looks whether it is still wanted.
 const TICK: Duration = Duration::from_millis(200);

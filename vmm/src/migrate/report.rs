@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::control::errors::chain;
 use crate::host::link::{LinkUrl, Security};
 
+/// Data connections of one migration at most, on either side.
+pub(crate) const MAX_STREAMS: u16 = 16;
+
 /// What is asked of a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]

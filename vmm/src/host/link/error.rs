@@ -1,12 +1,12 @@
 //! Why there is no connection.
 
-use std::error::Error;
 use std::fmt::{Display, Write};
 use std::io;
 use std::time::Duration;
 
 use super::tls::{HandshakeError, TlsFailure, TlsFilesError};
 use super::url::LinkUrl;
+use crate::causes::chain;
 
 /// A connection could not be made or accepted.
 #[derive(Debug, thiserror::Error)]
@@ -159,17 +159,6 @@ fn list(attempts: &[(LinkUrl, LinkError)]) -> String {
         } else {
             write!(text, "{separator}{url}: {reason}")
         };
-    }
-    text
-}
-
-/// An error and what caused it, on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let _ = write!(text, ": {cause}");
-        source = cause.source();
     }
     text
 }

@@ -18,8 +18,8 @@ use crate::machine::lifecycle::{EndReason, VmState};
 use crate::machine::runtime::MachineError;
 use crate::machine::saved::MachineStateError;
 use crate::migrate::{
-    MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus, MigrationTuning, Session,
-    Skeleton,
+    MAX_STREAMS, MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus,
+    MigrationTuning, Session, Skeleton,
 };
 
 /// Work on the machine that a migration's thread has for the controller.
@@ -27,9 +27,6 @@ pub(in crate::machine) type Job = Box<dyn FnOnce(&mut Controller) + Send>;
 
 /// How often a guest may reboot while it is being stopped.
 const MAX_REBOOTS: u32 = 8;
-
-/// Data connections at most.
-const MAX_STREAMS: u16 = 16;
 
 /// A migration could not do what it wanted with the machine.
 #[derive(Debug, thiserror::Error)]
