@@ -45,7 +45,8 @@ pub struct TakeOptions {
     /// How long the machine may stand still. It is slowed down if it must, and stands still for
     /// longer if that does not help.
     pub max_downtime: Duration,
-    /// How long memory may be copied before it is stopped all the same.
+    /// How long memory may be copied before it is stopped all the same, after the round that is under
+    /// way: what that has left would have to be written while the machine stands still.
     pub patience: Duration,
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::control::{Control, TICK};
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
-use super::stream::{RoundPlan, Shared, Stream};
+use super::stream::{Cut, RoundPlan, Shared, Stream};
 use crate::bitmap::DirtyBitmap;
 use crate::convergence::{Decision, Limits, decide, predicted_blackout};
 use crate::handoff::Mode;
@@ -161,12 +161,14 @@ impl<'a> Rounds<'a> {
         parts.machine.throttle(self.cpu_percent)?;
         let mut dirty = self.bitmaps(true);
         loop {
-            let report = self.round(dirty, control);
-            let report = report.map_err(|error| Self::explain(control, error))?;
+            let round = self.round(dirty, control);
+            let (report, plan) = round.map_err(|error| Self::explain(control, error))?;
             if self.handle.is_cancelled() {
                 return Err(SourceError::Cancelled);
             }
             dirty = self.harvest();
+            plan.cut.merge_into(&mut dirty);
+            drop(plan);
             let dirty_pages = dirty.iter().map(DirtyBitmap::count).sum();
             self.reports.push(RoundReport {
                 dirty_pages,
@@ -217,12 +219,12 @@ impl<'a> Rounds<'a> {
         bitmaps
     }
 
-    /// Sends pages while the guest runs.
+    /// Sends pages while the guest runs, all of them unless the time is up.
     fn round(
         &mut self,
         dirty: Vec<DirtyBitmap>,
         control: &mut Control,
-    ) -> Result<RoundReport, SourceError> {
+    ) -> Result<(RoundReport, Arc<RoundPlan>), SourceError> {
         self.number += 1;
         let pages = dirty.iter().map(DirtyBitmap::count).sum();
         let number = self.number;
@@ -230,16 +232,17 @@ impl<'a> Rounds<'a> {
         self.sign_of_life = Instant::now();
         self.handle.update(|progress| progress.round = number);
         let begin = self.snapshot();
-        self.order(RoundPlan {
+        let plan = self.order(RoundPlan {
             number,
             dirty,
             running: true,
             last: false,
             remember: true,
             whole: false,
+            cut: Cut::default(),
         });
-        self.await_streams(|rounds| rounds.watch(control, pages))?;
-        Ok(self.report_since(begin))
+        self.await_streams(|rounds| rounds.watch(control, pages, &plan))?;
+        Ok((self.report_since(begin), plan))
     }
 
     /// Sends the last pages; the guest stands still.
@@ -252,6 +255,7 @@ impl<'a> Rounds<'a> {
             last: true,
             remember: false,
             whole: false,
+            cut: Cut::default(),
         });
     }
 
@@ -265,6 +269,7 @@ impl<'a> Rounds<'a> {
             last: true,
             remember: false,
             whole: true,
+            cut: Cut::default(),
         });
     }
 
@@ -292,13 +297,14 @@ impl<'a> Rounds<'a> {
         self.workers.orders.len()
     }
 
-    fn order(&self, plan: RoundPlan) {
+    fn order(&self, plan: RoundPlan) -> Arc<RoundPlan> {
         self.shared.totals.done_pages.store(0, Ordering::Relaxed);
         let plan = Arc::new(plan);
         for order in &self.workers.orders {
             // A thread that has ended has said why.
             let _ = order.send(Arc::clone(&plan));
         }
+        plan
     }
 
     /// Waits for all streams, calling `watch` now and then.
@@ -323,12 +329,20 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    fn watch(&mut self, control: &mut Control, pages: u64) -> Result<(), SourceError> {
+    fn watch(
+        &mut self,
+        control: &mut Control,
+        pages: u64,
+        plan: &RoundPlan,
+    ) -> Result<(), SourceError> {
         if self.handle.is_cancelled() {
             return Err(SourceError::Cancelled);
         }
-        if self.is_late() && self.options.on_timeout == OnTimeout::Cancel {
-            return Err(SourceError::Timeout(self.options.timeout));
+        if self.is_late() {
+            match self.options.on_timeout {
+                OnTimeout::Cancel => return Err(SourceError::Timeout(self.options.timeout)),
+                OnTimeout::Force | OnTimeout::Postcopy => plan.cut.make(),
+            }
         }
         listen(control, Duration::ZERO)?;
         self.show_life(control, pages)?;

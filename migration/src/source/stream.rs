@@ -2,9 +2,9 @@
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::options::{EncodingChoice, SourceError};
@@ -38,6 +38,50 @@ pub(super) struct RoundPlan {
     /// Whether the destination has thrown its versions away, so that each page travels whole, also
     /// one of zeroes.
     pub(super) whole: bool,
+    pub(super) cut: Cut,
+}
+
+/// The end of a round before all of its pages were sent.
+#[derive(Default)]
+pub(super) struct Cut {
+    is_made: AtomicBool,
+    /// Pages of the plan that were not sent, by region; empty as long as there are none.
+    unsent: Mutex<Vec<DirtyBitmap>>,
+}
+
+impl Cut {
+    /// From now on pages are not sent, but noted.
+    pub(super) fn make(&self) {
+        self.is_made.store(true, Ordering::Relaxed);
+    }
+
+    fn is_made(&self) -> bool {
+        self.is_made.load(Ordering::Relaxed)
+    }
+
+    fn unsent(&self) -> MutexGuard<'_, Vec<DirtyBitmap>> {
+        // Bitmaps, whole after every statement.
+        self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pages of the batch at `base` have to be sent by somebody else.
+    fn note(&self, plan: &[DirtyBitmap], region: usize, (base, pages): (PageIndex, u64)) {
+        let mut unsent = self.unsent();
+        if unsent.is_empty() {
+            let clean = |bitmap: &DirtyBitmap| DirtyBitmap::new(bitmap.base(), bitmap.pages());
+            *unsent = plan.iter().map(clean).collect();
+        }
+        if let Some(bitmap) = unsent.get_mut(region) {
+            bitmap.set_word_at(base, pages);
+        }
+    }
+
+    /// Adds the pages that were not sent to `dirty`.
+    pub(super) fn merge_into(&self, dirty: &mut [DirtyBitmap]) {
+        for (bitmap, unsent) in dirty.iter_mut().zip(self.unsent().iter()) {
+            bitmap.merge(unsent);
+        }
+    }
 }
 
 /// Counts of all connections, for whoever watches.
@@ -197,13 +241,23 @@ impl<'a> Stream<'a> {
         }
         let whole = if plan.whole { u64::MAX } else { 0 };
         let mut start = chunk.start.0;
+        let mut unsent = 0;
         while start < chunk.end().0 {
             let base = PageIndex(start);
             let sent = self.sent.get(region);
             let sent_word = sent.map_or(0, |sent| sent.word_at(base));
             let (dirty, data) = (dirty.word_at(base), data.word_at(base));
             let (pages, zeroes) = (dirty & data, dirty & !data & (sent_word | whole));
-            if pages | zeroes != 0 {
+            let is_cut = plan.running && plan.cut.is_made();
+            if is_cut {
+                unsent += u64::from(dirty.count_ones());
+            }
+            if pages | zeroes == 0 {
+                // A hole that was never sent is one there, too. A write to it from now on is
+                // marked: it is re-armed, whether the round is cut or not.
+            } else if is_cut {
+                plan.cut.note(&plan.dirty, region, (base, pages | zeroes));
+            } else {
                 if let Some(sent) = self.sent.get_mut(region) {
                     sent.set_word_at(base, (sent_word | pages) & !zeroes);
                 }
@@ -212,7 +266,7 @@ impl<'a> Stream<'a> {
             start += BATCH_PAGES;
         }
         let done = &self.shared.totals.done_pages;
-        done.fetch_add(wanted, Ordering::Relaxed);
+        done.fetch_add(wanted - unsent, Ordering::Relaxed);
         Ok(())
     }
 

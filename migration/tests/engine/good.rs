@@ -21,7 +21,12 @@ const ENCODINGS: [EncodingChoice; 4] = [
 
 /// Runs `work` beside a guest that writes to pages below `pages` where they are not a multiple
 /// of 5, as fast as `pause` lets it.
-fn beside_a_guest<T>(guest: &Guest, pages: &[u64], pause: Duration, work: impl FnOnce() -> T) -> T {
+pub(crate) fn beside_a_guest<T>(
+    guest: &Guest,
+    pages: &[u64],
+    pause: Duration,
+    work: impl FnOnce() -> T,
+) -> T {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let _guest = scope.spawn(|| {

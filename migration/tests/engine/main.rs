@@ -6,4 +6,5 @@ mod faults;
 mod good;
 mod postcopy;
 mod relink;
+mod timeout;
 mod world;

@@ -40,7 +40,7 @@ pub(crate) fn world(lockable: bool) -> World {
 }
 
 /// A migration whose operators give up on both sides when the connection is cut.
-fn migrate(world: &mut World, wiring: &Wiring) -> End {
+pub(crate) fn migrate(world: &mut World, wiring: &Wiring) -> End {
     let (postcopy, handle) = (Arc::clone(&world.host.postcopy), Arc::clone(&world.handle));
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -65,7 +65,7 @@ fn migrate(world: &mut World, wiring: &Wiring) -> End {
 }
 
 /// What both sides owe; whether the machine was lost because somebody gave its pages up.
-fn check(world: &World, end: &End, what: &str) -> bool {
+pub(crate) fn check(world: &World, end: &End, what: &str) -> bool {
     let (outcome, error) = (end.report.outcome, &end.report.error);
     let refusal = end.received.as_ref().err();
     let what = format!("{what}: {outcome:?} ({error:?}), destination {refusal:?}");
