@@ -36,6 +36,7 @@ pub mod section;
 pub mod snapshot;
 pub mod source;
 pub mod wire;
+mod words;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

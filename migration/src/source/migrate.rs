@@ -16,6 +16,7 @@ use crate::ports::{Breaker, Channel, Dial, DirtyTracker, Machine, PageStore};
 use crate::progress::{Blackout, MigrationHandle, Phase, Postcopy, RoundReport};
 use crate::wire::Message;
 use crate::wire::message::Reasons;
+use crate::words;
 
 /// The machine that is to move, through its ports.
 pub struct Parts<'a> {
@@ -69,7 +70,7 @@ pub fn migrate(
     let ending = attempt(parts, &mut control, dial, (options, handle), &mut record);
     let ending = ending.unwrap_or_else(|error| {
         // The peer may be the one that does not listen.
-        let reasons = Reasons::one(cause(&error), error.to_string());
+        let reasons = Reasons::one(cause(&error), words::chain(&error));
         let _ = control.send(&Message::Abort(reasons));
         Ending {
             outcome: Outcome::Resumed(reason(&error)),

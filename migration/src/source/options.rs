@@ -115,6 +115,9 @@ pub enum SourceError {
     /// A post-copy was cut, and somebody has ended the wait for a new link.
     #[error("its missing pages were given up here: it cannot go on at its destination")]
     PagesGivenUp,
+    /// The disks could not be let go.
+    #[error("the hand-off failed")]
+    Release(#[source] PortError),
     /// The hand-off failed.
     #[error("the hand-off failed: {0}")]
     Handoff(Reason),

@@ -13,10 +13,11 @@ use crate::bitmap::DirtyBitmap;
 use crate::handoff::{
     self, Awaited, Cause, Mode, Outcome, SourceAction, SourceEvent, SourceHandoff,
 };
-use crate::ports::{Breaker, Channel, Reclaim};
+use crate::ports::{Breaker, Channel, PortError, Reclaim};
 use crate::progress::{Blackout, MigrationHandle, Phase, Postcopy};
 use crate::wire::message::{Commit, Prepare, Reasons};
 use crate::wire::{FrameError, Message};
+use crate::words;
 
 /// How a migration ended.
 pub(super) struct Ending {
@@ -42,6 +43,8 @@ pub(super) struct Switchover<'r, 'a, 'd> {
     pub(super) later: Later,
     /// What the peer said last, when it gave up.
     pub(super) words: Option<String>,
+    /// Why the disks could not be let go.
+    pub(super) not_released: Option<PortError>,
 }
 
 impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
@@ -65,6 +68,7 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
             mode: Mode::Precopy,
             later: Later::over(breakers),
             words: None,
+            not_released: None,
         }
     }
 
@@ -188,8 +192,10 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
                     match parts.machine.release() {
                         Ok(mark) => SourceEvent::Released(mark),
                         Err(error) => {
-                            self.words = Some(error.to_string());
-                            log::error!(error:% = error; "the disks could not be let go");
+                            let words = words::chain(&error);
+                            log::error!(error:% = words; "the disks could not be let go");
+                            self.words = Some(words);
+                            self.not_released = Some(error);
                             SourceEvent::ReleaseFailed
                         }
                     }
@@ -246,10 +252,13 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
                 | handoff::Doubt::ResumeFailed(reason),
             ) => Some(reason),
         };
-        let words = self.words.take();
-        let error = error.map(|reason| match (reason, words) {
-            (handoff::Reason::Here(Cause::Cancelled), _) => SourceError::Cancelled,
-            (handoff::Reason::Peer(_), Some(words)) => SourceError::Peer(words),
+        let (words, not_released) = (self.words.take(), self.not_released.take());
+        let error = error.map(|reason| match (reason, words, not_released) {
+            (handoff::Reason::Here(Cause::Cancelled), ..) => SourceError::Cancelled,
+            (handoff::Reason::Here(Cause::ReleaseFailed), _, Some(error)) => {
+                SourceError::Release(error)
+            }
+            (handoff::Reason::Peer(_), Some(words), _) => SourceError::Peer(words),
             _ => SourceError::Handoff(reason),
         });
         Ending { outcome, error }

@@ -104,6 +104,35 @@ fn the_source_hears_why_a_claim_failed() {
 }
 
 #[test]
+fn both_sides_hear_why_the_disks_were_not_let_go() {
+    for also_fails in [None, Some(Step::Resume)] {
+        let mut world = World::small(true);
+        world.failures.add(Step::Release);
+        also_fails.iter().for_each(|step| world.failures.add(*step));
+        let end = world.migrate(&Wiring::clean());
+        let error = end.report.error.unwrap();
+        assert!(matches!(error, SourceError::Release(_)), "{error:?}");
+        let expected = "the hand-off failed: fake machine: Release fails by the test";
+        assert_eq!(chain(&error), expected);
+        // Where the machine cannot be resumed, the connection just ends.
+        match (end.received, also_fails) {
+            (Err(DestinationError::Peer(words)), None) => {
+                assert_eq!(words, "fake machine: Release fails by the test");
+            }
+            (Err(_), Some(_)) => {}
+            (other, _) => panic!("{:?}", other.err()),
+        }
+    }
+}
+
+/// What an operator reads.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let texts: Vec<_> = causes.map(ToString::to_string).collect();
+    texts.join(": ")
+}
+
+#[test]
 fn a_machine_that_cannot_be_started_is_the_destinations_all_the_same() {
     let mut world = World::small(true);
     world.failures.add(Step::Start);
