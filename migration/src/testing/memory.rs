@@ -11,12 +11,15 @@ use crate::ports::{PageStore, PortError};
 const PAGE: usize = 4096;
 
 /// Memory that stores only pages that were written.
-#[derive(Debug)]
 pub struct FakeMemory {
     regions: Vec<PageRun>,
     pages: Mutex<BTreeMap<u64, Vec<u8>>>,
     hole_reads: AtomicU64,
+    after_read: Mutex<Option<ReadHook>>,
 }
+
+/// What a test does when pages were read.
+type ReadHook = Box<dyn FnMut(PageRun) + Send>;
 
 impl FakeMemory {
     /// One region: `count` untouched pages from page 0.
@@ -35,6 +38,7 @@ impl FakeMemory {
             regions,
             pages: Mutex::default(),
             hole_reads: AtomicU64::new(0),
+            after_read: Mutex::default(),
         }
     }
 
@@ -64,6 +68,14 @@ impl FakeMemory {
     #[must_use]
     pub fn hole_reads(&self) -> u64 {
         self.hole_reads.load(Ordering::SeqCst)
+    }
+
+    /// Calls `hook` each time right after pages were read.
+    ///
+    /// # Panics
+    /// When a test thread panicked in a hook.
+    pub fn after_read(&self, hook: impl FnMut(PageRun) + Send + 'static) {
+        *self.after_read.lock().expect("no test thread panicked") = Some(Box::new(hook));
     }
 
     /// The first page whose contents differ from those of `other`.
@@ -118,6 +130,11 @@ impl PageStore for FakeMemory {
                     chunk.fill(0);
                 }
             }
+        }
+        drop(pages);
+        let mut hook = self.after_read.lock().expect("no test thread panicked");
+        if let Some(hook) = hook.as_mut() {
+            hook(run);
         }
         Ok(())
     }

@@ -11,13 +11,17 @@ use crate::ports::{DirtyTracker, PortError};
 /// What a test does when the log is read.
 type Hook = Box<dyn FnOnce() + Send>;
 
+/// What a test does when pages are re-armed.
+type RearmHook = Box<dyn FnMut(PageRun) + Send>;
+
 /// A log that a test writes. As the real ones, it does not see further writes to a harvested page
 /// until that is re-armed.
 #[derive(Default)]
 pub struct FakeTracker {
-    /// Never held together with `hook`.
+    /// Never held together with a hook.
     state: Mutex<Log>,
     hook: Mutex<Option<Hook>>,
+    after_rearm: Mutex<Option<RearmHook>>,
     harvests: AtomicU64,
     logging: AtomicBool,
     broken: AtomicBool,
@@ -72,6 +76,14 @@ impl FakeTracker {
         *self.hook.lock().expect("no test thread panicked") = Some(Box::new(hook));
     }
 
+    /// Calls `hook` each time right after pages were re-armed, which nobody has read yet.
+    ///
+    /// # Panics
+    /// When a test thread panicked in a hook.
+    pub fn after_rearm(&self, hook: impl FnMut(PageRun) + Send + 'static) {
+        *self.after_rearm.lock().expect("no test thread panicked") = Some(Box::new(hook));
+    }
+
     fn state(&self) -> MutexGuard<'_, Log> {
         self.state.lock().expect("no test thread panicked")
     }
@@ -123,6 +135,10 @@ impl DirtyTracker for FakeTracker {
         self.rearmed.store(true, Ordering::SeqCst);
         let armed = |page: &u64| !(run.start.0..run.end().0).contains(page);
         self.state().unarmed.retain(armed);
+        let mut hook = self.after_rearm.lock().expect("no test thread panicked");
+        if let Some(hook) = hook.as_mut() {
+            hook(run);
+        }
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Nothing goes wrong.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use migration::PageIndex;
@@ -145,6 +146,44 @@ fn what_changes_between_the_rounds_arrives() {
     world.check(&end, "changes");
     assert_eq!(end.report.outcome, Outcome::Surrendered);
     assert!(end.report.pages.delta > 0, "{:?}", end.report.pages);
+}
+
+/// The guest writes in each gap there is: between re-arming a page and reading it, and between
+/// reading it and the next harvest. Its last writes come after the first harvest, when further
+/// writes to a page go unmarked until it is re-armed: who reads before that loses one.
+#[test]
+fn what_is_written_between_rearm_read_and_harvest_arrives() {
+    let mut world = World::small(true);
+    world.options.streams = 1;
+    // Rounds go on until nothing is left.
+    world.handle = new_handle(Duration::ZERO);
+    let guest = world.guest();
+    let (rearmed, read) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    guest.tracker.after_rearm({
+        let (guest, rearmed) = (guest.clone(), Arc::clone(&rearmed));
+        move |_| {
+            let count = rearmed.fetch_add(1, Ordering::SeqCst) + 1;
+            if count <= 6 {
+                guest.write(PageIndex(1001), |bytes| bytes[7] = count.to_le_bytes()[0]);
+            }
+        }
+    });
+    guest.memory.after_read({
+        let (guest, read) = (guest.clone(), Arc::clone(&read));
+        move |run| {
+            let is_theirs = run.start <= PageIndex(2) && PageIndex(2) < run.end();
+            let count = read.fetch_add(u64::from(is_theirs), Ordering::SeqCst) + 1;
+            if is_theirs && count <= 9 {
+                guest.write(PageIndex(2), |bytes| bytes[9] = count.to_le_bytes()[0]);
+            }
+        }
+    });
+    let end = world.migrate(&Wiring::clean());
+    world.check(&end, "writes in each gap");
+    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    let hooks = (rearmed.load(Ordering::SeqCst), read.load(Ordering::SeqCst));
+    assert!(hooks.0 >= 6 && hooks.1 >= 9, "{hooks:?}");
+    assert!(end.report.rounds.len() > 2, "{:?}", end.report.rounds);
 }
 
 #[test]
