@@ -1,6 +1,6 @@
 //! Handshake: versions, the machine's description, data connections.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::migrate::Parts;
@@ -18,6 +18,8 @@ pub(super) struct Links<'d> {
     pub(super) priority: Option<Box<dyn Channel>>,
     /// How they are opened again.
     pub(super) further: Further<'d>,
+    /// The link's delay, there and back.
+    pub(super) round_trip: Duration,
 }
 
 /// Introduces this side, describes the machine and opens the data connections.
@@ -30,6 +32,7 @@ pub(super) fn connect<'d>(
 ) -> Result<Links<'d>, SourceError> {
     let wait = |control: &mut Control, time| control.receive(time, || handle.is_cancelled());
     let ours = Versions::OURS;
+    let asked = Instant::now();
     control.send(&Message::Hello(Hello {
         magic: MAGIC.to_owned(),
         oldest: ours.oldest,
@@ -40,6 +43,7 @@ pub(super) fn connect<'d>(
         Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     };
+    let answered = asked.elapsed();
     if !ours.contain(welcome.version) {
         return Err(SourceError::Version {
             found: welcome.version,
@@ -70,11 +74,13 @@ pub(super) fn connect<'d>(
         welcome,
         streams: options.streams,
         patience: options.patience,
+        round_trip: answered,
     };
     let (data, priority) = further.open_data(postcopy)?;
     Ok(Links {
         data,
         priority,
+        round_trip: further.round_trip,
         further,
     })
 }
@@ -85,6 +91,9 @@ pub(super) struct Further<'d> {
     welcome: Welcome,
     streams: u16,
     patience: Duration,
+    /// The shortest time that an answer has taken. One may be late because a host was busy; opening
+    /// a connection takes at least as long as the way there and back.
+    round_trip: Duration,
 }
 
 /// Connections for pages, and the one for pages that are needed at once.
@@ -105,7 +114,9 @@ impl Further<'_> {
     pub(super) fn open(&mut self, index: u16) -> Result<Box<dyn Channel>, SourceError> {
         let failed = |source| SourceError::Dial { index, source };
         let url = self.welcome.data_url.as_deref();
+        let dialed = Instant::now();
         let mut channel = self.dial.dial(url).map_err(failed)?;
+        self.round_trip = self.round_trip.min(dialed.elapsed());
         channel.set_timeout(self.patience).map_err(failed)?;
         let attach = Message::Attach(Attach {
             token: self.welcome.token.clone(),

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use super::connect;
 use super::control::Control;
+use super::handover::Handover;
 use super::options::{SourceError, SourceOptions, SourceReport};
 use super::pacer::Pacer;
-use super::rounds::{Rounds, Workers};
+use super::rounds::{Rounds, Workers, micros};
 use super::stream::{Shared, Totals};
 use super::switchover::{Ending, Switchover};
 use crate::handoff::{Cause, Doubt, Outcome, Reason};
@@ -121,7 +122,7 @@ fn restore_speed(parts: &mut Parts<'_>, outcome: Outcome) -> Outcome {
 
 fn cause(error: &SourceError) -> Cause {
     match error {
-        SourceError::Timeout(_) => Cause::Deadline,
+        SourceError::Timeout(_) | SourceError::Distance { .. } => Cause::Deadline,
         SourceError::Unexpected(_) | SourceError::Version { .. } => Cause::Protocol,
         _ => Cause::Cancelled,
     }
@@ -150,6 +151,8 @@ fn attempt(
     }
     let links = connect::connect(control, dial, parts, options, handle)?;
     let channels = links.data.iter().chain(&links.priority);
+    let handover = Handover::over(links.round_trip);
+    log::debug!(round_trip_us = micros(links.round_trip); "connected");
     let pacer = Pacer::new(handle);
     let breakers = Breakers {
         connections: channels.map(|channel| channel.breaker()).collect(),
@@ -171,7 +174,7 @@ fn attempt(
         // Dropped before the threads are awaited.
         let breakers = breakers;
         let workers = Workers::start(scope, &shared, links.data)?;
-        let mut rounds = Rounds::new(&shared, workers, (options, handle));
+        let mut rounds = Rounds::new(&shared, workers, handover, (options, handle));
         let precopied = rounds.precopy(parts, control);
         let ending = precopied.and_then(|last| {
             let links = (links.further, breakers.connections.clone());

@@ -18,6 +18,7 @@
 
 mod connect;
 mod control;
+mod handover;
 mod migrate;
 pub mod options;
 mod pacer;

@@ -112,6 +112,18 @@ pub enum SourceError {
          --max-downtime, more bandwidth, --on-timeout force or postcopy help", .0.as_secs()
     )]
     Timeout(Duration),
+    /// The destination is too far away.
+    #[error(
+        "a downtime of {} ms cannot be kept: an answer of the destination takes {} ms, and the VM stands \
+         still for two of them; a larger --max-downtime helps",
+        .max_downtime.as_secs_f64() * 1e3, .round_trip.as_micros() as f64 / 1e3
+    )]
+    Distance {
+        /// What was asked for.
+        max_downtime: Duration,
+        /// The link's delay, there and back.
+        round_trip: Duration,
+    },
     /// A post-copy was cut, and somebody has ended the wait for a new link.
     #[error("its missing pages were given up here: it cannot go on at its destination")]
     PagesGivenUp,

@@ -8,20 +8,18 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, TICK};
+use super::handover::Handover;
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
 use super::stream::{Cut, RoundPlan, Shared, Stream};
 use crate::bitmap::DirtyBitmap;
-use crate::convergence::{Decision, Limits, decide, predicted_blackout};
+use crate::convergence::{Decision, decide, predicted_blackout};
 use crate::handoff::Mode;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::ports::Channel;
 use crate::progress::{MigrationHandle, Observation, PageMix, Phase, RoundReport};
 use crate::wire::Message;
 use crate::wire::message::Round;
-
-/// What stopping, saving, restoring and handing over take, as long as nothing is known.
-const FIXED: Duration = Duration::from_micros(1500);
 
 /// How often the peer gets a sign of life.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
@@ -91,6 +89,7 @@ pub(super) struct Rounds<'a> {
     pub(super) reports: Vec<RoundReport>,
     pub(super) predicted: Option<Duration>,
     workers: Workers,
+    handover: Handover,
     options: &'a SourceOptions,
     handle: &'a MigrationHandle,
     regions: Vec<PageRun>,
@@ -106,6 +105,7 @@ impl<'a> Rounds<'a> {
     pub(super) fn new(
         shared: &'a Shared<'a>,
         workers: Workers,
+        handover: Handover,
         (options, handle): (&'a SourceOptions, &'a MigrationHandle),
     ) -> Self {
         let regions = shared.pages.regions();
@@ -122,6 +122,7 @@ impl<'a> Rounds<'a> {
             reports: Vec::new(),
             predicted: None,
             workers,
+            handover,
             options,
             handle,
             regions,
@@ -175,31 +176,49 @@ impl<'a> Rounds<'a> {
                 cpu_percent: self.cpu_percent,
                 ..report
             });
-            let max_downtime = self.handle.tuning().max_downtime;
-            let limits = Limits {
-                max_downtime,
-                fixed: FIXED,
-            };
-            let predicted = predicted_blackout(&self.reports, FIXED);
-            self.predicted = Some(predicted);
-            self.publish(predicted);
-            let postcopy = self.options.on_timeout == OnTimeout::Postcopy;
-            match decide(&self.reports, &limits) {
-                Decision::Switchover => return Ok((dirty, Mode::Precopy)),
-                _ if self.is_late() && self.options.on_timeout == OnTimeout::Force => {
-                    return Ok((dirty, Mode::Precopy));
-                }
-                _ if self.is_late() && postcopy => return Ok((dirty, Mode::Postcopy)),
-                Decision::Diverges if postcopy => return Ok((dirty, Mode::Postcopy)),
-                // Rounds may be shorter than the time between two looks at the clock.
-                _ if self.is_late() => return Err(SourceError::Timeout(self.options.timeout)),
-                Decision::Continue | Decision::Diverges => {}
-                Decision::Throttle(percent) => {
-                    log::info!(percent; "the guest is slowed down: it writes faster than the link carries");
-                    self.cpu_percent = percent;
-                }
+            if let Some(mode) = self.after_round()? {
+                return Ok((dirty, mode));
             }
             parts.machine.throttle(self.cpu_percent)?;
+        }
+    }
+
+    /// How the machine is to be stopped, if it is time for that.
+    fn after_round(&mut self) -> Result<Option<Mode>, SourceError> {
+        let max_downtime = self.handle.tuning().max_downtime;
+        let limits = self.handover.limits(max_downtime);
+        let predicted = predicted_blackout(&self.reports, limits.fixed);
+        self.predicted = Some(predicted);
+        self.publish(predicted);
+        let mut decision = decide(&self.reports, &limits);
+        if self.handover.is_beyond(max_downtime) && matches!(decision, Decision::Throttle(_)) {
+            decision = Decision::Diverges;
+        }
+        match (decision, self.options.on_timeout) {
+            (Decision::Switchover, _) => return Ok(Some(Mode::Precopy)),
+            (_, OnTimeout::Force) if self.is_late() => return Ok(Some(Mode::Precopy)),
+            (_, OnTimeout::Postcopy) if self.is_late() => return Ok(Some(Mode::Postcopy)),
+            (Decision::Diverges, OnTimeout::Postcopy) => return Ok(Some(Mode::Postcopy)),
+            // Rounds may be shorter than the time between two looks at the clock.
+            (_, OnTimeout::Cancel) if self.is_late() => return Err(self.too_late()),
+            (Decision::Diverges, OnTimeout::Cancel) if self.handover.is_beyond(max_downtime) => {
+                return Err(self.too_late());
+            }
+            (Decision::Continue | Decision::Diverges, _) => {}
+            (Decision::Throttle(percent), _) => {
+                log::info!(percent; "the guest is slowed down: it writes faster than the link carries");
+                self.cpu_percent = percent;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Why it did not come to a switchover.
+    fn too_late(&self) -> SourceError {
+        let max_downtime = self.handle.tuning().max_downtime;
+        match self.handover.is_beyond(max_downtime) {
+            true => self.handover.refusal(max_downtime),
+            false => SourceError::Timeout(self.options.timeout),
         }
     }
 
@@ -340,7 +359,7 @@ impl<'a> Rounds<'a> {
         }
         if self.is_late() {
             match self.options.on_timeout {
-                OnTimeout::Cancel => return Err(SourceError::Timeout(self.options.timeout)),
+                OnTimeout::Cancel => return Err(self.too_late()),
                 OnTimeout::Force | OnTimeout::Postcopy => plan.cut.make(),
             }
         }

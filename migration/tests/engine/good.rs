@@ -56,7 +56,7 @@ pub(crate) fn beside_a_guest<T>(
 }
 
 /// No harvest finds nothing.
-fn write_at_every_harvest(guest: Guest) {
+pub(crate) fn write_at_every_harvest(guest: Guest) {
     let tracker = std::sync::Arc::clone(&guest.tracker);
     tracker.before_harvest(move || {
         guest.write(PageIndex(1), |bytes| bytes[0] ^= 1);
@@ -155,8 +155,8 @@ fn what_changes_between_the_rounds_arrives() {
 fn what_is_written_between_rearm_read_and_harvest_arrives() {
     let mut world = World::small(true);
     world.options.streams = 1;
-    // Rounds go on until nothing is left.
-    world.handle = new_handle(Duration::ZERO);
+    // Rounds go on until nothing is left: a switchover takes longer.
+    world.handle = new_handle(Duration::from_millis(1));
     let guest = world.guest();
     let (rearmed, read) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     guest.tracker.after_rearm({
@@ -242,7 +242,7 @@ fn the_time_is_up_also_between_short_rounds() {
     let mut world = World::new(&[run(0, 8)], true);
     world.options.timeout = Duration::from_millis(100);
     // Less than a switchover takes with nothing to send.
-    world.handle = new_handle(Duration::from_micros(10));
+    world.handle = new_handle(Duration::from_millis(1));
     let done = std::sync::Arc::clone(&world.handle);
     let end = std::thread::scope(|scope| {
         // Lest the test hangs: what is not in time is cancelled.

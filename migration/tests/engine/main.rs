@@ -1,6 +1,7 @@
 //! Whole migrations, both sides in this process, over fakes of everything else.
 
 mod cancel;
+mod distance;
 mod failures;
 mod faults;
 mod good;

@@ -1,0 +1,53 @@
+//! What handing over takes, whatever is dirty.
+
+use std::time::Duration;
+
+use super::options::SourceError;
+use crate::convergence::Limits;
+
+/// What stopping, saving, restoring and handing over take on a link without delay, as long as
+/// nothing is known.
+const FIXED: Duration = Duration::from_micros(1500);
+
+/// The destination is asked whether it is ready, and told to go on; the VM stands still until it
+/// has answered.
+const ROUND_TRIPS: u32 = 2;
+
+/// The part of a blackout that no round makes shorter.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handover {
+    /// The shortest time that an answer has taken.
+    round_trip: Duration,
+}
+
+impl Handover {
+    /// Over a link with this delay, there and back.
+    pub(super) fn over(round_trip: Duration) -> Self {
+        Self { round_trip }
+    }
+
+    /// What the blackout may be.
+    pub(super) fn limits(self, max_downtime: Duration) -> Limits {
+        Limits {
+            max_downtime,
+            fixed: FIXED.saturating_add(self.travel()),
+        }
+    }
+
+    /// Whether the answers alone take longer than that: then slowing the guest down does not help.
+    pub(super) fn is_beyond(self, max_downtime: Duration) -> bool {
+        self.travel() > max_downtime
+    }
+
+    /// What to say to somebody who has asked for that.
+    pub(super) fn refusal(self, max_downtime: Duration) -> SourceError {
+        SourceError::Distance {
+            max_downtime,
+            round_trip: self.round_trip,
+        }
+    }
+
+    fn travel(self) -> Duration {
+        self.round_trip.saturating_mul(ROUND_TRIPS)
+    }
+}
