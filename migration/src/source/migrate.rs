@@ -102,7 +102,7 @@ pub fn migrate(
         wire_bytes: totals.wire_bytes.load(Ordering::Relaxed),
         streams: options.streams,
         congested_percent: u8::try_from(congested).unwrap_or(100),
-        cache_bytes: totals.cache_bytes.load(Ordering::Relaxed),
+        cache_bytes: totals.most_cache_bytes(),
         rounds: record.rounds,
     }
 }

@@ -164,7 +164,7 @@ pub struct SourceReport {
     pub wire_bytes: u64,
     /// Data connections.
     pub streams: u16,
-    /// Share of the time in percent that the data connections had no room.
+    /// Share of the batches in percent, of up to 64 pages each, that met a data connection without room.
     pub congested_percent: u8,
     /// Most memory that held pages sent before.
     pub cache_bytes: u64,

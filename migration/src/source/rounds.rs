@@ -416,7 +416,7 @@ impl<'a> Rounds<'a> {
             duration_us: micros(now.at - before.at),
             ..RoundReport::default()
         };
-        let cache_bytes = self.shared.totals.cache_bytes.load(Ordering::Relaxed);
+        let cache_bytes = self.shared.totals.cache_bytes();
         let elapsed = self.began.elapsed().as_millis();
         self.handle.update(|progress| {
             progress.pages = now.pages;

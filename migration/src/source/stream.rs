@@ -92,7 +92,9 @@ pub(super) struct Totals {
     pub(super) raw: AtomicU64,
     pub(super) lz4: AtomicU64,
     pub(super) delta: AtomicU64,
-    pub(super) cache_bytes: AtomicU64,
+    /// Memory that holds pages sent before, and the most there was.
+    cache_bytes: AtomicU64,
+    most_cache_bytes: AtomicU64,
     /// Batches, and those among them that met a connection without room.
     pub(super) batches: AtomicU64,
     pub(super) congested: AtomicU64,
@@ -110,6 +112,26 @@ impl Totals {
         ] {
             total.fetch_add(count, Ordering::Relaxed);
         }
+    }
+
+    /// A connection holds `after` bytes of pages instead of `before`.
+    fn note_cache(&self, before: u64, after: u64) {
+        if before == after {
+            return;
+        }
+        // Wraps where it is less, and so does the sum.
+        let change = after.wrapping_sub(before);
+        let sum = self.cache_bytes.fetch_add(change, Ordering::Relaxed);
+        let sum = sum.wrapping_add(change);
+        self.most_cache_bytes.fetch_max(sum, Ordering::Relaxed);
+    }
+
+    pub(super) fn cache_bytes(&self) -> u64 {
+        self.cache_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn most_cache_bytes(&self) -> u64 {
+        self.most_cache_bytes.load(Ordering::Relaxed)
     }
 
     pub(super) fn mix(&self) -> PageMix {
@@ -189,7 +211,6 @@ impl<'a> Stream<'a> {
         let remember = plan.remember && self.shared.encoding != EncodingChoice::Raw;
         self.encoder.begin_round(plan.number, remember);
         self.adaptive.begin_round();
-        let before = self.encoder.cache_bytes();
         let mut chunk_number = 0_u64;
         for (region, dirty) in plan.dirty.iter().enumerate() {
             let end = dirty.base().0 + dirty.pages();
@@ -212,9 +233,6 @@ impl<'a> Stream<'a> {
         }
         self.write(&[])?;
         self.channel.flush()?;
-        let cached = self.encoder.cache_bytes();
-        let total = &self.shared.totals.cache_bytes;
-        total.fetch_add(cached.wrapping_sub(before), Ordering::Relaxed);
         Ok(())
     }
 
@@ -291,6 +309,7 @@ impl<'a> Stream<'a> {
             Encoding::Delta if plan.whole => Encoding::Lz4,
             encoding => encoding,
         };
+        let cached = self.encoder.cache_bytes();
         let (counts, raw) = self.encoder.encode(
             base,
             (&runs, self.buffer.get(..bytes).unwrap_or_default()),
@@ -298,7 +317,9 @@ impl<'a> Stream<'a> {
             encoding,
             &mut self.out,
         );
-        self.shared.totals.count(&counts);
+        let totals = &self.shared.totals;
+        totals.note_cache(cached, self.encoder.cache_bytes());
+        totals.count(&counts);
         if !raw.is_empty() || self.out.len() >= FLUSH_BYTES {
             self.write(&raw)?;
         }

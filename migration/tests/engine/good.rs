@@ -236,6 +236,28 @@ fn a_slow_commit_is_waited_for() {
     assert!(world.copies.runs(Side::Destination));
 }
 
+/// What becomes zero is not kept any longer.
+#[test]
+fn the_report_has_the_most_memory_that_held_pages_sent_before() {
+    let mut world = World::small(true);
+    let guest = world.guest();
+    let touched = guest.memory.touched();
+    guest.tracker.before_harvest({
+        let guest = guest.clone();
+        move || {
+            for page in touched {
+                guest.write(page, |bytes| bytes.fill(0));
+            }
+        }
+    });
+    let end = world.migrate(&Wiring::clean());
+    world.check(&end, "zeroes");
+    let sent = end.report.rounds[0].pages;
+    let kept = (sent.total() - sent.zero) * migration::PAGE_BYTES;
+    assert!(kept > 0, "{sent:?}");
+    assert_eq!(end.report.cache_bytes, kept, "{sent:?}");
+}
+
 /// No round takes long enough for a watcher to be called in the middle of it.
 #[test]
 fn the_time_is_up_also_between_short_rounds() {
