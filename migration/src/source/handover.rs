@@ -13,6 +13,9 @@ const FIXED: Duration = Duration::from_micros(1500);
 /// has answered.
 const ROUND_TRIPS: u32 = 2;
 
+/// Answers that take less say more of how busy the hosts are at that moment than of the way.
+const NEAR: Duration = Duration::from_millis(5);
+
 /// The part of a blackout that no round makes shorter.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Handover {
@@ -36,7 +39,7 @@ impl Handover {
 
     /// Whether the answers alone take longer than that: then slowing the guest down does not help.
     pub(super) fn is_beyond(self, max_downtime: Duration) -> bool {
-        self.travel() > max_downtime
+        self.round_trip > NEAR && self.travel() > max_downtime
     }
 
     /// What to say to somebody who has asked for that.
