@@ -326,8 +326,12 @@ fn peers_of_this_host_are_known_by_their_user() {
         assert!(peer.is_known(), "{at}: {peer}");
         drop(connected);
         if at.starts_with("tcp") {
-            // Nobody holds that end any more.
-            assert!(!peer.is_known(), "{at}: {peer}");
+            // Nobody holds that end any more, as soon as the thread that connected has ended.
+            let give_up = Instant::now() + Duration::from_secs(10);
+            while peer.is_known() {
+                assert!(Instant::now() < give_up, "{at}: {peer}");
+                thread::sleep(Duration::from_millis(5));
+            }
         }
     }
     std::fs::remove_dir_all(dir).unwrap();
