@@ -19,7 +19,7 @@ const EARLY_BYTES: u64 = 16 << 20;
 
 /// Memory per second of one connection below which keeping versions costs nothing that counts:
 /// some microseconds of every page's time.
-const SLOW_BYTES_PER_S: f64 = 400e6;
+const SLOW_BYTES_PER_S: f64 = 150e6;
 
 /// Spans until the other way is tried: at first, and at most when it keeps failing.
 const FIRST_INTERVAL: u32 = 8;
