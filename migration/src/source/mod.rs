@@ -8,9 +8,9 @@
 //! |---|---|
 //! | [`options`] | what is asked for, what came of it |
 //! | `connect` | handshake and data connections |
-//! | `stream` | a data connection's thread |
+//! | `stream`, `frames` | a data connection's thread; what it reads into and writes from |
 //! | `pacer` | the bandwidth limit |
-//! | `rounds` | pre-copy |
+//! | `rounds`, `handover` | pre-copy, and what a blackout takes whatever is dirty |
 //! | `relink` | post-copy: a new link after the first was cut |
 //! | `serve` | post-copy: pages that the destination waits for |
 //! | `postcopy` | the destination runs the machine and is served its pages |
@@ -18,6 +18,7 @@
 
 mod connect;
 mod control;
+mod frames;
 mod handover;
 mod migrate;
 pub mod options;

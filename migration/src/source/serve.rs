@@ -1,8 +1,8 @@
 //! Post-copy: pages that the destination's guest waits for.
 
-use std::io::{self, IoSlice, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::frames::{Outgoing, read_runs};
 use super::options::SourceError;
 use super::stream::Shared;
 use crate::bitmap::DirtyBitmap;
@@ -77,13 +77,7 @@ impl<'a> Server<'a> {
         let bytes = data.count() * PAGE_BYTES;
         self.buffer
             .resize(usize::try_from(bytes).unwrap_or(usize::MAX), 0);
-        let mut rest = self.buffer.as_mut_slice();
-        for run in &runs {
-            let length = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
-            let (target, after) = rest.split_at_mut_checked(length).unwrap_or_default();
-            self.shared.pages.read(*run, target)?;
-            rest = after;
-        }
+        read_runs(self.shared.pages, &runs, &mut self.buffer)?;
         self.out.clear();
         let (counts, raw) = self.encoder.encode(
             wanted.start,
@@ -93,31 +87,12 @@ impl<'a> Server<'a> {
             &mut self.out,
         );
         self.shared.totals.count(&counts);
-        let parts = raw
-            .iter()
-            .filter_map(|range| self.buffer.get(range.clone()));
-        let mut slices = vec![IoSlice::new(&self.out)];
-        slices.extend(parts.map(IoSlice::new));
-        let sent = slices.iter().map(|slice| slice.len()).sum::<usize>();
-        write_all(&mut *self.channel, &mut slices)?;
+        let outgoing = Outgoing::new(&self.out, &self.buffer, &raw);
+        let sent = outgoing.bytes();
+        outgoing.write(&mut *self.channel)?;
         self.channel.flush()?;
         let total = &self.shared.totals.wire_bytes;
         total.fetch_add(sent as u64, Ordering::Relaxed);
         Ok(())
     }
-}
-
-/// Writes all of `slices`.
-pub(super) fn write_all(channel: &mut dyn Channel, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-    let mut rest = slices;
-    while !rest.is_empty() {
-        match channel.write_vectored(rest) {
-            Ok(0) if rest.iter().all(|slice| slice.is_empty()) => break,
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => IoSlice::advance_slices(&mut rest, count),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

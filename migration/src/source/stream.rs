@@ -1,15 +1,15 @@
 //! A data connection: reads pages, encodes and sends them.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::frames::{Outgoing, read_runs};
 use super::options::{EncodingChoice, SourceError};
 use super::pacer::Pacer;
-use super::serve::write_all;
 use crate::bitmap::DirtyBitmap;
 use crate::codec::{Adaptive, BATCH_BYTES, BatchFacts, Encoder, Encoding};
 use crate::page::{PageIndex, PageRun};
@@ -298,13 +298,8 @@ impl<'a> Stream<'a> {
         let runs: Vec<_> = runs_of(base, pages).collect();
         let zeroes: Vec<_> = runs_of(base, zeroes).collect();
         let bytes = pages.count_ones() as usize * crate::codec::PAGE;
-        let mut rest = self.buffer.get_mut(..bytes).unwrap_or_default();
-        for run in &runs {
-            let length = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
-            let (target, after) = rest.split_at_mut_checked(length).unwrap_or_default();
-            self.shared.pages.read(*run, target)?;
-            rest = after;
-        }
+        let buffer = self.buffer.get_mut(..bytes).unwrap_or_default();
+        read_runs(self.shared.pages, &runs, buffer)?;
         let encoding = match self.choose() {
             Encoding::Delta if plan.whole => Encoding::Lz4,
             encoding => encoding,
@@ -355,14 +350,10 @@ impl<'a> Stream<'a> {
 
     /// Writes the collected frames and then these parts of the buffer.
     fn write(&mut self, raw: &[Range<usize>]) -> io::Result<()> {
-        let parts = raw
-            .iter()
-            .filter_map(|range| self.buffer.get(range.clone()));
-        let mut slices = vec![IoSlice::new(&self.out)];
-        slices.extend(parts.map(IoSlice::new));
-        let bytes = slices.iter().map(|slice| slice.len()).sum::<usize>();
+        let outgoing = Outgoing::new(&self.out, &self.buffer, raw);
+        let bytes = outgoing.bytes();
         self.was_paced = self.shared.pacer.take(bytes);
-        write_all(&mut *self.channel, &mut slices)?;
+        outgoing.write(&mut *self.channel)?;
         let total = &self.shared.totals.wire_bytes;
         total.fetch_add(bytes as u64, Ordering::Relaxed);
         self.out.clear();
