@@ -35,11 +35,11 @@ impl Takeover<'_, '_, '_> {
                 (Err(error), _) => Some(error),
             };
             let lost = match lost {
-                None if ended.missing == 0 && missing.left() == 0 => match missing.complete() {
+                None if ended.running == 0 && missing.left() == 0 => match missing.complete() {
                     Ok(()) => return DestinationEvent::PagesComplete,
                     Err(error) => Some(error.into()),
                 },
-                None if ended.missing == 0 => {
+                None if ended.running == 0 => {
                     let text = format!("{} pages were not sent", missing.left());
                     Some(DestinationError::Protocol(text))
                 }

@@ -198,7 +198,7 @@ pub(super) fn gather(
         return Err(DestinationError::Protocol(text));
     }
     let deadline = Instant::now() + control.patience;
-    while ended.missing > 0 {
+    while ended.running > 0 {
         ended.check(TICK)?;
         if Instant::now() > deadline {
             let silent = std::io::Error::from(std::io::ErrorKind::TimedOut);

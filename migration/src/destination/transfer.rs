@@ -67,7 +67,7 @@ pub(super) fn transfer(
         drop(results);
         let mut ended = Ended {
             inbox,
-            missing: expected,
+            running: expected,
         };
         let gathered = gather(control, &mut ended, regions, has_fetcher);
         let gathered = gathered.map_err(|error| explain(control, error));
@@ -78,7 +78,7 @@ pub(super) fn transfer(
                 stopped: Arc::clone(&stopped),
                 later,
             });
-            ended.missing = expected;
+            ended.running = expected;
             // Threads without an order have nothing left to do.
             orders.clear();
             let later = puller.map(|puller| Later {
@@ -134,7 +134,8 @@ fn carry(
 /// Which data connections are still at work.
 pub(super) struct Ended {
     inbox: Receiver<StreamResult>,
-    pub(super) missing: usize,
+    /// Streams of pages that go on.
+    pub(super) running: usize,
 }
 
 impl Ended {
@@ -142,7 +143,7 @@ impl Ended {
     pub(super) fn of(inbox: Receiver<StreamResult>, streams: usize) -> Self {
         Self {
             inbox,
-            missing: streams,
+            running: streams,
         }
     }
 
@@ -153,12 +154,12 @@ impl Ended {
 
     /// Notes those that have ended; the first failure is an error.
     pub(super) fn check(&mut self, wait: Duration) -> Result<(), DestinationError> {
-        while self.missing > 0 {
+        while self.running > 0 {
             let Ok((index, result)) = self.inbox.recv_timeout(wait) else {
                 return Ok(());
             };
             result.map_err(|source| DestinationError::Stream { index, source })?;
-            self.missing -= usize::from(index != PRIORITY);
+            self.running -= usize::from(index != PRIORITY);
         }
         Ok(())
     }

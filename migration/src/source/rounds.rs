@@ -77,7 +77,7 @@ pub(super) type LastPages = (Vec<DirtyBitmap>, Mode);
 
 /// Counts at some moment.
 #[derive(Clone, Copy)]
-struct Snapshot {
+struct Tally {
     at: Instant,
     wire_bytes: u64,
     pages: PageMix,
@@ -97,7 +97,7 @@ pub(super) struct Rounds<'a> {
     cpu_percent: u8,
     number: u32,
     /// For the link's speed as watchers see it.
-    refreshed: Snapshot,
+    refreshed: Tally,
     sign_of_life: Instant,
 }
 
@@ -129,7 +129,7 @@ impl<'a> Rounds<'a> {
             began: now,
             cpu_percent: 100,
             number: 0,
-            refreshed: Snapshot {
+            refreshed: Tally {
                 at: now,
                 wire_bytes: 0,
                 pages: PageMix::default(),
@@ -250,7 +250,7 @@ impl<'a> Rounds<'a> {
         control.send(&Message::Round(Round { number, pages }))?;
         self.sign_of_life = Instant::now();
         self.handle.update(|progress| progress.round = number);
-        let begin = self.snapshot();
+        let begin = self.tally();
         let plan = self.order(RoundPlan {
             number,
             dirty,
@@ -383,16 +383,16 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    fn snapshot(&self) -> Snapshot {
-        Snapshot {
+    fn tally(&self) -> Tally {
+        Tally {
             at: Instant::now(),
             wire_bytes: self.shared.totals.wire_bytes.load(Ordering::Relaxed),
             pages: self.shared.totals.mix(),
         }
     }
 
-    fn report_since(&self, begin: Snapshot) -> RoundReport {
-        let now = self.snapshot();
+    fn report_since(&self, begin: Tally) -> RoundReport {
+        let now = self.tally();
         RoundReport {
             number: self.number,
             pages: PageMix {
@@ -409,7 +409,7 @@ impl<'a> Rounds<'a> {
 
     /// New figures for watchers.
     fn refresh(&mut self) {
-        let now = self.snapshot();
+        let now = self.tally();
         let before = std::mem::replace(&mut self.refreshed, now);
         let rate = RoundReport {
             wire_bytes: now.wire_bytes - before.wire_bytes,
