@@ -138,7 +138,7 @@ pub(crate) struct RunArgs {
     /// CPU model and features taken away: host[,-FEATURE...] [default: host].
     #[arg(long, value_name = "MODEL")]
     pub(crate) cpu: Option<String>,
-    /// Memory: SIZE[,hugepages=2M|1G][,prefault][,numa=[0]] [default: 512M].
+    /// Memory: SIZE[,hugepages=2M|1G][,thp=off][,prefault][,numa=[0]] [default: 512M].
     #[arg(long, value_name = "SIZE,...")]
     pub(crate) memory: Option<String>,
     /// Serial port: stdio, null, pty, file=PATH or socket=PATH [default: stdio].

@@ -55,7 +55,9 @@ impl ProcessView {
         for line in maps.lines() {
             // A mapping begins with its addresses, its fields with a capital letter.
             if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) {
-                in_guest = line.contains("/memfd:");
+                in_guest = ["/memfd:", "/guest-ram"]
+                    .iter()
+                    .any(|name| line.contains(name));
             } else if in_guest && let Some(rest) = line.strip_prefix("Pss:") {
                 guest += kib(rest).context("Pss is not a number")?;
             }

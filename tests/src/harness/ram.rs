@@ -15,13 +15,16 @@ const LOW_RAM_END: u64 = 3 << 30;
 
 const PAGE_BYTES: usize = 4096;
 
-/// How memory files of guests are called: Drover's, QEMU's.
-const MEMORY_FILES: [&str; 2] = ["/memfd:guest-ram", "/memfd:memory-backend-memfd"];
+/// How memory files of guests are called: on a tmpfs, and without one.
+const MEMORY_FILES: [&str; 2] = ["/guest-ram", "/memfd:guest-ram"];
 
-/// A VM's memory. It stays readable after the VM has ended.
+/// A VM's memory. It stays readable after the VM has ended, but for QEMU's.
 #[derive(Debug)]
 pub struct GuestMemory {
     file: File,
+    /// Where it begins in the file.
+    base: u64,
+    size_bytes: u64,
 }
 
 /// The guest's heartbeat record.
@@ -56,12 +59,40 @@ impl GuestMemory {
             let target = target.to_string_lossy();
             if MEMORY_FILES.iter().any(|name| target.starts_with(name)) {
                 let file = File::open(&path).with_context(|| path.display().to_string())?;
-                let memory = Self { file };
-                ensure!(memory.size_bytes()? > 0, "guest memory has no size yet");
-                return Ok(memory);
+                let size_bytes = file.metadata()?.len();
+                ensure!(size_bytes > 0, "guest memory has no size yet");
+                return Ok(Self {
+                    file,
+                    base: 0,
+                    size_bytes,
+                });
             }
         }
         bail!("process {pid} has no guest memory")
+    }
+
+    /// The memory of the VM in process `pid`, which is in no file: its largest mapping, as QEMU's
+    /// is by default.
+    ///
+    /// # Errors
+    /// When the process has no mapping of `size_bytes`.
+    pub fn anonymous(pid: u32, size_bytes: u64) -> anyhow::Result<Self> {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let mut ranges = maps
+            .lines()
+            .filter(|line| line.contains(" rw-p "))
+            .filter_map(|line| {
+                let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+                let start = u64::from_str_radix(start, 16).ok()?;
+                Some((start, u64::from_str_radix(end, 16).ok()? - start))
+            });
+        let found = ranges.find(|(_, length)| *length == size_bytes);
+        let (base, _) = found.with_context(|| format!("process {pid} has no guest memory"))?;
+        Ok(Self {
+            file: File::open(format!("/proc/{pid}/mem"))?,
+            base,
+            size_bytes,
+        })
     }
 
     /// Reads at a guest-physical address.
@@ -74,16 +105,14 @@ impl GuestMemory {
             HIGH_RAM_START.. => gpa - HIGH_RAM_START + LOW_RAM_END,
             _ => bail!("{gpa:#x} is in the hole"),
         };
-        let read = self.file.read_exact_at(bytes, offset);
+        let read = self.file.read_exact_at(bytes, self.base + offset);
         read.with_context(|| format!("guest memory at {gpa:#x}"))
     }
 
     /// Bytes of RAM.
-    ///
-    /// # Errors
-    /// When the host does not say.
-    pub fn size_bytes(&self) -> anyhow::Result<u64> {
-        Ok(self.file.metadata()?.len())
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
     }
 
     /// Bytes that the host has given pages for; the rest are holes.
@@ -100,13 +129,13 @@ impl GuestMemory {
     /// # Errors
     /// When memory cannot be read, or their sizes differ.
     pub fn differences(&self, other: &Self) -> anyhow::Result<Vec<u64>> {
-        let size = self.size_bytes()?;
-        ensure!(other.size_bytes()? == size, "their sizes differ");
+        let size = self.size_bytes();
+        ensure!(other.size_bytes() == size, "their sizes differ");
         let mut found = Vec::new();
         let mut pages = [[0; PAGE_BYTES]; 2];
         for offset in (0..size).step_by(PAGE_BYTES) {
             for (memory, page) in [self, other].into_iter().zip(&mut pages) {
-                memory.file.read_exact_at(page, offset)?;
+                memory.file.read_exact_at(page, memory.base + offset)?;
             }
             let [one, two] = &pages;
             if one != two {

@@ -14,6 +14,9 @@ pub struct MemoryConfig {
     /// Pages from the host's hugetlb pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepages: Option<HugePages>,
+    /// Transparent huge pages where the host has them to give. Left out where it is on.
+    #[serde(default = "default_thp", skip_serializing_if = "Clone::clone")]
+    pub thp: bool,
     /// Touch all memory before the guest starts.
     #[serde(default)]
     pub prefault: bool,
@@ -22,11 +25,16 @@ pub struct MemoryConfig {
     pub numa: Vec<u32>,
 }
 
+fn default_thp() -> bool {
+    true
+}
+
 impl Default for MemoryConfig {
     fn default() -> Self {
         Self {
             size: ByteSize::mib(512),
             hugepages: None,
+            thp: default_thp(),
             prefault: false,
             numa: Vec::new(),
         }
@@ -45,6 +53,7 @@ impl MemoryConfig {
     pub fn ram_options(&self) -> RamOptions {
         RamOptions {
             hugepages: self.hugepages,
+            transparent_hugepages: self.thp,
             prefault: self.prefault,
             numa_nodes: self.numa.clone(),
         }

@@ -6,6 +6,7 @@ use kvm_ioctls::Cap;
 use super::host_facts::Root;
 use super::{Area, Finding, Verdict};
 use crate::kvm::{KvmError, REQUIRED, System};
+use crate::memory::check_huge_tmpfs;
 
 /// Examines this host.
 #[must_use]
@@ -180,7 +181,13 @@ fn check_huge_pages(report: &mut Report, root: &Root) {
         .nth(1)
         .unwrap_or("unknown")
         .to_owned();
-    if matches!(
+    if selected != "deny" && root.is_this_host() && check_huge_tmpfs().is_ok() {
+        report.ok(
+            Area::Run,
+            "huge pages",
+            "transparent, on a tmpfs of each VM's own",
+        );
+    } else if matches!(
         selected.as_str(),
         "always" | "advise" | "within_size" | "force"
     ) {
@@ -191,8 +198,8 @@ fn check_huge_pages(report: &mut Report, root: &Root) {
         );
     } else {
         let reason = format!("transparent huge pages for shared memory are {selected:?}");
-        let remedy = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, or use \
-                      --memory ...,hugepages=2M";
+        let remedy = "echo within_size > /sys/kernel/mm/transparent_hugepage/shmem_enabled, run \
+                      as root, or use --memory ...,hugepages=2M";
         report.add(Area::Run, "huge pages", Verdict::Limited, reason, remedy);
     }
     for (name, kib) in [("2M", 2048), ("1G", 1 << 20)] {

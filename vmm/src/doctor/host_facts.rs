@@ -11,6 +11,11 @@ impl Root {
         Self(path.into())
     }
 
+    /// Whether it is the running system's, so that what the kernel does can be tried.
+    pub(super) fn is_this_host(&self) -> bool {
+        self.0 == Path::new("/")
+    }
+
     fn path(&self, path: &str) -> PathBuf {
         self.0.join(path.trim_start_matches('/'))
     }

@@ -21,7 +21,7 @@ use devices::virtio::balloon::RamReclaim;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::ram::HugePages;
+use super::backing::HugePages;
 
 /// Frees pages of guest RAM.
 pub struct RamDiscard {

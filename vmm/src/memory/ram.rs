@@ -1,4 +1,4 @@
-//! Host memory behind guest RAM: a memfd, mapped shared.
+//! Guest RAM: the file behind it, mapped shared.
 //!
 //! Shared, because processes that emulate devices (vhost-user, vfio-user) map it too. Untouched
 //! memory stays a hole in the file.
@@ -7,12 +7,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use devices::GuestRam;
 use devices::memory::WriteLog;
-use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -20,46 +18,31 @@ use vm_memory::{
     MemoryRegionAddress,
 };
 
+use super::backing::{self, HugePages};
 use super::layout::{Layout, RamRange};
 
-/// Pages from the host's hugetlb pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-pub enum HugePages {
-    /// 2 MiB.
-    #[serde(rename = "2M")]
-    Size2M,
-    /// 1 GiB.
-    #[serde(rename = "1G")]
-    Size1G,
-}
-
-impl HugePages {
-    /// Bytes per page.
-    #[must_use]
-    pub fn bytes(self) -> u64 {
-        match self {
-            Self::Size2M => 2 << 20,
-            Self::Size1G => 1 << 30,
-        }
-    }
-
-    fn memfd_flags(self) -> libc::c_uint {
-        match self {
-            Self::Size2M => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
-            Self::Size1G => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
-        }
-    }
-}
-
 /// How RAM is backed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RamOptions {
     /// Pages from the hugetlb pool instead of ordinary ones.
     pub hugepages: Option<HugePages>,
+    /// Transparent huge pages where the host has them to give, unless from the pool.
+    pub transparent_hugepages: bool,
     /// Touch all memory before the guest starts.
     pub prefault: bool,
     /// Host NUMA nodes to take memory from; empty: wherever a vCPU runs.
     pub numa_nodes: Vec<u32>,
+}
+
+impl Default for RamOptions {
+    fn default() -> Self {
+        Self {
+            hugepages: None,
+            transparent_hugepages: true,
+            prefault: false,
+            numa_nodes: Vec::new(),
+        }
+    }
 }
 
 /// Guest RAM could not be had.
@@ -120,7 +103,12 @@ pub fn allocate(layout: &Layout, options: &RamOptions) -> Result<GuestRam, Memor
     if let Some(hugepages) = options.hugepages {
         check_hugepage_pool(hugepages, bytes)?;
     }
-    let file = Arc::new(create_memfd(bytes, options.hugepages)?);
+    let file = backing::create(bytes, options).map_err(|(what, source)| MemoryError::Backing {
+        what,
+        bytes,
+        source,
+    })?;
+    let file = Arc::new(file);
     let regions = layout
         .ram()
         .iter()
@@ -142,26 +130,6 @@ pub fn allocate(layout: &Layout, options: &RamOptions) -> Result<GuestRam, Memor
         })?;
     }
     Ok(ram)
-}
-
-fn create_memfd(bytes: u64, hugepages: Option<HugePages>) -> Result<File, MemoryError> {
-    let failed = |what| {
-        move |source| MemoryError::Backing {
-            what,
-            bytes,
-            source,
-        }
-    };
-    let flags = libc::MFD_CLOEXEC | hugepages.map_or(0, HugePages::memfd_flags);
-    // SAFETY: the name is a C string and the flags are constants of memfd_create(2).
-    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
-    if fd < 0 {
-        return Err(failed("memfd_create")(io::Error::last_os_error()));
-    }
-    // SAFETY: the descriptor is new and nobody else owns it.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(bytes).map_err(failed("ftruncate"))?;
-    Ok(file)
 }
 
 fn map(
@@ -189,9 +157,13 @@ fn map(
         .with_hugetlbfs(options.hugepages.is_some())
         .build()
         .map_err(|e| failed(Box::new(e)))?;
-    // Advice only; a host without transparent huge pages for shared memory refuses it. A core
-    // dump of the VMM must not contain the guest.
-    for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTDUMP] {
+    let size = match options.transparent_hugepages {
+        true => libc::MADV_HUGEPAGE,
+        false => libc::MADV_NOHUGEPAGE,
+    };
+    // Advice only, which a host without transparent huge pages refuses. A core dump of the VMM
+    // must not contain the guest.
+    for advice in [size, libc::MADV_DONTDUMP] {
         // SAFETY: the range is the mapping just made; neither advice changes its contents.
         unsafe { libc::madvise(region.as_ptr().cast(), len, advice) };
     }
