@@ -13,6 +13,7 @@ use super::table::number;
 use super::watch::Watch;
 use crate::harness::ground::Ground;
 use crate::harness::process;
+use crate::harness::ram::GuestMemory;
 
 /// Beyond the time that the migration itself may take.
 const GRACE: Duration = Duration::from_secs(60);
@@ -139,14 +140,14 @@ pub(super) fn migrate(
 ) -> anyhow::Result<Move> {
     let mut source = source(ground, scenario)?;
     let (mut destination, url) = destination(ground, scenario)?;
-    scenario.wait_started(&mut source)?;
+    scenario.prepare(&mut source)?;
     let mut command = command(ground, scenario, End::Source);
     command
         .args(["migrate", "source", &url, "--json", "--plaintext"])
         .args(["--encoding", encoding])
         .args(["--timeout", &format!("{}s", scenario.limit.as_secs())]);
     let sent = scenario.link.sent_bytes()?;
-    let watch = Watch::start(source.pid(), destination.pid())?;
+    let watch = Watch::start(source.pid(), destination.pid(), Box::new(GuestMemory::of))?;
     let start = Instant::now();
     let finished = process::run(&mut command, scenario.limit + GRACE);
     let total = start.elapsed();

@@ -15,6 +15,8 @@ use crate::harness::ground::Ground;
 
 /// Until the guest does what it does all the time.
 const SETTLE: Duration = Duration::from_millis(300);
+/// What a VMM takes besides its guest's memory.
+const VMM_MIB: u64 = 512;
 const MIB: f64 = 1024.0 * 1024.0;
 /// The most data connections that a migration here has.
 const MAX_CHANNELS: usize = 16;
@@ -34,13 +36,16 @@ pub(super) struct Scenario<'a> {
 }
 
 impl Scenario<'_> {
+    /// Waits until the guest is ready to be moved, and warms as much memory as the other side is
+    /// about to take.
+    ///
     /// # Errors
     /// When the guest does not get there.
-    pub(super) fn wait_started(&self, source: &mut Guest) -> anyhow::Result<()> {
+    pub(super) fn prepare(&self, source: &mut Guest) -> anyhow::Result<()> {
         let (subject, key) = self.started;
         source.wait_report(subject, key)?;
         std::thread::sleep(SETTLE);
-        Ok(())
+        touch_memory(self.memory_mib + VMM_MIB)
     }
 }
 
@@ -208,14 +213,12 @@ pub(super) fn measure(
 }
 
 fn one(ground: &Ground, how: How, scenario: &Scenario<'_>) -> anyhow::Result<Move> {
-    // Both guests' and what the VMMs need, but never more than there is.
-    let wanted = scenario.memory_mib * 2 + 512;
+    let wanted = (scenario.memory_mib + VMM_MIB) * 2;
     let available = available_mib()?;
     ensure!(
         wanted < available,
         "{wanted} MiB of memory are needed, {available} MiB are available"
     );
-    touch_memory(wanted)?;
     match how {
         How::Drover(encoding) => drover::migrate(ground, scenario, encoding),
         How::Qemu(way) => qemu::migrate(ground, scenario, way),

@@ -14,6 +14,7 @@ use super::table::number;
 use super::watch::Watch;
 use crate::bench::peer::QEMU;
 use crate::harness::ground::Ground;
+use crate::harness::ram::GuestMemory;
 
 /// Each destination has a network of its own, or is the only one in it.
 const PORT: u16 = 4444;
@@ -55,7 +56,7 @@ fn command(ground: &Ground, scenario: &Scenario<'_>, end: End) -> Command {
     let wrapper = scenario.link.wrapper(end);
     let mut command = Command::new(&wrapper[0]);
     let machine = "microvm,isa-serial=on,rtc=off,pit=off,pic=off,pcie=on,memory-backend=ram";
-    let memory = format!("memory-backend-memfd,id=ram,size={}M", scenario.memory_mib);
+    let memory = format!("memory-backend-ram,id=ram,size={}M", scenario.memory_mib);
     let socket = socket(ground, end);
     command
         .args(&wrapper[1..])
@@ -137,9 +138,11 @@ pub(super) fn migrate(ground: &Ground, scenario: &Scenario<'_>, way: Way) -> any
     let (mut destination, mut incoming) = start(ground, scenario, End::Destination, way)?;
     let uri = json!({ "uri": format!("tcp:{}:{PORT}", scenario.link.address()) });
     incoming.execute("migrate-incoming", uri.clone())?;
-    scenario.wait_started(&mut source)?;
+    scenario.prepare(&mut source)?;
     let sent = scenario.link.sent_bytes()?;
-    let watch = Watch::start(source.pid(), destination.pid())?;
+    let size_bytes = scenario.memory_mib << 20;
+    let find = move |pid| GuestMemory::anonymous(pid, size_bytes);
+    let watch = Watch::start(source.pid(), destination.pid(), Box::new(find))?;
     let start = Instant::now();
     control.execute("migrate", uri)?;
     let ended = control.wait_migration(start + scenario.limit)?;

@@ -18,6 +18,9 @@ const VCPU_THREADS: [&str; 2] = ["vcpu", "CPU "];
 /// How long the guest may take to go on after the migration is said to be over.
 const RESUME_LIMIT: Duration = Duration::from_secs(10);
 
+/// Finds the guest's memory in a process.
+pub(super) type Find = Box<dyn Fn(u32) -> anyhow::Result<GuestMemory> + Send>;
+
 /// A thread that watches two processes until it is told that the migration is over.
 pub(super) struct Watch {
     over: Arc<AtomicBool>,
@@ -37,15 +40,16 @@ pub(super) struct Seen {
 }
 
 impl Watch {
-    /// Begins to watch.
+    /// Begins to watch. `find` finds the guest's memory in a process.
     ///
     /// # Errors
     /// When the source has no guest.
-    pub(super) fn start(source: u32, destination: u32) -> anyhow::Result<Self> {
+    pub(super) fn start(source: u32, destination: u32, find: Find) -> anyhow::Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
         let watcher = Watcher {
             over: Arc::clone(&over),
-            memory: GuestMemory::of(source)?,
+            memory: find(source)?,
+            find,
             source: Cost::of(source)?,
             destination: Cost::of(destination)?,
         };
@@ -69,6 +73,7 @@ impl Watch {
 struct Watcher {
     over: Arc<AtomicBool>,
     memory: GuestMemory,
+    find: Find,
     source: Cost,
     destination: Cost,
 }
@@ -81,7 +86,8 @@ impl Watcher {
         for look in 0_u32.. {
             // The destination first: what was copied is then never ahead of what is read next.
             let there = match &arrived {
-                Some(memory) => memory.heartbeat()?.counter,
+                // A process that has ended has no heart.
+                Some(memory) => memory.heartbeat().map_or(0, |beat| beat.counter),
                 None => 0,
             };
             let here = self.memory.heartbeat()?.counter;
@@ -89,7 +95,7 @@ impl Watcher {
             if look % LOOKS_PER_SAMPLE == 0 {
                 self.source.sample();
                 if arrived.is_none() {
-                    arrived = GuestMemory::of(self.destination.pid).ok();
+                    arrived = (self.find)(self.destination.pid).ok();
                 }
             }
             if beats.blackout().is_some() {
