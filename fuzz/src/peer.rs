@@ -9,38 +9,44 @@ use migration::wire::frame::{FrameHeader, FrameKind, HEADER_BYTES};
 
 macro_rules! golden {
     ($($name:literal),* $(,)?) => {
-        &[$(include_bytes!(concat!("../../migration/tests/golden/v1/", $name, ".bin"))),*]
+        &[$(include_bytes!(concat!("../../migration/tests/golden/", $name, ".bin"))),*]
     };
 }
 
 /// A frame of each kind.
 pub const GOLDEN: &[&[u8]] = golden![
-    "hello",
-    "welcome",
-    "offer",
-    "accept",
-    "refuse",
-    "attach",
-    "stream-end",
-    "round",
-    "section",
-    "prepare",
-    "prepared",
-    "abort",
-    "commit",
-    "committed",
-    "declined",
-    "offer-postcopy",
-    "accept-postcopy",
-    "missing",
-    "fetch",
-    "complete",
-    "attach-control",
-    "missing-end",
+    "v1/hello",
+    "v1/welcome",
+    "v1/offer",
+    "v1/accept",
+    "v1/refuse",
+    "v1/attach",
+    "v1/stream-end",
+    "v1/round",
+    "v1/section",
+    "v1/prepare",
+    "v1/prepared",
+    "v1/abort",
+    "v1/commit",
+    "v1/committed",
+    "v1/declined",
+    "v1/offer-postcopy",
+    "v1/accept-postcopy",
+    "v1/missing",
+    "v1/fetch",
+    "v1/complete",
+    "v1/attach-control",
+    "v1/missing-end",
 ];
 
 /// Frames of pages.
-pub const PAGE_FRAMES: &[&[u8]] = golden!["pages-lz4", "pages-raw", "pages-zero", "pages-delta"];
+pub const PAGE_FRAMES: &[&[u8]] = golden![
+    "v1/pages-lz4",
+    "v1/pages-raw",
+    "v1/pages-zero",
+    "v1/pages-delta",
+    "v2/pages-live"
+];
 
 /// A frame with right check sums; a kind that is unknown becomes one that is known.
 pub fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {

@@ -4,6 +4,7 @@
 //! `testing` (a feature).
 
 use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,6 +68,37 @@ pub trait PageStore: Send + Sync {
     /// # Errors
     /// [`PortError::OutsideMemory`].
     fn write(&self, run: PageRun, buf: &[u8]) -> Result<(), PortError>;
+
+    /// The same memory as sockets reach it, where they can.
+    fn direct(&self) -> Option<&dyn DirectPages> {
+        None
+    }
+}
+
+/// Guest memory that a socket takes from and fills in place: a page is copied once on each side.
+pub trait DirectPages: Send + Sync {
+    /// Which pages of `run`, of 64 at most, are all zeroes: bit 0 is the first.
+    ///
+    /// # Errors
+    /// [`PortError::OutsideMemory`].
+    fn zeroes(&self, run: PageRun) -> Result<u64, PortError>;
+
+    /// Writes `head` and then the pages of `runs`. The guest may be writing meanwhile: what has
+    /// gone of such a page nobody can tell.
+    ///
+    /// # Errors
+    /// The connection's, and [`io::ErrorKind::InvalidInput`] for pages outside memory.
+    fn send(&self, head: &[u8], runs: &[PageRun], socket: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Whether [`receive`](Self::receive) costs less here than to read first and
+    /// [`write`](PageStore::write) then.
+    fn prefers_receive(&self) -> bool;
+
+    /// Fills the pages of `runs`, which adjoin on the wire.
+    ///
+    /// # Errors
+    /// As those of [`send`](Self::send), and [`io::ErrorKind::UnexpectedEof`].
+    fn receive(&self, runs: &[PageRun], socket: BorrowedFd<'_>) -> io::Result<()>;
 }
 
 /// A log of writes to guest memory. Several exist side by side - KVM's for vCPUs, the VMM's own,
@@ -266,6 +298,11 @@ pub trait Channel: Read + Write + Send {
 
     /// Whether the connection has no room at present, so that the next write would wait.
     fn is_congested(&self) -> bool;
+
+    /// The socket, where bytes travel as they are and others may write and read them, too.
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Opens further connections to the destination.

@@ -1,5 +1,6 @@
-//! Bytes of version 1, as they are kept in `tests/golden/v1`: what this build sends is what is
-//! there, what is there this build reads, and `docs/wire-format.md` shows the same.
+//! Bytes of each version, as they are kept in `tests/golden/`: what this build sends is what is
+//! there, what is there this build reads, and `docs/wire-format.md` shows the same. A version's
+//! folder has what is new in it.
 //!
 //! `GOLDEN=write cargo test -p migration --test golden` writes files that are missing. A file that
 //! exists is never changed: another format is another version, in a folder of its own.
@@ -15,18 +16,28 @@ use migration::wire::message::{
     Attach, CONTROL_INDEX, Commit, Complete, Fetch, Hello, MAGIC, Missing, Offer, Prepare,
     Prepared, Reasons, Round, Welcome,
 };
-use migration::wire::{FrameKind, FrameReader, Message, OLDEST_VERSION, VERSION};
+use migration::wire::{
+    FrameKind, FrameReader, LIVE_PAGES_VERSION, Message, OLDEST_VERSION, VERSION,
+};
 use migration::{PageIndex, PageRun, Section};
 
 const DOCUMENT: &str = include_str!("../../docs/wire-format.md");
 
-fn folder() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1")
+fn folder(version: u16) -> PathBuf {
+    let all = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    all.join(format!("v{version}"))
+}
+
+fn file(name: &str) -> PathBuf {
+    let version = match name {
+        "pages-live" => LIVE_PAGES_VERSION,
+        _ => 1,
+    };
+    folder(version).join(format!("{name}.bin"))
 }
 
 fn golden(name: &str) -> Vec<u8> {
-    let path = folder().join(format!("{name}.bin"));
-    std::fs::read(&path).expect(name)
+    std::fs::read(file(name)).expect(name)
 }
 
 /// One message of each kind, named as its file.
@@ -187,6 +198,14 @@ fn encode(encoder: &mut Encoder, pages: &Pages, zeroes: &[PageRun], how: Encodin
     frame
 }
 
+fn encode_live(encoder: &mut Encoder, number: u64, bytes: &[u8]) -> Vec<u8> {
+    let run = PageRun::new(PageIndex(number), 1).unwrap();
+    let mut frame = Vec::new();
+    encoder.encode_live(PageIndex(REGION.0), &[run], &[], &mut frame);
+    frame.extend_from_slice(bytes);
+    frame
+}
+
 /// A frame for each way in which pages travel, and memory after all of them.
 fn page_frames() -> (Vec<(&'static str, Vec<u8>)>, Pages) {
     let mut encoder = Encoder::new(1 << 20);
@@ -213,8 +232,14 @@ fn page_frames() -> (Vec<(&'static str, Vec<u8>)>, Pages) {
             "pages-delta",
             encode(&mut encoder, &delta, &[], Encoding::Delta),
         ),
+        ("pages-live", encode_live(&mut encoder, 0x118, &noise())),
     ];
-    let after = vec![(0x100, changed), (0x103, page("more ")), (0x110, noise())];
+    let after = vec![
+        (0x100, changed),
+        (0x103, page("more ")),
+        (0x110, noise()),
+        (0x118, noise()),
+    ];
     (frames, after)
 }
 
@@ -233,9 +258,9 @@ fn all() -> Vec<(&'static str, Vec<u8>)> {
 fn what_is_sent_is_what_was_always_sent() {
     let write = std::env::var_os("GOLDEN").is_some_and(|value| value == "write");
     for (name, frame) in all() {
-        let path = folder().join(format!("{name}.bin"));
+        let path = file(name);
         if write && !path.exists() {
-            std::fs::create_dir_all(folder()).unwrap();
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(&path, &frame).unwrap();
         }
         if !is_packed_freely(name) {
@@ -283,16 +308,18 @@ fn no_file_is_forgotten() {
         .into_iter()
         .map(|(name, _)| format!("{name}.bin"))
         .collect();
-    for entry in std::fs::read_dir(folder()).unwrap() {
-        let name = entry.unwrap().file_name().into_string().unwrap();
-        assert!(names.contains(&name), "nothing makes {name}");
+    for version in 1..=VERSION {
+        for entry in std::fs::read_dir(folder(version)).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            assert!(names.contains(&name), "nothing makes {name}");
+        }
     }
 }
 
 #[test]
-fn the_oldest_version_has_a_folder() {
+fn every_version_has_a_folder() {
     for version in OLDEST_VERSION..=VERSION {
-        let path = folder().with_file_name(format!("v{version}"));
+        let path = folder(version);
         assert!(path.is_dir(), "{}", path.display());
     }
 }

@@ -54,15 +54,16 @@ pub fn run(data: &[u8]) {
 
 /// Makes the raw pages' check sum right, which no mutation would; returns how many there are.
 fn fit_check_sum(payload: &mut [u8], raw: u8) -> usize {
-    let pages = match Batch::decode(payload) {
-        Ok((batch, _)) => batch.pages_of(PageKind::Raw),
+    let batch = match Batch::decode(payload) {
+        Ok((batch, _)) => batch,
         Err(_) => return 0,
     };
+    let pages = batch.pages_of(PageKind::Raw);
     // Any kind's header has the check sum.
     let header = FrameHeader::of(FrameKind::Section, &vec![raw; pages * PAGE]);
     let crc = header.expect("64 pages").payload_crc;
     payload[12..16].copy_from_slice(&crc.to_le_bytes());
-    pages
+    batch.pages_behind()
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {

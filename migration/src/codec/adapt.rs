@@ -22,7 +22,7 @@ const EARLY_BYTES: u64 = 16 << 20;
 const SLOW_BYTES_PER_S: f64 = 150e6;
 
 /// Spans until the other way is tried: at first, and at most when it keeps failing.
-const FIRST_INTERVAL: u32 = 8;
+const FIRST_INTERVAL: u32 = 3;
 const MIN_INTERVAL: u32 = 32;
 const MAX_INTERVAL: u32 = 2048;
 
@@ -79,6 +79,8 @@ pub struct Adaptive {
     /// Memory per second, plain and balanced.
     rates: [Option<f64>; 2],
     span: BatchFacts,
+    /// Whether much of the last span were changes.
+    is_delta_rich: bool,
     /// Spans until the other way is tried, and how many it is after a failure.
     left: u32,
     interval: u32,
@@ -95,6 +97,7 @@ impl Default for Adaptive {
             trying: false,
             rates: [None; 2],
             span: EMPTY,
+            is_delta_rich: false,
             left: FIRST_INTERVAL,
             interval: MIN_INTERVAL,
             settle: SETTLE_SPANS,
@@ -125,8 +128,10 @@ impl Adaptive {
         if !self.was_full {
             return self.seen_bytes < EARLY_BYTES;
         }
-        let [plain, _] = self.rates;
-        self.way == Way::Balanced || plain.is_none_or(|rate| rate < SLOW_BYTES_PER_S)
+        let [plain, balanced] = self.rates;
+        // Not measured yet, plain is not judged by what keeping would cost it.
+        let rate = plain.or(balanced);
+        self.is_delta_rich || rate.is_none_or(|rate| rate < SLOW_BYTES_PER_S)
     }
 
     /// A new round: what it sends was sent before, and changes may do, whatever was best so far.
@@ -162,6 +167,7 @@ impl Adaptive {
     }
 
     fn judge(&mut self, span: &BatchFacts) {
+        self.is_delta_rich = span.delta_bytes * 4 > span.bytes;
         if self.settle > 0 {
             self.settle -= 1;
             return;
@@ -186,7 +192,7 @@ impl Adaptive {
             return;
         }
         // Pages sent as they are lose their old versions: what is gained by those is not risked.
-        if span.delta_bytes * 4 > span.bytes {
+        if self.is_delta_rich {
             return;
         }
         self.left = self.left.saturating_sub(1);

@@ -5,7 +5,7 @@ use std::io::Read;
 use super::{BATCH_BYTES, PAGE, delta};
 use crate::bitmap::DirtyBitmap;
 use crate::page::{PageIndex, PageRun};
-use crate::ports::{PageStore, PortError};
+use crate::ports::{Channel, PageStore, PortError};
 use crate::wire::batch::{BATCH_PAGES, Batch, LZ4_BLOCK_PAGES, PageKind};
 use crate::wire::frame::{FrameError, FrameReader};
 
@@ -62,12 +62,58 @@ impl Decoder {
         (reader, from): (&mut FrameReader, &mut (impl Read + ?Sized)),
         store: &dyn PageStore,
     ) -> Result<u64, DecodeError> {
+        let batch = self.take_payload(payload, store)?;
+        for kind in [PageKind::Raw, PageKind::Live] {
+            self.take_behind(&batch, kind, (reader, from), store)?;
+        }
+        Ok(batch.pages())
+    }
+
+    /// The same from a connection: live pages go from its socket to memory where both can.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn decode_from(
+        &mut self,
+        payload: &[u8],
+        (reader, channel): (&mut FrameReader, &mut (impl Channel + ?Sized)),
+        store: &dyn PageStore,
+    ) -> Result<u64, DecodeError> {
+        let batch = self.take_payload(payload, store)?;
+        self.take_behind(&batch, PageKind::Raw, (reader, channel), store)?;
+        let direct = store.direct().filter(|memory| memory.prefers_receive());
+        match (direct, channel.socket()) {
+            (Some(memory), Some(socket)) if reader.is_drained() => {
+                let runs: Vec<_> = batch.page_runs(PageKind::Live).collect();
+                for run in &runs {
+                    self.region_of(*run)?.insert(*run);
+                }
+                memory.receive(&runs, socket).map_err(FrameError::Io)?;
+            }
+            _ => self.take_behind(&batch, PageKind::Live, (reader, channel), store)?,
+        }
+        Ok(batch.pages())
+    }
+
+    /// What is in the frame itself.
+    fn take_payload(
+        &mut self,
+        payload: &[u8],
+        store: &dyn PageStore,
+    ) -> Result<Batch, DecodeError> {
         let (batch, rest) = Batch::decode(payload)?;
         let rest = self.take_blocks(&batch, rest, store)?;
         self.take_deltas(&batch, rest, store)?;
         self.take_zeroes(&batch, store)?;
-        self.take_raw(&batch, (reader, from), store)?;
-        Ok(batch.runs.iter().map(|run| u64::from(run.count)).sum())
+        Ok(batch)
+    }
+
+    fn region_of(&mut self, run: PageRun) -> Result<&mut DirtyBitmap, PortError> {
+        let region = self.written.iter_mut().find(|region| contains(region, run));
+        region.ok_or(PortError::OutsideMemory {
+            start: run.start.0,
+            end: run.end().0,
+        })
     }
 
     fn take_blocks<'a>(
@@ -137,15 +183,8 @@ impl Decoder {
     /// Memory that nobody has written reads as zeroes already, and stays a hole.
     fn take_zeroes(&mut self, batch: &Batch, store: &dyn PageStore) -> Result<(), DecodeError> {
         for run in batch.page_runs(PageKind::Zero) {
-            let region = self.written.iter().find(|region| contains(region, run));
-            let Some(region) = region else {
-                return Err(PortError::OutsideMemory {
-                    start: run.start.0,
-                    end: run.end().0,
-                }
-                .into());
-            };
-            for used in region.runs_within(run) {
+            let used: Vec<_> = self.region_of(run)?.runs_within(run).collect();
+            for used in used {
                 let zeroes = self.buffer.get_mut(..length(used)).unwrap_or_default();
                 zeroes.fill(0);
                 store.write(used, zeroes)?;
@@ -154,34 +193,42 @@ impl Decoder {
         Ok(())
     }
 
-    fn take_raw(
+    /// Pages of one kind behind the frame.
+    fn take_behind(
         &mut self,
         batch: &Batch,
+        kind: PageKind,
         (reader, from): (&mut FrameReader, &mut (impl Read + ?Sized)),
         store: &dyn PageStore,
     ) -> Result<(), DecodeError> {
-        let pages = batch.pages_of(PageKind::Raw);
+        let pages = batch.pages_of(kind);
         if pages == 0 {
             return Ok(());
         }
         let mut bytes = self.buffer.get_mut(..pages * PAGE).unwrap_or_default();
         reader.read_raw(from, bytes)?;
-        let found = crc32fast::hash(bytes);
-        if found != batch.raw_crc {
-            return Err(FrameError::Damaged {
-                what: "pages",
-                found,
-                expected: batch.raw_crc,
-            }
-            .into());
+        if kind == PageKind::Raw {
+            check(bytes, batch.raw_crc)?;
         }
-        for run in batch.page_runs(PageKind::Raw) {
+        for run in batch.page_runs(kind) {
             let (pages, others) = bytes.split_at_mut_checked(length(run)).unwrap_or_default();
             store.write(run, pages)?;
             mark(&mut self.written, run);
             bytes = others;
         }
         Ok(())
+    }
+}
+
+fn check(pages: &[u8], expected: u32) -> Result<(), FrameError> {
+    let found = crc32fast::hash(pages);
+    match found == expected {
+        true => Ok(()),
+        false => Err(FrameError::Damaged {
+            what: "pages",
+            found,
+            expected,
+        }),
     }
 }
 

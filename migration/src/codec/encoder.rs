@@ -29,6 +29,9 @@ const PATIENCE_BLOCKS: u32 = 4;
 /// ... only one block of so many is tried.
 const PROBE_INTERVAL_BLOCKS: u32 = 16;
 
+/// ... and where whole batches can be left alone, one of so many.
+const PROBE_INTERVAL_BATCHES: u32 = 16;
+
 /// Encodes batches of one connection.
 pub struct Encoder {
     cache: DeltaCache,
@@ -44,6 +47,8 @@ pub struct Encoder {
     block: Vec<u8>,
     /// Blocks in a row that were not worth it.
     futile_blocks: u32,
+    /// Batches since the last one that was tried, see [`Self::expects_nothing`].
+    skipped_batches: u32,
 }
 
 /// A page's place in the batch and its bytes' place in the buffer.
@@ -71,6 +76,7 @@ impl Encoder {
             deltas: Vec::new(),
             block: Vec::with_capacity(LZ4_BLOCK_PAGES * PAGE),
             futile_blocks: 0,
+            skipped_batches: 0,
         }
     }
 
@@ -85,10 +91,33 @@ impl Encoder {
         self.keep_raw = keep;
     }
 
+    /// Whether this round keeps pages that go as they are.
+    #[must_use]
+    pub fn keeps_raw(&self) -> bool {
+        self.remember && self.keep_raw
+    }
+
     /// Bytes that the cache holds.
     #[must_use]
     pub fn cache_bytes(&self) -> u64 {
         self.cache.bytes()
+    }
+
+    /// Whether trying to make the pages of `runs` smaller is not worth it: the last ones did not
+    /// get smaller, and no older version of these is known. Now and then it says no all the same,
+    /// to see whether that is still so.
+    pub fn expects_nothing(&mut self, runs: &[PageRun]) -> bool {
+        let mut pages = runs.iter().flat_map(|run| run.start.0..run.end().0);
+        let is_known =
+            self.cache.bytes() > 0 && pages.any(|page| self.cache.contains(PageIndex(page)));
+        if is_known || self.futile_blocks < PATIENCE_BLOCKS {
+            return false;
+        }
+        self.skipped_batches = (self.skipped_batches + 1) % PROBE_INTERVAL_BATCHES;
+        if self.skipped_batches == 0 {
+            self.futile_blocks = self.futile_blocks.next_multiple_of(PROBE_INTERVAL_BLOCKS);
+        }
+        self.skipped_batches != 0
     }
 
     /// Encodes the pages of `runs`, whose contents lie one after the other in `pages`, and of
@@ -132,6 +161,34 @@ impl Encoder {
         let raw = raw_ranges(runs, base, &kinds);
         let counts = self.finish(&kinds, (&raw, pages), out);
         (counts, raw)
+    }
+
+    /// The frame, appended to `out`, of pages that are to follow it straight out of memory
+    /// ([`PageKind::Live`]), and of `zeroes`. What is sent of them is not known, so no later
+    /// version can be told by its changes.
+    ///
+    /// All runs lie within 64 pages from `base`.
+    pub fn encode_live(
+        &mut self,
+        base: PageIndex,
+        live: &[PageRun],
+        zeroes: &[PageRun],
+        out: &mut Vec<u8>,
+    ) -> PageMix {
+        self.table.base = base;
+        self.table.blocks.clear();
+        self.blocks.clear();
+        self.deltas.clear();
+        let mut kinds = [None; 64];
+        for (runs, kind) in [(live, PageKind::Live), (zeroes, PageKind::Zero)] {
+            for page in runs.iter().flat_map(|run| run.start.0..run.end().0) {
+                if self.cache.bytes() > 0 {
+                    self.cache.remove(PageIndex(page));
+                }
+                set(&mut kinds, offset_in_batch(base, page), kind);
+            }
+        }
+        self.finish(&kinds, (&[], &[]), out)
     }
 
     fn classify(&mut self, page: PageIndex, bytes: &[u8; PAGE], encoding: Encoding) -> PageKind {
@@ -230,7 +287,7 @@ impl Encoder {
             let Some(kind) = *kind else { continue };
             match kind {
                 PageKind::Zero => counts.zero += 1,
-                PageKind::Raw => counts.raw += 1,
+                PageKind::Raw | PageKind::Live => counts.raw += 1,
                 PageKind::Lz4 => counts.lz4 += 1,
                 PageKind::Delta => counts.delta += 1,
             }

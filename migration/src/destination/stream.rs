@@ -17,6 +17,12 @@ impl Stream {
         mut decoder: Decoder,
         pages: &dyn PageStore,
     ) -> Result<(), DecodeError> {
+        let prefers = pages
+            .direct()
+            .is_some_and(|direct| direct.prefers_receive());
+        if prefers && self.channel.socket().is_some() {
+            self.reader.read_exactly();
+        }
         let mut payload = Vec::new();
         loop {
             let kind = match self.reader.read(&mut *self.channel, &mut payload) {
@@ -28,7 +34,7 @@ impl Stream {
             match kind {
                 FrameKind::Pages => {
                     let from = (&mut self.reader, &mut *self.channel);
-                    decoder.decode(&payload, from, pages)?;
+                    decoder.decode_from(&payload, from, pages)?;
                 }
                 FrameKind::StreamEnd => return Ok(()),
                 other => {

@@ -8,7 +8,7 @@ use super::options::{OnTimeout, SourceError, SourceOptions};
 use crate::ports::{Channel, Dial};
 use crate::progress::MigrationHandle;
 use crate::wire::message::{Attach, Hello, MAGIC, Offer, Welcome};
-use crate::wire::{Message, Versions};
+use crate::wire::{LIVE_PAGES_VERSION, Message, Versions};
 
 /// Connections to the destination.
 pub(super) struct Links<'d> {
@@ -20,6 +20,8 @@ pub(super) struct Links<'d> {
     pub(super) further: Further<'d>,
     /// The link's delay, there and back.
     pub(super) round_trip: Duration,
+    /// Whether pages may travel straight out of memory.
+    pub(super) takes_live_pages: bool,
 }
 
 /// Introduces this side, describes the machine and opens the data connections.
@@ -69,6 +71,7 @@ pub(super) fn connect<'d>(
         Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     }
+    let takes_live_pages = welcome.version >= LIVE_PAGES_VERSION;
     let mut further = Further {
         dial,
         welcome,
@@ -81,6 +84,7 @@ pub(super) fn connect<'d>(
         data,
         priority,
         round_trip: further.round_trip,
+        takes_live_pages,
         further,
     })
 }

@@ -160,6 +160,7 @@ fn attempt(
     };
     let shared = Shared {
         pages: parts.pages,
+        direct: parts.pages.direct().filter(|_| links.takes_live_pages),
         tracker: parts.tracker,
         handle,
         pacer: &pacer,

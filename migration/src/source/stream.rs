@@ -13,7 +13,7 @@ use super::pacer::Pacer;
 use crate::bitmap::DirtyBitmap;
 use crate::codec::{Adaptive, BATCH_BYTES, BatchFacts, Encoder, Encoding};
 use crate::page::{PageIndex, PageRun};
-use crate::ports::{Channel, DirtyTracker, PageStore};
+use crate::ports::{Channel, DirectPages, DirtyTracker, PageStore};
 use crate::progress::{MigrationHandle, PageMix};
 use crate::wire::Message;
 use crate::wire::batch::BATCH_PAGES;
@@ -147,6 +147,8 @@ impl Totals {
 /// What all data connections share.
 pub(super) struct Shared<'a> {
     pub(super) pages: &'a dyn PageStore,
+    /// The same for sockets, when the destination takes live pages.
+    pub(super) direct: Option<&'a dyn DirectPages>,
     pub(super) tracker: &'a dyn DirtyTracker,
     pub(super) handle: &'a MigrationHandle,
     pub(super) pacer: &'a Pacer<'a>,
@@ -295,29 +297,24 @@ impl<'a> Stream<'a> {
         (pages, zeroes): (u64, u64),
     ) -> Result<(), SourceError> {
         let begin = Instant::now();
-        let runs: Vec<_> = runs_of(base, pages).collect();
-        let zeroes: Vec<_> = runs_of(base, zeroes).collect();
-        let bytes = pages.count_ones() as usize * crate::codec::PAGE;
-        let buffer = self.buffer.get_mut(..bytes).unwrap_or_default();
-        read_runs(self.shared.pages, &runs, buffer)?;
         let encoding = match self.choose() {
             Encoding::Delta if plan.whole => Encoding::Lz4,
             encoding => encoding,
         };
         let cached = self.encoder.cache_bytes();
-        let (counts, raw) = self.encoder.encode(
-            base,
-            (&runs, self.buffer.get(..bytes).unwrap_or_default()),
-            &zeroes,
-            encoding,
-            &mut self.out,
-        );
+        let direct = self
+            .shared
+            .direct
+            .filter(|_| self.channel.socket().is_some());
+        let counts = match direct {
+            Some(direct) if self.goes_live(encoding, base, pages) => {
+                self.send_live(direct, base, (pages, zeroes))?
+            }
+            _ => self.send_copied(encoding, base, (pages, zeroes))?,
+        };
         let totals = &self.shared.totals;
         totals.note_cache(cached, self.encoder.cache_bytes());
         totals.count(&counts);
-        if !raw.is_empty() || self.out.len() >= FLUSH_BYTES {
-            self.write(&raw)?;
-        }
         let page_bytes = |pages: u64| pages * crate::PAGE_BYTES;
         self.adaptive.note(&BatchFacts {
             bytes: page_bytes(counts.raw + counts.lz4 + counts.delta),
@@ -325,6 +322,76 @@ impl<'a> Stream<'a> {
             elapsed: begin.elapsed(),
         });
         Ok(())
+    }
+
+    /// Whether nothing is to be done with pages but sending them.
+    fn goes_live(&mut self, encoding: Encoding, base: PageIndex, pages: u64) -> bool {
+        if self.encoder.keeps_raw() {
+            return false;
+        }
+        match (encoding, self.shared.encoding) {
+            (Encoding::Raw, _) => true,
+            (Encoding::Lz4 | Encoding::Delta, EncodingChoice::Auto) => {
+                let runs: Vec<_> = runs_of(base, pages).collect();
+                self.encoder.expects_nothing(&runs)
+            }
+            _ => false,
+        }
+    }
+
+    /// Pages as they are found at one moment, which are then encoded.
+    fn send_copied(
+        &mut self,
+        encoding: Encoding,
+        base: PageIndex,
+        (pages, zeroes): (u64, u64),
+    ) -> Result<PageMix, SourceError> {
+        let runs: Vec<_> = runs_of(base, pages).collect();
+        let zeroes: Vec<_> = runs_of(base, zeroes).collect();
+        let bytes = pages.count_ones() as usize * crate::codec::PAGE;
+        let buffer = self.buffer.get_mut(..bytes).unwrap_or_default();
+        read_runs(self.shared.pages, &runs, buffer)?;
+        let (counts, raw) = self.encoder.encode(
+            base,
+            (&runs, self.buffer.get(..bytes).unwrap_or_default()),
+            &zeroes,
+            encoding,
+            &mut self.out,
+        );
+        if !raw.is_empty() || self.out.len() >= FLUSH_BYTES {
+            self.write(&raw)?;
+        }
+        Ok(counts)
+    }
+
+    /// Pages straight out of memory, but for those that are zeroes.
+    fn send_live(
+        &mut self,
+        direct: &dyn DirectPages,
+        base: PageIndex,
+        (mut pages, mut zeroes): (u64, u64),
+    ) -> Result<PageMix, SourceError> {
+        for run in runs_of(base, pages) {
+            let found = direct.zeroes(run)? << (run.start.0 - base.0);
+            pages &= !found;
+            zeroes |= found;
+        }
+        let live: Vec<_> = runs_of(base, pages).collect();
+        let zeroes: Vec<_> = runs_of(base, zeroes).collect();
+        let counts = self
+            .encoder
+            .encode_live(base, &live, &zeroes, &mut self.out);
+        match self.channel.socket() {
+            Some(socket) if !live.is_empty() => {
+                let bytes = self.out.len() + pages.count_ones() as usize * crate::codec::PAGE;
+                self.was_paced = self.shared.pacer.take(bytes);
+                direct.send(&self.out, &live, socket)?;
+                self.written(bytes);
+            }
+            _ if self.out.len() >= FLUSH_BYTES => self.write(&[])?,
+            _ => {}
+        }
+        Ok(counts)
     }
 
     /// How the next batch travels.
@@ -354,10 +421,15 @@ impl<'a> Stream<'a> {
         let bytes = outgoing.bytes();
         self.was_paced = self.shared.pacer.take(bytes);
         outgoing.write(&mut *self.channel)?;
+        self.written(bytes);
+        Ok(())
+    }
+
+    /// All collected frames have gone, in so many bytes.
+    fn written(&mut self, bytes: usize) {
         let total = &self.shared.totals.wire_bytes;
         total.fetch_add(bytes as u64, Ordering::Relaxed);
         self.out.clear();
-        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Where frames begin in a stream of bytes.
 
-use crate::wire::batch::{Batch, PageKind};
+use crate::wire::batch::Batch;
 use crate::wire::frame::{FrameHeader, FrameKind, HEADER_BYTES};
 
 /// [`crate::PAGE_BYTES`] as a length.
@@ -58,6 +58,6 @@ impl FrameCounter {
         }
         let payload = self.bytes.get(HEADER_BYTES..).unwrap_or_default();
         let batch = Batch::decode(payload);
-        batch.map_or(0, |(batch, _)| batch.pages_of(PageKind::Raw) * PAGE)
+        batch.map_or(0, |(batch, _)| batch.pages_behind() * PAGE)
     }
 }

@@ -1,11 +1,14 @@
 //! Guest memory that knows its holes.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use crate::page::{PageIndex, PageRun};
-use crate::ports::{PageStore, PortError};
+use crate::ports::{DirectPages, PageStore, PortError};
 
 /// [`crate::PAGE_BYTES`] as a length.
 const PAGE: usize = 4096;
@@ -144,6 +147,50 @@ impl PageStore for FakeMemory {
         let mut pages = self.pages();
         for (chunk, page) in buf.chunks(PAGE).zip(run.start.0..) {
             pages.insert(page, chunk.to_vec());
+        }
+        Ok(())
+    }
+
+    fn direct(&self) -> Option<&dyn DirectPages> {
+        Some(self)
+    }
+}
+
+impl DirectPages for FakeMemory {
+    fn zeroes(&self, run: PageRun) -> Result<u64, PortError> {
+        self.check(run)?;
+        let pages = self.pages();
+        let is_zero = |page: &u64| {
+            pages
+                .get(page)
+                .is_none_or(|data| crate::codec::is_zero(data))
+        };
+        let found = (run.start.0..run.end().0).enumerate();
+        let found = found.filter(|(_, page)| is_zero(page));
+        Ok(found.fold(0, |word, (at, _)| word | 1 << at))
+    }
+
+    fn send(&self, head: &[u8], runs: &[PageRun], socket: BorrowedFd<'_>) -> io::Result<()> {
+        let mut socket = File::from(socket.try_clone_to_owned()?);
+        socket.write_all(head)?;
+        for run in runs {
+            let mut pages = vec![0; run.count as usize * PAGE];
+            self.read(*run, &mut pages).map_err(io::Error::other)?;
+            socket.write_all(&pages)?;
+        }
+        Ok(())
+    }
+
+    fn prefers_receive(&self) -> bool {
+        true
+    }
+
+    fn receive(&self, runs: &[PageRun], socket: BorrowedFd<'_>) -> io::Result<()> {
+        let mut socket = File::from(socket.try_clone_to_owned()?);
+        for run in runs {
+            let mut pages = vec![0; run.count as usize * PAGE];
+            socket.read_exact(&mut pages)?;
+            self.write(*run, &pages).map_err(io::Error::other)?;
         }
         Ok(())
     }

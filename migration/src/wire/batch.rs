@@ -4,7 +4,7 @@
 //! the raw pages (u32); then per run its kind (u8), a zero (u8), its start as a distance from the
 //! first page (u16) and its count (u16); then the length of each LZ4 block (u32); then the LZ4
 //! blocks; then per delta page its length (u16) and the delta. All little-endian. The raw pages
-//! follow the frame.
+//! follow the frame, and the live ones those.
 //!
 //! An LZ4 block holds [`LZ4_BLOCK_PAGES`] of the batch's LZ4 pages in order, wherever they lie;
 //! the last one holds the rest.
@@ -34,6 +34,9 @@ pub enum PageKind {
     Lz4 = 2,
     /// As changes against the version that was sent before.
     Delta = 3,
+    /// As it is, behind the frame, too, but straight out of the memory of a guest that may be
+    /// writing to it: no check sum holds for it. From version 2 on.
+    Live = 4,
 }
 
 /// Pages in a row that travel alike.
@@ -66,6 +69,18 @@ impl Batch {
     pub fn pages_of(&self, kind: PageKind) -> usize {
         let runs = self.runs.iter().filter(|run| run.kind == kind);
         runs.map(|run| usize::from(run.count)).sum()
+    }
+
+    /// All pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.runs.iter().map(|run| u64::from(run.count)).sum()
+    }
+
+    /// Pages that follow the frame.
+    #[must_use]
+    pub fn pages_behind(&self) -> usize {
+        self.pages_of(PageKind::Raw) + self.pages_of(PageKind::Live)
     }
 
     /// Runs of one kind as pages of guest memory.
@@ -147,6 +162,7 @@ fn decode_runs(table: &[u8]) -> Result<Vec<BatchRun>, FrameError> {
             (1, 0) => PageKind::Raw,
             (2, 0) => PageKind::Lz4,
             (3, 0) => PageKind::Delta,
+            (4, 0) => PageKind::Live,
             _ => {
                 let text = format!("Pages: a run of kind {kind}/{zero}");
                 return Err(FrameError::Invalid(text));

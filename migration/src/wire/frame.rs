@@ -245,6 +245,8 @@ const READ_AHEAD_BYTES: usize = 64 << 10;
 /// Takes frames out of a stream of bytes. After a timeout it goes on where it was.
 #[derive(Debug, Default)]
 pub struct FrameReader {
+    /// Whether no more is asked for than the frame has.
+    is_exact: bool,
     buffer: Vec<u8>,
     /// Start of what is not consumed yet.
     start: usize,
@@ -306,6 +308,18 @@ impl FrameReader {
         Ok(from.read_exact(rest)?)
     }
 
+    /// From now on asks for no more than a frame has, so that what follows it can be read by
+    /// others.
+    pub fn read_exactly(&mut self) {
+        self.is_exact = true;
+    }
+
+    /// Whether everything that was read ahead has been taken.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.unread().is_empty()
+    }
+
     /// Takes up to `limit` bytes of what was read ahead.
     fn take_ahead(&mut self, limit: usize) -> &[u8] {
         let count = limit.min(self.buffer.len() - self.start);
@@ -327,7 +341,8 @@ impl FrameReader {
         self.start = 0;
         while self.buffer.len() < wanted {
             let have = self.buffer.len();
-            let room = wanted.max(READ_AHEAD_BYTES) - have;
+            let wished = if self.is_exact { 0 } else { READ_AHEAD_BYTES };
+            let room = wanted.max(wished) - have;
             // Grown as bytes come, so that a header alone cannot make this side allocate much.
             let room = room.min(READ_AHEAD_BYTES.max(have));
             self.buffer.resize(have + room, 0);

@@ -1,11 +1,14 @@
 //! Which version of the protocol two builds speak with each other.
 
 /// Newest protocol version that this build speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Oldest protocol version that this build speaks: always the one before the newest, once there
 /// is one.
 pub const OLDEST_VERSION: u16 = 1;
+
+/// First version in which pages travel as [`super::PageKind::Live`].
+pub const LIVE_PAGES_VERSION: u16 = 2;
 
 /// Versions that a build speaks, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

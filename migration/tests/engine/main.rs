@@ -5,6 +5,7 @@ mod distance;
 mod failures;
 mod faults;
 mod good;
+mod live;
 mod postcopy;
 mod relink;
 mod timeout;

@@ -5,6 +5,7 @@ mod discard;
 mod holes;
 mod layout;
 mod ram;
+mod transfer;
 mod userfault;
 
 pub use backing::{HugePages, check_huge_tmpfs};
@@ -15,4 +16,5 @@ pub(crate) use layout::{
 };
 pub use layout::{Layout, LayoutError, RamRange};
 pub use ram::{MemoryError, RamOptions, allocate};
+pub use transfer::{receive_pages, send_pages};
 pub use userfault::{Userfault, UserfaultError, check_userfault};

@@ -1,0 +1,197 @@
+//! Data connections that are sockets: pages go from memory to memory.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use migration::PageIndex;
+use migration::destination::{DestinationError, DestinationOptions, Received, receive};
+use migration::handoff::Outcome;
+use migration::ports::{Accept, Breaker, Channel, Dial};
+use migration::source::{EncodingChoice, Parts, SourceReport, migrate};
+use migration::testing::pair;
+
+use crate::good::beside_a_guest;
+use crate::world::{PATIENCE, World, run};
+
+struct Socket(UnixStream);
+
+impl Read for Socket {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.write(buf)
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(bufs)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Channel for Socket {
+    fn set_timeout(&mut self, timeout: Duration) -> io::Result<()> {
+        self.0.set_read_timeout(Some(timeout))
+    }
+
+    fn breaker(&self) -> Arc<dyn Breaker> {
+        Arc::new(SocketBreaker(self.0.try_clone().expect("a descriptor")))
+    }
+
+    fn is_congested(&self) -> bool {
+        false
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+}
+
+struct SocketBreaker(UnixStream);
+
+impl Breaker for SocketBreaker {
+    fn break_off(&self) {
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+struct Dialer(Sender<UnixStream>);
+
+impl Dial for Dialer {
+    fn dial(&mut self, _url: Option<&str>) -> io::Result<Box<dyn Channel>> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let sent = self.0.send(theirs);
+        sent.map_err(|_| io::Error::from(io::ErrorKind::ConnectionRefused))?;
+        Ok(Box::new(Socket(ours)))
+    }
+}
+
+/// Ends each connection after `lifetime`, if there is one.
+struct Door {
+    arriving: Receiver<UnixStream>,
+    lifetime: Option<Duration>,
+}
+
+impl Accept for Door {
+    fn url(&self) -> Option<String> {
+        None
+    }
+
+    fn accept(&mut self, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        let socket = self.arriving.recv_timeout(timeout);
+        let socket = Socket(socket.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?);
+        if let Some(lifetime) = self.lifetime {
+            let breaker = socket.breaker();
+            std::thread::spawn(move || {
+                std::thread::sleep(lifetime);
+                breaker.break_off();
+            });
+        }
+        Ok(Box::new(socket))
+    }
+}
+
+fn move_over_sockets(
+    world: &mut World,
+    lifetime: Option<Duration>,
+) -> (SourceReport, Result<Received, DestinationError>) {
+    let (ours, theirs) = pair(Default::default(), Default::default());
+    let (dial, arriving) = channel();
+    let mut door = Door { arriving, lifetime };
+    let options = DestinationOptions {
+        token: b"a token".to_vec(),
+        patience: PATIENCE,
+        max_streams: 8,
+        linger: PATIENCE,
+    };
+    let guest = world.guest();
+    let cancelled = Arc::clone(&world.destination_cancelled);
+    let mut parts = Parts {
+        machine: &mut world.machine,
+        pages: &*guest.memory,
+        tracker: &*guest.tracker,
+    };
+    let host = &mut world.host;
+    std::thread::scope(|scope| {
+        let destination =
+            scope.spawn(|| receive(Box::new(theirs), &mut door, host, &options, &cancelled));
+        let mut dial = Dialer(dial);
+        let report = migrate(
+            &mut parts,
+            Box::new(ours),
+            &mut dial,
+            &world.options,
+            &world.handle,
+        );
+        (report, destination.join().expect("no panic"))
+    })
+}
+
+fn noise(bytes: &mut [u8], seed: u64) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for byte in bytes {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        *byte = state.to_be_bytes()[0];
+    }
+}
+
+#[test]
+fn pages_arrive_intact_beside_a_guest_that_writes() {
+    let touched: Vec<u64> = (0..3000)
+        .chain(10_000..12_000)
+        .filter(|page| page % 3 != 0)
+        .collect();
+    for encoding in [
+        EncodingChoice::Raw,
+        EncodingChoice::Auto,
+        EncodingChoice::Delta,
+    ] {
+        let mut world = World::new(&[run(0, 3000), run(10_000, 2000)], true);
+        world.options.encoding = encoding;
+        let guest = world.guest();
+        for page in touched.iter().filter(|page| *page % 7 != 0) {
+            guest.write(PageIndex(*page), |bytes| noise(bytes, *page));
+        }
+        let (report, _received) =
+            beside_a_guest(&guest, &touched, Duration::from_micros(20), || {
+                move_over_sockets(&mut world, None)
+            });
+        assert_eq!(report.outcome, Outcome::Surrendered, "{:?}", report.error);
+        world.check_arrived("over sockets");
+        assert!(report.pages.raw > 0, "{:?}", report.pages);
+        if encoding == EncodingChoice::Raw {
+            assert_eq!(report.pages.lz4 + report.pages.delta, 0);
+        }
+    }
+}
+
+#[test]
+fn sockets_that_break_leave_the_source_running() {
+    for lifetime_us in [0, 300, 1000, 3000] {
+        let mut world = World::new(&[run(0, 20_000)], true);
+        world.options.encoding = EncodingChoice::Raw;
+        let guest = world.guest();
+        for page in 0..20_000 {
+            guest.write(PageIndex(page), |bytes| bytes[9] = 1);
+        }
+        let (report, _received) =
+            move_over_sockets(&mut world, Some(Duration::from_micros(lifetime_us)));
+        let what = format!("{lifetime_us} us: {:?}", report.error);
+        assert!(matches!(report.outcome, Outcome::Resumed(_)), "{what}");
+        assert!(!guest.tracker.is_logging(), "{what}");
+        world.retry(&what);
+    }
+}
