@@ -199,7 +199,7 @@ fn encode(encoder: &mut Encoder, pages: &Pages, zeroes: &[PageRun], how: Encodin
 }
 
 fn encode_live(encoder: &mut Encoder, number: u64, bytes: &[u8]) -> Vec<u8> {
-    let run = PageRun::new(PageIndex(number), 1).unwrap();
+    let run = PageRun::new(PageIndex(number), 1).expect("a page");
     let mut frame = Vec::new();
     encoder.encode_live(PageIndex(REGION.0), &[run], &[], &mut frame);
     frame.extend_from_slice(bytes);

@@ -156,6 +156,10 @@ impl PageStore for FakeMemory {
     }
 }
 
+fn room_for(run: PageRun) -> Vec<u8> {
+    vec![0; usize::try_from(run.bytes()).expect("a test's memory")]
+}
+
 impl DirectPages for FakeMemory {
     fn zeroes(&self, run: PageRun) -> Result<u64, PortError> {
         self.check(run)?;
@@ -174,7 +178,7 @@ impl DirectPages for FakeMemory {
         let mut socket = File::from(socket.try_clone_to_owned()?);
         socket.write_all(head)?;
         for run in runs {
-            let mut pages = vec![0; run.count as usize * PAGE];
+            let mut pages = room_for(*run);
             self.read(*run, &mut pages).map_err(io::Error::other)?;
             socket.write_all(&pages)?;
         }
@@ -188,7 +192,7 @@ impl DirectPages for FakeMemory {
     fn receive(&self, runs: &[PageRun], socket: BorrowedFd<'_>) -> io::Result<()> {
         let mut socket = File::from(socket.try_clone_to_owned()?);
         for run in runs {
-            let mut pages = vec![0; run.count as usize * PAGE];
+            let mut pages = room_for(*run);
             socket.read_exact(&mut pages)?;
             self.write(*run, &pages).map_err(io::Error::other)?;
         }

@@ -12,6 +12,7 @@ use migration::codec::is_zero;
 use migration::ports::{DirectPages, PageStore, PortError};
 use migration::{PAGE_BYTES, PageIndex, PageRun};
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
@@ -23,8 +24,11 @@ use crate::memory::{DataMap, receive_pages, send_pages};
 /// CPUs of a host on which a migration's threads need not wait for each other.
 const SPARE_CPUS: usize = 8;
 
+/// [`PAGE_BYTES`] as a length.
+const PAGE: usize = 4096;
+
 /// Where words of a page are looked at first.
-const PROBES: [usize; 4] = [0, 1024, 2048, 4088];
+const PROBES: [u64; 4] = [0, 1024, 2048, 4088];
 
 /// Guest RAM as the engine reads and writes it.
 pub struct RamPages {
@@ -156,27 +160,23 @@ impl PageStore for RamPages {
 
 impl DirectPages for RamPages {
     fn zeroes(&self, run: PageRun) -> Result<u64, PortError> {
-        let mut page = [0; PAGE_BYTES as usize];
+        let mut bytes = [0; PAGE];
         let mut found = 0;
         for (at, number) in (run.start.0..run.end().0).enumerate() {
-            let run = PageRun {
+            let page = PageRun {
                 start: PageIndex(number),
                 count: 1,
             };
-            let address = Self::address(run)?;
+            let address = Self::address(page)?;
             // A few words settle nearly every page that is not, without a copy of it.
-            let is_clear = |offset: usize| {
-                let word: Result<u64, _> =
-                    self.memory.read_obj(address.unchecked_add(offset as u64));
-                word.map(|word| word == 0).map_err(|_| Self::outside(run))
-            };
-            let mut may_be = true;
-            for offset in PROBES {
-                may_be = may_be && is_clear(offset)?;
-            }
-            if may_be {
-                self.read(run, &mut page)?;
-                found |= u64::from(is_zero(&page)) << at;
+            let probes = PROBES.iter().map(|offset| {
+                let word: Result<u64, _> = self.memory.read_obj(address.unchecked_add(*offset));
+                word.map_err(|_| Self::outside(page))
+            });
+            let words: SmallVec<[u64; PROBES.len()]> = probes.collect::<Result<_, _>>()?;
+            if words.iter().all(|word| *word == 0) {
+                self.read(page, &mut bytes)?;
+                found |= u64::from(is_zero(&bytes)) << at;
             }
         }
         Ok(found)
