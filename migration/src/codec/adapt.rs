@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::encoder::Encoding;
 
 /// Memory after which a way is judged.
-const SPAN_BYTES: u64 = 2 << 20;
+const SPAN_BYTES: u64 = 1 << 20;
 
 /// Memory at the beginning of which nothing is known yet: a slow connection, too, takes the first
 /// of it at once, into its buffers.
@@ -21,16 +21,25 @@ const EARLY_BYTES: u64 = 16 << 20;
 /// some microseconds of every page's time.
 const SLOW_BYTES_PER_S: f64 = 150e6;
 
-/// Spans until the other way is tried: at first, and at most when it keeps failing.
-const FIRST_INTERVAL: u32 = 3;
-const MIN_INTERVAL: u32 = 32;
-const MAX_INTERVAL: u32 = 2048;
+/// Memory per second of one connection above which it is worth finding out soon whether pages
+/// that go as they are go faster.
+const FAST_BYTES_PER_S: f64 = 250e6;
+
+/// Spans until the other way is tried: at first, at first where pages do not go fast, and at least
+/// and most later on.
+const FIRST_INTERVAL: u32 = 2;
+const SLOW_FIRST_INTERVAL: u32 = 16;
+const MIN_INTERVAL: u32 = 64;
+const MAX_INTERVAL: u32 = 4096;
+
+/// Spans that a way is tried for.
+const TRIAL_SPANS: u32 = 2;
 
 /// How many times longer the next wait is after a failure.
 const BACK_OFF: u32 = 4;
 
 /// Spans after a change that still fill, or empty, what the connection holds.
-const SETTLE_SPANS: u32 = 2;
+const SETTLE_SPANS: u32 = 4;
 
 /// The other way must be better by this factor.
 const MARGIN: f64 = 1.05;
@@ -74,8 +83,10 @@ pub struct Adaptive {
     was_full: bool,
     /// Memory so far.
     seen_bytes: u64,
-    /// Whether `way` is only being tried.
-    trying: bool,
+    /// Spans for which `way` is still being tried, 0 when it is not.
+    trial_spans: u32,
+    /// Whether a span of this round has been judged.
+    was_judged: bool,
     /// Memory per second, plain and balanced.
     rates: [Option<f64>; 2],
     span: BatchFacts,
@@ -94,7 +105,8 @@ impl Default for Adaptive {
             way: Way::Balanced,
             was_full: false,
             seen_bytes: 0,
-            trying: false,
+            trial_spans: 0,
+            was_judged: false,
             rates: [None; 2],
             span: EMPTY,
             is_delta_rich: false,
@@ -112,11 +124,13 @@ const EMPTY: BatchFacts = BatchFacts {
 };
 
 impl Adaptive {
-    /// How the next batch travels; `is_full` tells whether the connection has no room.
-    pub fn choose(&mut self, is_full: bool) -> Encoding {
+    /// How the next batch travels; `is_full` tells whether the connection has no room, `is_known`
+    /// whether the destination has older versions of its pages.
+    pub fn choose(&mut self, is_full: bool, is_known: bool) -> Encoding {
         self.was_full |= is_full;
         match self.way {
-            Way::Balanced if is_full => Encoding::Delta,
+            // Changes are few bytes: on a link that may be slow, better than to fill it.
+            Way::Balanced if is_full || (is_known && self.keeps()) => Encoding::Delta,
             Way::Balanced | Way::Plain => Encoding::Raw,
         }
     }
@@ -178,8 +192,17 @@ impl Adaptive {
         let rate = self.rate(way);
         let mixed = rate.map_or(measured, |old| old + (measured - old) * WEIGHT);
         *rate = Some(mixed);
-        if self.trying {
-            self.trying = false;
+        if !self.was_judged {
+            self.was_judged = true;
+            if measured < FAST_BYTES_PER_S {
+                self.left = SLOW_FIRST_INTERVAL;
+            }
+        }
+        if self.trial_spans > 0 {
+            self.trial_spans -= 1;
+            if self.trial_spans > 0 {
+                return;
+            }
             let before = (*self.rate(way.other())).unwrap_or(0.0);
             if mixed > before * MARGIN {
                 self.interval = MIN_INTERVAL;
@@ -197,7 +220,7 @@ impl Adaptive {
         }
         self.left = self.left.saturating_sub(1);
         if self.left == 0 {
-            self.trying = true;
+            self.trial_spans = TRIAL_SPANS;
             self.way = way.other();
             self.settle = SETTLE_SPANS;
             // A rate from long ago says little.
@@ -248,7 +271,7 @@ mod tests {
             for _ in 0..16_384 {
                 // A connection holds 16 batches, or is full when the destination starves.
                 let is_full = backlog > 16.0 * BATCH / self.link || self.shared.is_some();
-                let packed = adaptive.choose(is_full) == Encoding::Delta;
+                let packed = adaptive.choose(is_full, false) == Encoding::Delta;
                 let (cpu, link) = self.costs(packed);
                 let room = 17.0 * BATCH / self.link;
                 let wait = (backlog + link - room).max(0.0).max(cpu);
@@ -298,7 +321,7 @@ mod tests {
     fn a_link_with_room_gets_pages_as_they_are() {
         let mut adaptive = Adaptive::default();
         for _ in 0..10_000 {
-            assert_eq!(adaptive.choose(false), Encoding::Raw);
+            assert_eq!(adaptive.choose(false, false), Encoding::Raw);
             assert_eq!(adaptive.keeps(), adaptive.seen_bytes < EARLY_BYTES);
             adaptive.note(&BatchFacts {
                 bytes: 262_144,
@@ -309,7 +332,7 @@ mod tests {
     }
 
     fn noted(adaptive: &mut Adaptive, bytes_per_s: f64) -> Encoding {
-        let encoding = adaptive.choose(true);
+        let encoding = adaptive.choose(true, false);
         adaptive.note(&BatchFacts {
             bytes: 262_144,
             delta_bytes: 0,
@@ -336,10 +359,27 @@ mod tests {
     }
 
     #[test]
+    fn changes_go_to_a_link_that_may_be_slow_also_when_it_has_room() {
+        let mut adaptive = Adaptive::default();
+        assert_eq!(adaptive.choose(false, true), Encoding::Delta);
+        for _ in 0..1000 {
+            noted(&mut adaptive, 60e6);
+        }
+        adaptive.begin_round();
+        assert_eq!(adaptive.choose(false, true), Encoding::Delta);
+        assert_eq!(adaptive.choose(false, false), Encoding::Raw);
+        // Until it has shown that it is fast.
+        while adaptive.keeps() {
+            noted(&mut adaptive, 900e6);
+        }
+        assert_eq!(adaptive.choose(false, true), Encoding::Raw);
+    }
+
+    #[test]
     fn what_goes_as_changes_is_not_risked() {
         let mut adaptive = Adaptive::default();
         for _ in 0..10_000 {
-            assert_eq!(adaptive.choose(true), Encoding::Delta);
+            assert_eq!(adaptive.choose(true, false), Encoding::Delta);
             assert!(adaptive.keeps(), "a moment of room loses no versions");
             adaptive.note(&BatchFacts {
                 bytes: 262_144,

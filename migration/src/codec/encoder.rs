@@ -103,14 +103,18 @@ impl Encoder {
         self.cache.bytes()
     }
 
-    /// Whether trying to make the pages of `runs` smaller is not worth it: the last ones did not
-    /// get smaller, and no older version of these is known. Now and then it says no all the same,
-    /// to see whether that is still so.
-    pub fn expects_nothing(&mut self, runs: &[PageRun]) -> bool {
+    /// Whether an older version of any page of `runs` is known.
+    #[must_use]
+    pub fn knows_any(&self, runs: &[PageRun]) -> bool {
         let mut pages = runs.iter().flat_map(|run| run.start.0..run.end().0);
-        let is_known =
-            self.cache.bytes() > 0 && pages.any(|page| self.cache.contains(PageIndex(page)));
-        if is_known || self.futile_blocks < PATIENCE_BLOCKS {
+        self.cache.bytes() > 0 && pages.any(|page| self.cache.contains(PageIndex(page)))
+    }
+
+    /// Whether trying to make pages smaller of which no older version is known is not worth it: the
+    /// last ones did not get smaller. Now and then it says no all the same, to see whether that is
+    /// still so.
+    pub fn expects_nothing(&mut self) -> bool {
+        if self.futile_blocks < PATIENCE_BLOCKS {
             return false;
         }
         self.skipped_batches = (self.skipped_batches + 1) % PROBE_INTERVAL_BATCHES;

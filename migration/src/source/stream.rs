@@ -297,7 +297,9 @@ impl<'a> Stream<'a> {
         (pages, zeroes): (u64, u64),
     ) -> Result<(), SourceError> {
         let begin = Instant::now();
-        let encoding = match self.choose() {
+        let runs: Vec<_> = runs_of(base, pages).collect();
+        let is_known = self.encoder.knows_any(&runs);
+        let encoding = match self.choose(is_known) {
             Encoding::Delta if plan.whole => Encoding::Lz4,
             encoding => encoding,
         };
@@ -307,10 +309,10 @@ impl<'a> Stream<'a> {
             .direct
             .filter(|_| self.channel.socket().is_some());
         let counts = match direct {
-            Some(direct) if self.goes_live(encoding, base, pages) => {
+            Some(direct) if self.goes_live(encoding, is_known) => {
                 self.send_live(direct, base, (pages, zeroes))?
             }
-            _ => self.send_copied(encoding, base, (pages, zeroes))?,
+            _ => self.send_copied(encoding, (base, &runs), zeroes)?,
         };
         let totals = &self.shared.totals;
         totals.note_cache(cached, self.encoder.cache_bytes());
@@ -325,15 +327,14 @@ impl<'a> Stream<'a> {
     }
 
     /// Whether nothing is to be done with pages but sending them.
-    fn goes_live(&mut self, encoding: Encoding, base: PageIndex, pages: u64) -> bool {
+    fn goes_live(&mut self, encoding: Encoding, is_known: bool) -> bool {
         if self.encoder.keeps_raw() {
             return false;
         }
         match (encoding, self.shared.encoding) {
             (Encoding::Raw, _) => true,
             (Encoding::Lz4 | Encoding::Delta, EncodingChoice::Auto) => {
-                let runs: Vec<_> = runs_of(base, pages).collect();
-                self.encoder.expects_nothing(&runs)
+                !is_known && self.encoder.expects_nothing()
             }
             _ => false,
         }
@@ -343,17 +344,17 @@ impl<'a> Stream<'a> {
     fn send_copied(
         &mut self,
         encoding: Encoding,
-        base: PageIndex,
-        (pages, zeroes): (u64, u64),
+        (base, runs): (PageIndex, &[PageRun]),
+        zeroes: u64,
     ) -> Result<PageMix, SourceError> {
-        let runs: Vec<_> = runs_of(base, pages).collect();
         let zeroes: Vec<_> = runs_of(base, zeroes).collect();
-        let bytes = pages.count_ones() as usize * crate::codec::PAGE;
+        let bytes: u64 = runs.iter().map(PageRun::bytes).sum();
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         let buffer = self.buffer.get_mut(..bytes).unwrap_or_default();
-        read_runs(self.shared.pages, &runs, buffer)?;
+        read_runs(self.shared.pages, runs, buffer)?;
         let (counts, raw) = self.encoder.encode(
             base,
-            (&runs, self.buffer.get(..bytes).unwrap_or_default()),
+            (runs, self.buffer.get(..bytes).unwrap_or_default()),
             &zeroes,
             encoding,
             &mut self.out,
@@ -395,7 +396,7 @@ impl<'a> Stream<'a> {
     }
 
     /// How the next batch travels.
-    fn choose(&mut self) -> Encoding {
+    fn choose(&mut self, is_known: bool) -> Encoding {
         // A limit that was asked for is as good a reason as a slow link.
         let congested = self.was_paced || self.channel.is_congested();
         let totals = &self.shared.totals;
@@ -408,7 +409,7 @@ impl<'a> Stream<'a> {
             EncodingChoice::Lz4 => Encoding::Lz4,
             EncodingChoice::Delta => Encoding::Delta,
             EncodingChoice::Auto => {
-                let encoding = self.adaptive.choose(congested);
+                let encoding = self.adaptive.choose(congested, is_known);
                 self.encoder.keep_raw(self.adaptive.keeps());
                 encoding
             }
