@@ -23,12 +23,13 @@ const SLOW_BYTES_PER_S: f64 = 150e6;
 
 /// Memory per second of one connection above which it is worth finding out soon whether pages
 /// that go as they are go faster.
-const FAST_BYTES_PER_S: f64 = 250e6;
+const FAST_BYTES_PER_S: f64 = 200e6;
 
-/// Spans until the other way is tried: at first, at first where pages do not go fast, and at least
-/// and most later on.
+/// Spans until the other way is tried: at first, where pages do not go fast, and at least and most
+/// later on. A slow connection pays most for a trial, and gains by it only when CPUs are slower
+/// still.
 const FIRST_INTERVAL: u32 = 2;
-const SLOW_FIRST_INTERVAL: u32 = 16;
+const SLOW_INTERVAL: u32 = 64;
 const MIN_INTERVAL: u32 = 64;
 const MAX_INTERVAL: u32 = 4096;
 
@@ -195,7 +196,7 @@ impl Adaptive {
         if !self.was_judged {
             self.was_judged = true;
             if measured < FAST_BYTES_PER_S {
-                self.left = SLOW_FIRST_INTERVAL;
+                self.left = SLOW_INTERVAL;
             }
         }
         if self.trial_spans > 0 {

@@ -43,9 +43,20 @@ fn wait(socket: BorrowedFd<'_>, events: libc::c_short, deadline: Instant) -> io:
     }
 }
 
-/// Whether a write would wait now. A broken connection does not make anybody wait.
+/// Bytes that wait to be sent from which on a connection is full: they keep the network busy while
+/// the next ones are made smaller.
+const FULL_BYTES: libc::c_int = 16 << 10;
+
+/// `SIOCOUTQNSD` (linux/sockios.h): bytes that TCP has not sent yet.
+const SIOCOUTQNSD: libc::c_ulong = 0x894b;
+
+/// Whether more waits to be sent than keeps the network busy, or a write would wait. A broken
+/// connection does not make anybody wait.
 pub(super) fn is_full(socket: BorrowedFd<'_>) -> bool {
-    matches!(poll(socket, libc::POLLOUT, 0), Ok(0))
+    let mut unsent: libc::c_int = 0;
+    // SAFETY: the request writes one int. A socket other than TCP's refuses it.
+    unsafe { libc::ioctl(socket.as_raw_fd(), SIOCOUTQNSD, &raw mut unsent) };
+    unsent > FULL_BYTES || matches!(poll(socket, libc::POLLOUT, 0), Ok(0))
 }
 
 /// The events that happened, of those asked for and the exceptional ones.

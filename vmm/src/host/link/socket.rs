@@ -15,6 +15,10 @@ use super::poll;
 pub(super) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Most buffers of one system call (`IOV_MAX`, limits.h).
 const BUFFERS_MAX: usize = 1024;
+/// Bytes that the kernel takes beyond what the network has taken (`TCP_NOTSENT_LOWAT`). It would
+/// take several MiB: a slow connection would seem a fast one for as long, and what is urgent would
+/// queue behind them.
+const UNSENT_MAX_BYTES: u32 = 512 << 10;
 /// When and how often the kernel asks an idle peer whether it is still there.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -100,6 +104,7 @@ pub(super) fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_nonblocking(false)?;
     if !is_unix(socket)? {
         socket.set_tcp_nodelay(true)?;
+        socket.set_tcp_notsent_lowat(UNSENT_MAX_BYTES)?;
         let keepalive = TcpKeepalive::new()
             .with_time(KEEPALIVE_IDLE)
             .with_interval(KEEPALIVE_INTERVAL)
