@@ -120,10 +120,16 @@ fn huge_tmpfs_file() -> io::Result<File> {
     let fd = unsafe { libc::openat(mount.as_raw_fd(), NAME.as_ptr(), flags, 0o600) };
     let file = owned(fd.into())?;
     // SAFETY: as above.
-    match unsafe { libc::unlinkat(mount.as_raw_fd(), NAME.as_ptr(), 0) } {
-        0 => Ok(File::from(file)),
-        _ => Err(io::Error::last_os_error()),
+    let unlinked = unsafe { libc::unlinkat(mount.as_raw_fd(), NAME.as_ptr(), 0) };
+    if unlinked != 0 {
+        return Err(io::Error::last_os_error());
     }
+    // The kernel waits some milliseconds before it gives a mount up, which a guest that starts or
+    // arrives need not. Without a thread it is given up here.
+    let _ = std::thread::Builder::new()
+        .name("unmount".to_owned())
+        .spawn(move || drop(mount));
+    Ok(File::from(file))
 }
 
 fn fsconfig(
