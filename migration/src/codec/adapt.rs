@@ -30,7 +30,7 @@ const FAST_BYTES_PER_S: f64 = 200e6;
 /// still.
 const FIRST_INTERVAL: u32 = 2;
 const SLOW_INTERVAL: u32 = 64;
-const MIN_INTERVAL: u32 = 64;
+const MIN_INTERVAL: u32 = 256;
 const MAX_INTERVAL: u32 = 4096;
 
 /// Spans that a way is tried for.
