@@ -35,7 +35,7 @@ pub(super) fn connect<'d>(
     let wait = |control: &mut Control, time| control.receive(time, || handle.is_cancelled());
     let ours = Versions::OURS;
     let asked = Instant::now();
-    control.send(&Message::Hello(Hello {
+    control.tell(&Message::Hello(Hello {
         magic: MAGIC.to_owned(),
         oldest: ours.oldest,
         newest: ours.newest,
@@ -55,7 +55,7 @@ pub(super) fn connect<'d>(
     }
     let postcopy = options.on_timeout == OnTimeout::Postcopy;
     let regions = parts.pages.regions();
-    control.send(&Message::Offer(Offer {
+    control.tell(&Message::Offer(Offer {
         skeleton: parts.machine.skeleton()?,
         regions: regions.iter().map(|run| (run.start.0, run.count)).collect(),
         streams: options.streams,

@@ -31,6 +31,19 @@ impl Control {
         Ok(message.send(&mut *self.channel)?)
     }
 
+    /// The same for a peer that may have given up meanwhile: it has said why before it closed, and
+    /// that may still be there to be read.
+    pub(super) fn tell(&mut self, message: &Message) -> Result<(), SourceError> {
+        let Err(error) = self.send(message) else {
+            return Ok(());
+        };
+        match self.poll(TICK) {
+            Ok(Some(Message::Abort(reasons))) => Err(SourceError::Peer(reasons.reasons.join("; "))),
+            Ok(Some(Message::Refuse(refuse))) => Err(SourceError::Refused(refuse.reasons)),
+            _ => Err(error.into()),
+        }
+    }
+
     /// Sends bytes of frames.
     pub(super) fn send_bytes(&mut self, frames: &[u8]) -> Result<(), FrameError> {
         self.channel.set_timeout(self.patience)?;

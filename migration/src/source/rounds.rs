@@ -247,7 +247,7 @@ impl<'a> Rounds<'a> {
         self.number += 1;
         let pages = dirty.iter().map(DirtyBitmap::count).sum();
         let number = self.number;
-        control.send(&Message::Round(Round { number, pages }))?;
+        control.tell(&Message::Round(Round { number, pages }))?;
         self.sign_of_life = Instant::now();
         self.handle.update(|progress| progress.round = number);
         let begin = self.tally();
@@ -377,7 +377,7 @@ impl<'a> Rounds<'a> {
     ) -> Result<(), SourceError> {
         if self.sign_of_life.elapsed() >= SIGN_OF_LIFE {
             let number = self.number;
-            control.send(&Message::Round(Round { number, pages }))?;
+            control.tell(&Message::Round(Round { number, pages }))?;
             self.sign_of_life = Instant::now();
         }
         Ok(())

@@ -87,6 +87,18 @@ fn a_destination_that_is_cancelled_says_so() {
     assert!(matches!(end.report.error, Some(SourceError::Peer(_))));
 }
 
+/// Its connection is closed when the source says its first word; why can still be read.
+#[test]
+fn a_destination_that_was_cancelled_before_has_said_so() {
+    let mut world = World::small(true);
+    world.destination_cancelled.store(true, Ordering::SeqCst);
+    world.source_is_late = true;
+    let end = world.migrate(&Wiring::clean());
+    world.check(&end, "cancelled there");
+    let error = end.report.error;
+    assert!(matches!(error, Some(SourceError::Peer(_))), "{error:?}");
+}
+
 /// A stream that waits for room is woken up.
 #[test]
 fn a_cancel_does_not_wait_for_a_full_connection() {

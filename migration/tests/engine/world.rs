@@ -53,6 +53,8 @@ pub(crate) struct World {
     pub(crate) destination_cancelled: Arc<AtomicBool>,
     pub(crate) destination_ended: Arc<AtomicBool>,
     pub(crate) lockable: bool,
+    /// The source begins when the destination has ended.
+    pub(crate) source_is_late: bool,
     /// Where strangers can connect while a machine is on its way.
     pub(crate) entrance: Arc<Mutex<Option<Sender<FakeChannel>>>>,
 }
@@ -112,6 +114,7 @@ impl World {
             destination_cancelled: Arc::default(),
             destination_ended: Arc::default(),
             lockable,
+            source_is_late: false,
             entrance: Arc::default(),
         }
     }
@@ -188,6 +191,9 @@ impl World {
                 ended.store(true, Ordering::SeqCst);
                 (received, begin.elapsed())
             });
+            while self.source_is_late && !self.destination_ended.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
             let channel = Box::new(ours);
             let report = migrate(&mut parts, channel, &mut dial, &self.options, &self.handle);
             // A process that ends takes its connections with it.
