@@ -317,15 +317,16 @@ impl Vm {
         Ok(stdin.flush()?)
     }
 
-    /// Waits until the control socket answers.
+    /// Waits until the VM answers: then all that its configuration names is open. The socket
+    /// alone takes connections earlier, as soon as the name is claimed.
     ///
     /// # Errors
     /// When it does not in time, or the process ends.
     pub fn wait_control(&mut self, limit: Duration) -> anyhow::Result<()> {
         let deadline = Instant::now() + limit;
-        let socket = self.control.socket();
-        let connects = || std::os::unix::net::UnixStream::connect(socket).ok();
-        if process::wait_until(deadline, connects).is_none() {
+        let answers = || self.control.state().ok();
+        if process::wait_until(deadline, answers).is_none() {
+            let socket = self.control.socket();
             bail!("{} does not answer; {}", socket.display(), self.said());
         }
         Ok(())
