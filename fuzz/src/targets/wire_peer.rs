@@ -9,7 +9,7 @@ use migration::handoff::{Cause, Outcome};
 use migration::progress::{MigrationHandle, Phase, Tuning};
 use migration::source::{EncodingChoice, OnTimeout, Parts, SourceOptions, migrate};
 use migration::testing::{Copies, Failures, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side};
-use migration::wire::Message;
+use migration::wire::{Message, Versions};
 use migration::wire::frame::HEADER_BYTES;
 use migration::wire::message::{
     Attach, Commit, Complete, Hello, MAGIC, Missing, Offer, Prepare, Prepared, Reasons, Round,
@@ -63,6 +63,7 @@ fn destination([control, data @ ..]: &[Vec<u8>; 4]) {
     let mut host = FakeHost::new(vec![region()], &disk, &copies, &Failures::default());
     let mut accept = ScriptedPeers::new(data);
     let options = DestinationOptions {
+        versions: Versions::OURS,
         token: TOKEN.to_vec(),
         patience: PATIENCE,
         max_streams: 2,

@@ -5,11 +5,13 @@ use std::time::Duration;
 use crate::codec::DecodeError;
 use crate::handoff::{Cause, Reason};
 use crate::ports::{Incoming, PortError};
-use crate::wire::FrameError;
+use crate::wire::{FrameError, Versions};
 
 /// How a destination behaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DestinationOptions {
+    /// Versions of the protocol that it speaks: [`Versions::OURS`], or fewer.
+    pub versions: Versions,
     /// Shown by data connections; unguessable.
     pub token: Vec<u8>,
     /// How long the source may be silent.

@@ -111,7 +111,7 @@ fn greet(
         let text = "it does not introduce itself as a migration's source".to_owned();
         return Err(DestinationError::Protocol(text));
     }
-    let version = Versions::OURS.choose(Versions { oldest, newest });
+    let version = options.versions.choose(Versions { oldest, newest });
     let version = version.map_err(|error| DestinationError::Refused(vec![error.to_string()]))?;
     control.send(&Message::Welcome(Welcome {
         version,

@@ -18,6 +18,7 @@ pub struct FakeMemory {
     regions: Vec<PageRun>,
     pages: Mutex<BTreeMap<u64, Vec<u8>>>,
     hole_reads: AtomicU64,
+    live_batches: AtomicU64,
     after_read: Mutex<Option<ReadHook>>,
 }
 
@@ -41,6 +42,7 @@ impl FakeMemory {
             regions,
             pages: Mutex::default(),
             hole_reads: AtomicU64::new(0),
+            live_batches: AtomicU64::new(0),
             after_read: Mutex::default(),
         }
     }
@@ -71,6 +73,12 @@ impl FakeMemory {
     #[must_use]
     pub fn hole_reads(&self) -> u64 {
         self.hole_reads.load(Ordering::SeqCst)
+    }
+
+    /// Batches of pages that went into a socket in place.
+    #[must_use]
+    pub fn live_batches(&self) -> u64 {
+        self.live_batches.load(Ordering::SeqCst)
     }
 
     /// Calls `hook` each time right after pages were read.
@@ -175,6 +183,7 @@ impl DirectPages for FakeMemory {
     }
 
     fn send(&self, head: &[u8], runs: &[PageRun], socket: BorrowedFd<'_>) -> io::Result<()> {
+        self.live_batches.fetch_add(1, Ordering::SeqCst);
         let mut socket = File::from(socket.try_clone_to_owned()?);
         socket.write_all(head)?;
         for run in runs {

@@ -4,8 +4,8 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use migration::PageIndex;
@@ -14,6 +14,7 @@ use migration::handoff::Outcome;
 use migration::ports::{Accept, Breaker, Channel, Dial};
 use migration::source::{EncodingChoice, Parts, SourceReport, migrate};
 use migration::testing::pair;
+use migration::wire::{LIVE_PAGES_VERSION, Versions};
 
 use crate::good::beside_a_guest;
 use crate::world::{PATIENCE, World, run};
@@ -66,22 +67,26 @@ impl Breaker for SocketBreaker {
     }
 }
 
-struct Dialer(Sender<UnixStream>);
+/// Breaks off all connections of a migration.
+type Breakers = Arc<Mutex<Vec<Arc<dyn Breaker>>>>;
+
+struct Dialer {
+    door: Sender<UnixStream>,
+    breakers: Breakers,
+}
 
 impl Dial for Dialer {
     fn dial(&mut self, _url: Option<&str>) -> io::Result<Box<dyn Channel>> {
         let (ours, theirs) = UnixStream::pair()?;
-        let sent = self.0.send(theirs);
+        let sent = self.door.send(theirs);
         sent.map_err(|_| io::Error::from(io::ErrorKind::ConnectionRefused))?;
-        Ok(Box::new(Socket(ours)))
+        let ours = Socket(ours);
+        self.breakers.lock().expect("no panic").push(ours.breaker());
+        Ok(Box::new(ours))
     }
 }
 
-/// Ends each connection after `lifetime`, if there is one.
-struct Door {
-    arriving: Receiver<UnixStream>,
-    lifetime: Option<Duration>,
-}
+struct Door(Receiver<UnixStream>);
 
 impl Accept for Door {
     fn url(&self) -> Option<String> {
@@ -89,33 +94,43 @@ impl Accept for Door {
     }
 
     fn accept(&mut self, timeout: Duration) -> io::Result<Box<dyn Channel>> {
-        let socket = self.arriving.recv_timeout(timeout);
+        let socket = self.0.recv_timeout(timeout);
         let socket = Socket(socket.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?);
-        if let Some(lifetime) = self.lifetime {
-            let breaker = socket.breaker();
-            std::thread::spawn(move || {
-                std::thread::sleep(lifetime);
-                breaker.break_off();
-            });
-        }
         Ok(Box::new(socket))
     }
 }
 
+/// Moves the machine to a destination that speaks `versions`. Data connections break when the
+/// source has read `break_at` batches, if it is given.
 fn move_over_sockets(
     world: &mut World,
-    lifetime: Option<Duration>,
+    versions: Versions,
+    break_at: Option<u64>,
 ) -> (SourceReport, Result<Received, DestinationError>) {
     let (ours, theirs) = pair(Default::default(), Default::default());
     let (dial, arriving) = channel();
-    let mut door = Door { arriving, lifetime };
+    let mut door = Door(arriving);
+    let breakers = Breakers::default();
+    let mut dial = Dialer {
+        door: dial,
+        breakers: Arc::clone(&breakers),
+    };
     let options = DestinationOptions {
+        versions,
         token: b"a token".to_vec(),
         patience: PATIENCE,
         max_streams: 8,
         linger: PATIENCE,
     };
     let guest = world.guest();
+    let mut batches = 0;
+    guest.memory.after_read(move |_| {
+        batches += 1;
+        if Some(batches) == break_at {
+            let breakers = breakers.lock().expect("no panic");
+            breakers.iter().for_each(|breaker| breaker.break_off());
+        }
+    });
     let cancelled = Arc::clone(&world.destination_cancelled);
     let mut parts = Parts {
         machine: &mut world.machine,
@@ -126,7 +141,6 @@ fn move_over_sockets(
     std::thread::scope(|scope| {
         let destination =
             scope.spawn(|| receive(Box::new(theirs), &mut door, host, &options, &cancelled));
-        let mut dial = Dialer(dial);
         let report = migrate(
             &mut parts,
             Box::new(ours),
@@ -167,31 +181,55 @@ fn pages_arrive_intact_beside_a_guest_that_writes() {
         }
         let (report, _received) =
             beside_a_guest(&guest, &touched, Duration::from_micros(20), || {
-                move_over_sockets(&mut world, None)
+                move_over_sockets(&mut world, Versions::OURS, None)
             });
         assert_eq!(report.outcome, Outcome::Surrendered, "{:?}", report.error);
         world.check_arrived("over sockets");
         assert!(report.pages.raw > 0, "{:?}", report.pages);
+        let live = guest.memory.live_batches();
         if encoding == EncodingChoice::Raw {
             assert_eq!(report.pages.lz4 + report.pages.delta, 0);
+            assert!(live > 0, "no page was sent in place");
+        }
+        if encoding == EncodingChoice::Delta {
+            assert_eq!(live, 0, "a delta needs a copy of what went before");
         }
     }
 }
 
 #[test]
 fn sockets_that_break_leave_the_source_running() {
-    for lifetime_us in [0, 300, 1000, 3000] {
+    // 313 batches of up to 64 pages, by two streams.
+    for break_at in [1, 2, 100, 312, 313] {
         let mut world = World::new(&[run(0, 20_000)], true);
         world.options.encoding = EncodingChoice::Raw;
         let guest = world.guest();
         for page in 0..20_000 {
             guest.write(PageIndex(page), |bytes| bytes[9] = 1);
         }
-        let (report, _received) =
-            move_over_sockets(&mut world, Some(Duration::from_micros(lifetime_us)));
-        let what = format!("{lifetime_us} us: {:?}", report.error);
+        let (report, _received) = move_over_sockets(&mut world, Versions::OURS, Some(break_at));
+        let what = format!("batch {break_at}: {:?}", report.error);
         assert!(matches!(report.outcome, Outcome::Resumed(_)), "{what}");
         assert!(!guest.tracker.is_logging(), "{what}");
         world.retry(&what);
     }
+}
+
+#[test]
+fn destination_that_does_not_know_of_live_pages_gets_none() {
+    let mut world = World::new(&[run(0, 3000)], true);
+    world.options.encoding = EncodingChoice::Raw;
+    let guest = world.guest();
+    for page in 0..3000 {
+        guest.write(PageIndex(page), |bytes| noise(bytes, page));
+    }
+    let older = Versions {
+        oldest: LIVE_PAGES_VERSION - 1,
+        newest: LIVE_PAGES_VERSION - 1,
+    };
+    let (report, _received) = move_over_sockets(&mut world, older, None);
+    assert_eq!(report.outcome, Outcome::Surrendered, "{:?}", report.error);
+    world.check_arrived("to an older build");
+    assert_eq!(guest.memory.live_batches(), 0);
+    assert_eq!(report.pages.raw, 3000);
 }

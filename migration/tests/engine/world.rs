@@ -15,6 +15,7 @@ use migration::testing::{
     Copies, Failures, FakeChannel, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side, Wire,
     network, pair,
 };
+use migration::wire::Versions;
 use migration::{PageIndex, PageRun, Section};
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -169,6 +170,7 @@ impl World {
         *self.entrance.lock().expect("no panic") = Some(dial.entrance());
         dial.breakers = Arc::clone(&wiring.breakers);
         let options = DestinationOptions {
+            versions: Versions::OURS,
             token: b"a token".to_vec(),
             patience: self.patience,
             max_streams: 8,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use migration::destination::{DestinationError, DestinationOptions, receive};
 use migration::ports::{Accept, Channel};
+use migration::wire::Versions;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -299,6 +300,7 @@ impl Entrance {
         log::info!(peer:%; "a source has connected");
         let token = random_bytes().map_err(ReceiveError::Token)?;
         let options = DestinationOptions {
+            versions: Versions::OURS,
             token: token.to_vec(),
             patience: PATIENCE,
             max_streams: MAX_STREAMS,
