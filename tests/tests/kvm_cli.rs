@@ -402,11 +402,12 @@ fn resolved_configuration_starts_the_same_vm() -> Outcome {
     let spec = ground
         .vm("run=cpus cpus.ms=1")
         .cpus("2,cores=2")
-        .memory("96M");
+        .memory("96M,thp=off");
     let arguments = spec.arguments();
     let mut arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     arguments.push("--dry-run");
     let text = drover(&ground, &arguments)?;
+    assert!(text.contains("thp = false"), "{text}");
     let file = ground.scratch().write("vm.toml", &text)?;
     let file = file.display().to_string();
     assert_eq!(drover(&ground, &["run", &file, "--dry-run"])?, text);

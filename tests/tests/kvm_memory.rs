@@ -20,6 +20,28 @@ fn prefault_gives_all_memory_before_the_guest_runs() -> Outcome {
     Ok(())
 }
 
+#[test]
+fn memory_without_transparent_huge_pages_takes_what_the_guest_touches() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let spec = ground.vm("run=mem mem.mode=full").memory("64M,thp=off");
+    let mut vm = spec.start()?;
+    let memory = vm.memory()?;
+    assert_eq!(memory.preferred_page_bytes()?, 4096);
+    assert_eq!(vm.result("mem")?.number("bad")?, 0);
+    vm.wait_end(SOON)?.check()?;
+    let mut idle = ground
+        .vm("run=heartbeat")
+        .name("idle")
+        .memory("64M,thp=off")
+        .start()?;
+    idle.ready()?;
+    let taken = idle.memory()?.populated_bytes()?;
+    assert!(taken < 2 << 20, "{taken} bytes");
+    Ok(())
+}
+
 /// Free pages of the host's pool.
 fn free_huge_pages(kib: u64) -> u64 {
     let path = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/free_hugepages");

@@ -15,9 +15,13 @@ use tests::harness::vm::{SOON, Vm};
 type Outcome = anyhow::Result<()>;
 
 fn writing(ground: &Ground) -> anyhow::Result<Vm> {
+    writing_to(ground, "512M")
+}
+
+fn writing_to(ground: &Ground, memory: &str) -> anyhow::Result<Vm> {
     let cmdline = "run=dirty dirty.dirty_len=8M dirty.rate_mib_s=20 dirty.progress_ms=0 \
                    dirty.prefill=text";
-    let mut vm = ground.vm(cmdline).start_controlled()?;
+    let mut vm = ground.vm(cmdline).memory(memory).start_controlled()?;
     vm.report("command=dirty", "event", SOON)?;
     Ok(vm)
 }
@@ -75,6 +79,24 @@ fn vm_moves_whatever_the_streams_and_the_encoding() -> Outcome {
         if let Ok(count) = streams.parse::<u64>() {
             assert_eq!(report["streams"], count);
         }
+    }
+    Ok(())
+}
+
+/// On either side pages come and go otherwise when they are small, above all those that travel
+/// straight out of memory.
+#[test]
+fn vm_moves_without_transparent_huge_pages() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    for encoding in ["raw", "auto"] {
+        let vm = writing_to(&ground, "512M,thp=off")?;
+        let place = Place::new(&ground, "there").start()?;
+        let report = migrate(vm.control(), &place.url, &["--encoding", encoding])?;
+        let page_bytes = place.vm.memory()?.preferred_page_bytes()?;
+        assert_eq!(page_bytes, 4096, "{report}");
+        check_whole(place.vm)?;
     }
     Ok(())
 }

@@ -71,8 +71,8 @@ impl GuestMemory {
         bail!("process {pid} has no guest memory")
     }
 
-    /// The memory of the VM in process `pid`, which is in no file: its largest mapping, as QEMU's
-    /// is by default.
+    /// The memory of the VM in process `pid`, which is in no file, as QEMU's is by default: the
+    /// mapping of exactly `size_bytes`.
     ///
     /// # Errors
     /// When the process has no mapping of `size_bytes`.
@@ -121,6 +121,14 @@ impl GuestMemory {
     /// When the host does not say.
     pub fn populated_bytes(&self) -> anyhow::Result<u64> {
         Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    /// Bytes per page that the host gives it if it can.
+    ///
+    /// # Errors
+    /// When the host does not say.
+    pub fn preferred_page_bytes(&self) -> anyhow::Result<u64> {
+        Ok(self.file.metadata()?.blksize())
     }
 
     /// Where it differs from another VM's, as offsets in the file of words of 8 bytes; both stand

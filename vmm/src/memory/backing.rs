@@ -176,10 +176,12 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn populated_by_one_byte(options: &RamOptions) -> u64 {
+    /// What the file prefers, and what one byte takes of it.
+    fn sizes(options: &RamOptions) -> (u64, u64) {
         let file = create(8 * MIB, options).unwrap();
         file.write_all_at(&[1], 3 * MIB).unwrap();
-        file.metadata().unwrap().blocks() * 512
+        let metadata = file.metadata().unwrap();
+        (metadata.blksize(), metadata.blocks() * 512)
     }
 
     #[test]
@@ -188,15 +190,17 @@ mod tests {
             transparent_hugepages: false,
             ..RamOptions::default()
         };
-        assert_eq!(populated_by_one_byte(&small), 4096);
+        assert_eq!(sizes(&small), (4096, 4096));
+        let (preferred, taken) = sizes(&RamOptions::default());
         match check_huge_tmpfs() {
-            // The kernel falls back to small pages when it has no huge one.
             Ok(()) => {
-                assert!([4096, 2 * MIB].contains(&populated_by_one_byte(&RamOptions::default())))
+                assert_eq!(preferred, 2 * MIB);
+                // The kernel falls back to small pages when it has no huge one.
+                assert!([4096, 2 * MIB].contains(&taken), "{taken}");
             }
             Err(error) => {
                 assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
-                assert_eq!(populated_by_one_byte(&RamOptions::default()), 4096);
+                assert_eq!((preferred, taken), (4096, 4096));
             }
         }
     }

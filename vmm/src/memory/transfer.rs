@@ -11,9 +11,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use devices::GuestRam;
 use devices::memory::WriteLog;
-use migration::{PAGE_BYTES, PageRun};
+use migration::PageRun;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
 
 /// Sends `head` and then the pages of `runs`.
 ///
@@ -31,7 +33,7 @@ pub fn send_pages(
         iov_len: head.len(),
     }];
     for run in runs {
-        parts.push(part(find(ram, *run)?, *run)?);
+        parts.push(find(ram, *run)?.part()?);
     }
     while !parts.is_empty() {
         let message = message(&mut parts);
@@ -50,15 +52,10 @@ pub fn send_pages(
 /// # Errors
 /// As [`send_pages`], and [`io::ErrorKind::UnexpectedEof`] when the peer ends before.
 pub fn receive_pages(ram: &GuestRam, runs: &[PageRun], socket: BorrowedFd<'_>) -> io::Result<()> {
-    let regions: Vec<_> = runs
-        .iter()
-        .map(|run| find(ram, *run))
-        .collect::<Result<_, _>>()?;
-    let places = regions.iter().zip(runs);
-    let mut parts: Vec<_> = places
-        .clone()
-        .map(|(region, run)| part(region, *run))
-        .collect::<Result<_, _>>()?;
+    let places = runs.iter().map(|run| find(ram, *run));
+    let places: Vec<_> = places.collect::<Result<_, _>>()?;
+    let parts = places.iter().map(Place::part);
+    let mut parts: Vec<_> = parts.collect::<Result<_, _>>()?;
     while !parts.is_empty() {
         let mut message = message(&mut parts);
         let count = moved(|| {
@@ -71,41 +68,49 @@ pub fn receive_pages(ram: &GuestRam, runs: &[PageRun], socket: BorrowedFd<'_>) -
             count => advance(&mut parts, count),
         }
     }
-    for (region, run) in places {
-        let offset = run.start.0 * PAGE_BYTES - region.start_addr().0;
-        let at = usize::try_from(offset).map_err(io::Error::other)?;
-        region.bitmap().mark_dirty(at, length(*run)?);
+    for place in places {
+        let bitmap = place.region.bitmap();
+        bitmap.mark_dirty(place.offset, place.bytes);
     }
     Ok(())
 }
 
-fn find(ram: &GuestRam, run: PageRun) -> io::Result<&GuestRegionMmap<WriteLog>> {
+/// Where a run lies.
+struct Place<'a> {
+    region: &'a GuestRegionMmap<WriteLog>,
+    /// In the region.
+    offset: usize,
+    bytes: usize,
+}
+
+impl Place<'_> {
+    /// As this process maps it.
+    fn part(&self) -> io::Result<libc::iovec> {
+        let offset = MemoryRegionAddress(self.offset as u64);
+        let host = self.region.get_host_address(offset);
+        Ok(libc::iovec {
+            iov_base: host.map_err(io::Error::other)?.cast(),
+            iov_len: self.bytes,
+        })
+    }
+}
+
+fn find(ram: &GuestRam, run: PageRun) -> io::Result<Place<'_>> {
     let outside = || {
         let text = format!("pages {} to {} are not RAM", run.start.0, run.end().0);
         io::Error::new(io::ErrorKind::InvalidInput, text)
     };
     let start = run.start.gpa().ok_or_else(outside)?;
     let region = ram.find_region(GuestAddress(start)).ok_or_else(outside)?;
-    match start - region.start_addr().0 + run.bytes() <= region.len() {
-        true => Ok(region),
-        false => Err(outside()),
+    let offset = start - region.start_addr().0;
+    if offset + run.bytes() > region.len() {
+        return Err(outside());
     }
-}
-
-/// The pages as this process maps them. The run lies within the region.
-fn part(region: &GuestRegionMmap<WriteLog>, run: PageRun) -> io::Result<libc::iovec> {
-    let offset = run.start.0 * PAGE_BYTES - region.start_addr().0;
-    let host = region
-        .get_host_address(vm_memory::MemoryRegionAddress(offset))
-        .map_err(io::Error::other)?;
-    Ok(libc::iovec {
-        iov_base: host.cast(),
-        iov_len: length(run)?,
+    Ok(Place {
+        region,
+        offset: usize::try_from(offset).map_err(io::Error::other)?,
+        bytes: usize::try_from(run.bytes()).map_err(io::Error::other)?,
     })
-}
-
-fn length(run: PageRun) -> io::Result<usize> {
-    usize::try_from(run.bytes()).map_err(io::Error::other)
 }
 
 fn message(parts: &mut [libc::iovec]) -> libc::msghdr {

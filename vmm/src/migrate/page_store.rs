@@ -264,8 +264,18 @@ mod tests {
     #[test]
     fn pages_read_back_and_the_hole_below_4_gib_is_not_memory() {
         let layout = Layout::new(4 << 30, 4096, 40).unwrap();
-        let memory = Arc::new(allocate(&layout, &RamOptions::default()).unwrap());
-        let mut pages = RamPages::new(memory);
+        // Of small pages, and of huge ones where the host gives them.
+        for transparent_hugepages in [false, true] {
+            let options = RamOptions {
+                transparent_hugepages,
+                ..RamOptions::default()
+            };
+            let memory = Arc::new(allocate(&layout, &options).unwrap());
+            check_pages(RamPages::new(memory));
+        }
+    }
+
+    fn check_pages(mut pages: RamPages) {
         let run = PageRun::new(PageIndex(0x10_0000), 2).unwrap();
         pages.write(run, &[5; 8192]).unwrap();
         let mut buf = [0; 8192];

@@ -68,7 +68,7 @@ fn pages_go_from_memory_to_memory_behind_their_head() {
         });
         let mut found = Vec::new();
         for run in runs() {
-            let mut pages = vec![0; length(run).unwrap()];
+            let mut pages = vec![0; usize::try_from(run.bytes()).unwrap()];
             let start = GuestAddress(run.start.0 << 12);
             destination.read_slice(&mut pages, start).unwrap();
             found.append(&mut pages);
