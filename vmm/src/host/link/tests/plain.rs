@@ -81,6 +81,30 @@ fn peer_that_does_not_read_congests_and_times_out_and_nothing_is_lost() {
     std::fs::remove_dir_all(dir).unwrap();
 }
 
+/// What waits in this host's buffers is late for the last pages of a VM, and too long for its
+/// encoding to be chosen by.
+#[test]
+fn tcp_connection_is_congested_soon_and_holds_little() {
+    let (mut one, _silent) = pair("tcp://127.0.0.1:0");
+    one.set_timeout(Duration::from_millis(50)).unwrap();
+    let piece = pattern(64 << 10);
+    let mut taken = 0;
+    while !one.is_congested() {
+        taken += one.write(&piece).unwrap();
+    }
+    let congested_at = taken;
+    let error = loop {
+        match one.write(&piece) {
+            Ok(count) => taken += count,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    // A network that is as fast as ever would be kept busy by these meanwhile.
+    let after = taken - congested_at;
+    assert!((400 << 10..=1 << 20).contains(&after), "{after} bytes");
+}
+
 #[test]
 fn breaker_wakes_reader_writer_and_peer() {
     let dir = scratch("breaker");
