@@ -79,15 +79,25 @@ impl Dialer {
     }
 }
 
+/// Where a destination that was reached at `taken` listens for data, as it says itself. A peer may
+/// name a port or a socket, but no other host: it would be told the migration's token.
+fn beside(taken: &LinkUrl, announced: &str) -> io::Result<LinkUrl> {
+    let url: LinkUrl = announced.parse().map_err(io::Error::other)?;
+    let is_like = std::mem::discriminant(&url) == std::mem::discriminant(taken);
+    match (taken.host_port(), url.host_port()) {
+        (Some(_), Some(announced)) if is_like => Ok(taken.at_port(announced.port())),
+        (None, None) if is_like => Ok(url),
+        _ => {
+            let text = format!("{url} is no way beside {taken}: it is of another kind");
+            Err(io::Error::other(text))
+        }
+    }
+}
+
 impl Dial for Dialer {
     fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
         if let Some(url) = url {
-            let url: LinkUrl = url.parse().map_err(io::Error::other)?;
-            let first = &self.ways[0].url;
-            if std::mem::discriminant(&url) != std::mem::discriminant(first) {
-                let text = format!("{url} is no way beside {first}: it is of another kind");
-                return Err(io::Error::other(text));
-            }
+            let url = beside(&self.ways[0].url, url)?;
             let deadline = Instant::now() + CONNECT_TIME;
             return connect_one(&url, &self.security, deadline).map_err(io::Error::other);
         }
@@ -135,6 +145,24 @@ mod tests {
             ..MigrationRequest::to(urls.clone())
         };
         Dialer::new(&request, &urls[0])
+    }
+
+    #[test]
+    fn a_destination_may_name_another_port_of_its_own() {
+        for (taken, announced, expected) in [
+            ("tcp://a:1", "tcp://10.0.0.9:22", Some("tcp://a:22")),
+            ("tcp://[::1]:1", "tcp://[::1]:2", Some("tcp://[::1]:2")),
+            ("tls://a:1", "tls://b:22", Some("tls://a:22")),
+            ("tls://a:1", "tcp://a:22", None),
+            ("tcp://a:1", "unix:/run/x", None),
+            ("unix:/run/x", "unix:/run/y", Some("unix:/run/y")),
+            ("unix:/run/x", "tcp://a:22", None),
+            ("tcp://a:1", "a:22", None),
+        ] {
+            let url = beside(&taken.parse().unwrap(), announced);
+            let url = url.ok().map(|url| url.to_string());
+            assert_eq!(url.as_deref(), expected, "{taken} {announced}");
+        }
     }
 
     /// How many connections wait.

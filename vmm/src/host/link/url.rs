@@ -192,6 +192,14 @@ impl LinkUrl {
         matches!(self, Self::Tls(_))
     }
 
+    /// The same host at another port; a unix socket's as it is.
+    pub(crate) fn at_port(&self, port: u16) -> Self {
+        match self.host_port() {
+            Some(host_port) => Self::of_ip(self.is_encrypted(), host_port.with_port(port)),
+            None => self.clone(),
+        }
+    }
+
     /// A TCP or TLS address.
     pub(super) fn of_ip(encrypted: bool, host_port: HostPort) -> Self {
         if encrypted {
