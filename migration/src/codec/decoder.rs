@@ -20,6 +20,14 @@ pub enum DecodeError {
     Memory(#[from] PortError),
 }
 
+impl DecodeError {
+    /// The connection broke: what has come of it is right, and the rest may come on another.
+    #[must_use]
+    pub fn is_broken_link(&self) -> bool {
+        matches!(self, Self::Frame(FrameError::Io(_) | FrameError::Closed))
+    }
+}
+
 fn invalid(text: impl Into<String>) -> DecodeError {
     FrameError::Invalid(format!("Pages: {}", text.into())).into()
 }

@@ -11,6 +11,7 @@
 //! | `control` | the control connection |
 //! | `attach` | which connections are this migration's |
 //! | `transfer`, `stream` | the data connections' threads |
+//! | `mend` | data connections that take the place of others that broke |
 //! | `missing` | post-copy: memory while pages are missing |
 //! | `pull` | post-copy: pages that come after the machine has started |
 //! | `postcopy` | the machine runs before all of its pages are here |
@@ -19,6 +20,7 @@
 
 mod attach;
 mod control;
+mod mend;
 mod missing;
 pub mod options;
 mod postcopy;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::attach::{Door, attach};
 use super::control::{Control, TICK};
+use super::mend::Mender;
 use super::options::{DestinationError, DestinationOptions, Received};
 use super::transfer::{Ended, transfer};
 use crate::bitmap::DirtyBitmap;
@@ -164,7 +165,7 @@ pub(super) type Gathered = (Vec<Section>, Option<Vec<DirtyBitmap>>);
 /// Everything until [`Message::Prepare`], and all pages that come before it.
 pub(super) fn gather(
     control: &mut Control<'_>,
-    ended: &mut Ended,
+    (ended, mut mender): (&mut Ended, Mender<'_, '_>),
     regions: &[PageRun],
     postcopy: bool,
 ) -> Result<Gathered, DestinationError> {
@@ -172,7 +173,11 @@ pub(super) fn gather(
     let mut later = None;
     let mut bytes = 0;
     let expected = loop {
-        match control.receive(|| ended.check(Duration::ZERO))? {
+        let check = || {
+            mender.look();
+            ended.check(Duration::ZERO)
+        };
+        match control.receive(check)? {
             Message::Round(round) => {
                 log::debug!(round = round.number, pages = round.pages; "round of pre-copy");
             }
@@ -192,6 +197,7 @@ pub(super) fn gather(
             other => return Err(unexpected(&other)),
         }
     };
+    drop(mender);
     if usize::try_from(expected) != Ok(sections.len()) {
         let found = sections.len();
         let text = format!("{found} device states have come, {expected} were sent");

@@ -165,9 +165,9 @@ fn pull(
         let (results, missing) = (results.clone(), Arc::clone(missing));
         let thread = std::thread::Builder::new().name(format!("mig-{index}"));
         thread.spawn(move || {
-            let decoder = Decoder::into_used(&missing.regions());
+            let mut decoder = Decoder::into_used(&missing.regions());
             // The one who asked may have given up.
-            let _ = results.send((index, stream.drain(decoder, &*missing)));
+            let _ = results.send((index, stream.drain(&mut decoder, &*missing)));
         })?;
     }
     if let Some(stream) = priority {

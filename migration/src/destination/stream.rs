@@ -14,7 +14,7 @@ impl Stream {
     /// Writes what comes to memory.
     pub(super) fn drain(
         &mut self,
-        mut decoder: Decoder,
+        decoder: &mut Decoder,
         pages: &dyn PageStore,
     ) -> Result<(), DecodeError> {
         let prefers = pages

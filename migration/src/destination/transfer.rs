@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::attach::Door;
 use super::control::Control;
+use super::mend::Mender;
 use super::missing::Missing;
 use super::options::{DestinationError, Received};
 use super::pull::{Fetcher, Puller};
@@ -24,20 +25,21 @@ pub(super) type StreamResult = (u16, Result<(), DecodeError>);
 /// through `door`.
 pub(super) fn transfer(
     control: &mut Control<'_>,
-    door: Door<'_>,
+    mut door: Door<'_>,
     (streams, priority): (Vec<Stream>, Option<Stream>),
     machine: Box<dyn Incoming>,
 ) -> Result<Received, DestinationError> {
     let pages = machine.pages();
     let regions = &pages.regions();
     let channels = streams.iter().chain(&priority);
-    let breakers: Vec<_> = channels.map(|stream| stream.channel.breaker()).collect();
+    let mut breakers: Vec<_> = channels.map(|stream| stream.channel.breaker()).collect();
     let expected = streams.len();
     let stopped = Arc::new(AtomicBool::new(false));
     let fetcher = priority.map(|stream| Fetcher::new(stream, stopped.clone(), control.patience));
     std::thread::scope(|scope| {
         let (results, inbox) = channel();
         let mut orders = Vec::new();
+        let mut others = Vec::new();
         let spawn = |name: String, work, later| {
             let thread = std::thread::Builder::new().name(name);
             let results = results.clone();
@@ -54,7 +56,9 @@ pub(super) fn transfer(
         for (stream, index) in streams.into_iter().zip(0..) {
             let (order, later) = channel();
             orders.push(order);
-            let work = Work::Carry(stream, index, &*pages);
+            let (other, next) = channel();
+            others.push(other);
+            let work = Work::Carry(Line { stream, next }, index, &*pages);
             spawn(format!("mig-{index}"), work, later)?;
         }
         let has_fetcher = fetcher.is_some();
@@ -69,7 +73,8 @@ pub(super) fn transfer(
             inbox,
             running: expected,
         };
-        let gathered = gather(control, &mut ended, regions, has_fetcher);
+        let mender = Mender::new(&mut door, &mut breakers, others);
+        let gathered = gather(control, (&mut ended, mender), regions, has_fetcher);
         let gathered = gathered.map_err(|error| explain(control, error));
         let result = gathered.and_then(|(sections, later)| {
             let puller = later.map(|later| Puller {
@@ -98,7 +103,7 @@ pub(super) fn transfer(
 
 /// What a thread does.
 enum Work<'a> {
-    Carry(Stream, u16, &'a dyn PageStore),
+    Carry(Line, u16, &'a dyn PageStore),
     Fetch(Fetcher),
 }
 
@@ -113,20 +118,45 @@ fn fetch(fetcher: Fetcher, results: &Sender<StreamResult>, later: &Receiver<Arc<
 /// The number under which the connection for pages that are needed at once reports.
 pub(super) const PRIORITY: u16 = u16::MAX;
 
+/// A data connection, and those that take its place when it breaks.
+struct Line {
+    stream: Stream,
+    next: Receiver<Stream>,
+}
+
+impl Line {
+    /// Takes all pages that come before the machine starts. The decoder knows which pages were
+    /// written, over whichever connection.
+    fn drain(&mut self, regions: &[PageRun], pages: &dyn PageStore) -> Result<(), DecodeError> {
+        let mut decoder = Decoder::new(regions);
+        loop {
+            match self.stream.drain(&mut decoder, pages) {
+                Err(error) if error.is_broken_link() => match self.next.recv() {
+                    Ok(next) => self.stream = next,
+                    // Too late for another.
+                    Err(_) => return Err(error),
+                },
+                result => return result,
+            }
+        }
+    }
+}
+
 /// Takes what comes on a data connection, before the machine starts and, if `later` says so,
 /// afterwards.
 fn carry(
-    mut stream: Stream,
+    mut line: Line,
     index: u16,
     (regions, pages): (&[PageRun], &dyn PageStore),
     (results, later): (&Sender<StreamResult>, &Receiver<Arc<Missing>>),
 ) {
-    let result = stream.drain(Decoder::new(regions), pages);
+    let result = line.drain(regions, pages);
     let ended_well = result.is_ok();
     // The one who asked may have given up.
     let _ = results.send((index, result));
     if ended_well && let Ok(missing) = later.recv() {
-        let result = stream.drain(Decoder::into_used(regions), &*missing);
+        let mut decoder = Decoder::into_used(regions);
+        let result = line.stream.drain(&mut decoder, &*missing);
         let _ = results.send((index, result));
     }
 }

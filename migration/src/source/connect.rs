@@ -1,5 +1,6 @@
 //! Handshake: versions, the machine's description, data connections.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
@@ -8,7 +9,7 @@ use super::options::{OnTimeout, SourceError, SourceOptions};
 use crate::ports::{Channel, Dial};
 use crate::progress::MigrationHandle;
 use crate::wire::message::{Attach, Hello, MAGIC, Offer, Welcome};
-use crate::wire::{LIVE_PAGES_VERSION, Message, Versions};
+use crate::wire::{LIVE_PAGES_VERSION, MENDING_VERSION, Message, Versions};
 
 /// Connections to the destination.
 pub(super) struct Links<'d> {
@@ -112,6 +113,16 @@ impl Further<'_> {
         // The last one.
         let priority = if postcopy { data.pop() } else { None };
         Ok((data, priority))
+    }
+
+    /// One in the place of another that broke.
+    pub(super) fn reopen(&mut self, index: u64) -> Result<Box<dyn Channel>, SourceError> {
+        let index = u16::try_from(index).unwrap_or(u16::MAX);
+        if self.welcome.version < MENDING_VERSION {
+            let source = io::Error::other("the destination does not take it in the middle");
+            return Err(SourceError::Dial { index, source });
+        }
+        self.open(index)
     }
 
     /// One that shows that it belongs to this migration.

@@ -9,9 +9,10 @@ use super::control::Control;
 use super::handover::Handover;
 use super::options::{SourceError, SourceOptions, SourceReport};
 use super::pacer::Pacer;
-use super::rounds::{Rounds, Workers, micros};
-use super::stream::{Shared, Totals};
+use super::rounds::{Rounds, micros};
+use super::stream::{Shared, Stream, Totals};
 use super::switchover::{Ending, Switchover};
+use super::workers::{Workers, start_thread};
 use crate::handoff::{Cause, Doubt, Outcome, Reason};
 use crate::ports::{Breaker, Channel, Dial, DirtyTracker, Machine, PageStore};
 use crate::progress::{Blackout, MigrationHandle, Phase, Postcopy, RoundReport};
@@ -149,7 +150,7 @@ fn attempt(
     if !blockers.is_empty() {
         return Err(SourceError::Blocked(blockers));
     }
-    let links = connect::connect(control, dial, parts, options, handle)?;
+    let mut links = connect::connect(control, dial, parts, options, handle)?;
     let channels = links.data.iter().chain(&links.priority);
     let handover = Handover::over(links.round_trip);
     log::debug!(round_trip_us = micros(links.round_trip); "connected");
@@ -173,10 +174,20 @@ fn attempt(
     parts.tracker.start()?;
     let result = std::thread::scope(|scope| {
         // Dropped before the threads are awaited.
-        let breakers = breakers;
-        let workers = Workers::start(scope, &shared, links.data)?;
+        let mut breakers = breakers;
+        let (workers, results) = Workers::start(scope, &shared, links.data)?;
         let mut rounds = Rounds::new(&shared, workers, handover, (options, handle));
-        let precopied = rounds.precopy(parts, control);
+        let precopied = rounds.precopy(parts, control, &mut |index| {
+            let channel = links.further.reopen(index)?;
+            let place = usize::try_from(index).unwrap_or(usize::MAX);
+            if let Some(breaker) = breakers.connections.get_mut(place) {
+                *breaker = channel.breaker();
+            }
+            let stream = Stream::again(&shared, index, channel);
+            Ok(start_thread(scope, stream, &results)?)
+        });
+        // Once all threads have ended, nothing more comes.
+        drop(results);
         let ending = precopied.and_then(|last| {
             let links = (links.further, breakers.connections.clone());
             let mut switchover = Switchover::new(&mut rounds, control, links, (options, handle));

@@ -11,6 +11,7 @@
 //! | `stream`, `frames` | a data connection's thread; what it reads into and writes from |
 //! | `pacer` | the bandwidth limit |
 //! | `rounds`, `handover` | pre-copy, and what a blackout takes whatever is dirty |
+//! | `workers` | the data connections' threads, as their coordinator sees them |
 //! | `relink` | post-copy: a new link after the first was cut |
 //! | `serve` | post-copy: pages that the destination waits for |
 //! | `postcopy` | the destination runs the machine and is served its pages |
@@ -29,6 +30,7 @@ mod rounds;
 mod serve;
 mod stream;
 mod switchover;
+mod workers;
 
 pub use migrate::{Parts, migrate};
 pub use options::{EncodingChoice, OnTimeout, SourceError, SourceOptions, SourceReport};

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use super::control::TICK;
 use super::options::SourceError;
 use super::relink::NewLink;
-use super::rounds::{Rounds, Workers, micros};
+use super::rounds::{Rounds, micros};
 use super::serve::Server;
 use super::switchover::Switchover;
+use super::workers::Workers;
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::{self, Mode, SourceEvent};
 use crate::ports::{Breaker, Channel};
@@ -144,7 +145,7 @@ impl<'a> Switchover<'_, 'a, '_> {
     where
         'a: 'scope,
     {
-        let workers = Workers::start(scope, self.rounds.shared, data)?;
+        let (workers, _) = Workers::start(scope, self.rounds.shared, data)?;
         self.rounds.replace_workers(workers);
         Ok(())
     }

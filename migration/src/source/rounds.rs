@@ -1,25 +1,23 @@
 //! Pre-copy: rounds over memory that changes meanwhile.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use super::control::{Control, TICK};
+use super::control::Control;
 use super::handover::Handover;
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
-use super::stream::{Cut, RoundPlan, Shared, Stream};
+use super::stream::{Cut, RoundPlan, Shared};
+use super::workers::{Reopen, Workers};
 use crate::bitmap::DirtyBitmap;
 use crate::convergence::{Decision, decide, predicted_blackout};
 use crate::handoff::Mode;
 use crate::page::{PAGE_BYTES, PageRun};
-use crate::ports::Channel;
 use crate::progress::{MigrationHandle, Observation, PageMix, Phase, RoundReport};
-use crate::wire::Message;
 use crate::wire::message::Round;
+use crate::wire::{FrameError, Message};
+use crate::words;
 
 /// How often the peer gets a sign of life.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
@@ -27,50 +25,11 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// How long a failed stream's peer may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// How often each connection may break on average and be opened again.
+const REOPENED_MAX: usize = 2;
+
 /// How often watchers get new figures.
 const REFRESH: Duration = Duration::from_millis(200);
-
-/// The data connections' threads.
-pub(super) struct Workers {
-    orders: Vec<Sender<Arc<RoundPlan>>>,
-    results: Receiver<Result<(), SourceError>>,
-}
-
-impl Workers {
-    /// A thread per connection. They end with their connections, or when this is dropped.
-    pub(super) fn start<'scope, 'a>(
-        scope: &'scope Scope<'scope, '_>,
-        shared: &'a Shared<'a>,
-        channels: Vec<Box<dyn Channel>>,
-    ) -> io::Result<Self>
-    where
-        'a: 'scope,
-    {
-        let (results, inbox) = channel();
-        let mut orders = Vec::new();
-        for (channel, index) in channels.into_iter().zip(0..) {
-            let (order, plans) = std::sync::mpsc::channel();
-            orders.push(order);
-            let stream = Stream::new(shared, index, channel);
-            let results = results.clone();
-            std::thread::Builder::new()
-                .name(format!("mig-{index}"))
-                .spawn_scoped(scope, move || stream.run(&plans, &results))?;
-        }
-        Ok(Self {
-            orders,
-            results: inbox,
-        })
-    }
-
-    /// None.
-    pub(super) fn none() -> Self {
-        Self {
-            orders: Vec::new(),
-            results: channel().1,
-        }
-    }
-}
 
 /// Pages that are dirty when the machine is stopped, and when they travel.
 pub(super) type LastPages = (Vec<DirtyBitmap>, Mode);
@@ -96,6 +55,8 @@ pub(super) struct Rounds<'a> {
     began: Instant,
     cpu_percent: u8,
     number: u32,
+    /// How many connections were opened again.
+    reopened: usize,
     /// For the link's speed as watchers see it.
     refreshed: Tally,
     sign_of_life: Instant,
@@ -129,6 +90,7 @@ impl<'a> Rounds<'a> {
             began: now,
             cpu_percent: 100,
             number: 0,
+            reopened: 0,
             refreshed: Tally {
                 at: now,
                 wire_bytes: 0,
@@ -151,18 +113,24 @@ impl<'a> Rounds<'a> {
     }
 
     /// Sends rounds until the machine is to be stopped; returns the pages that are dirty then, to
-    /// which those of the last harvest are to be added.
+    /// which those of the last harvest are to be added. Connections that break meanwhile are opened
+    /// again by `reopen`.
     pub(super) fn precopy(
         &mut self,
         parts: &mut Parts<'_>,
         control: &mut Control,
+        reopen: &mut Reopen<'_>,
     ) -> Result<LastPages, SourceError> {
         // What a tracker may report at first is re-armed with everything else.
         drop(self.harvest());
         parts.machine.throttle(self.cpu_percent)?;
         let mut dirty = self.bitmaps(true);
         loop {
-            let round = self.round(dirty, control);
+            let mut lost = Vec::new();
+            let round = self.round(dirty, control, |rounds, control, (index, error)| {
+                lost.push(index);
+                rounds.reopen(control, (index, error), reopen)
+            });
             let (report, plan) = round.map_err(|error| Self::explain(control, error))?;
             if self.handle.is_cancelled() {
                 return Err(SourceError::Cancelled);
@@ -170,6 +138,7 @@ impl<'a> Rounds<'a> {
             dirty = self.harvest();
             plan.cut.merge_into(&mut dirty);
             drop(plan);
+            self.mark_shares(&lost, &mut dirty);
             let dirty_pages = dirty.iter().map(DirtyBitmap::count).sum();
             self.reports.push(RoundReport {
                 dirty_pages,
@@ -180,6 +149,49 @@ impl<'a> Rounds<'a> {
                 return Ok((dirty, mode));
             }
             parts.machine.throttle(self.cpu_percent)?;
+        }
+    }
+
+    /// Opens a connection again that broke. What of its pages has come nobody knows: they are all
+    /// to be sent once more.
+    fn reopen(
+        &mut self,
+        control: &mut Control,
+        (index, error): (u64, SourceError),
+        reopen: &mut Reopen<'_>,
+    ) -> Result<(), SourceError> {
+        let is_broken = matches!(error, SourceError::Link(FrameError::Io(_)));
+        if !is_broken || self.reopened >= REOPENED_MAX * self.workers.count() {
+            return Err(error);
+        }
+        // A peer that has given up breaks its connections off, too.
+        match listen(control, Duration::ZERO) {
+            Ok(()) => {}
+            Err(words @ SourceError::Peer(_)) => return Err(words),
+            Err(_) => return Err(error),
+        }
+        self.reopened += 1;
+        match reopen(index) {
+            Ok(order) => {
+                log::warn!(index, error:% = words::chain(&error); "a data connection broke and was opened again");
+                self.workers.replace(index, order);
+                Ok(())
+            }
+            Err(failed) => {
+                log::warn!(index, error:% = words::chain(&failed); "a data connection broke and cannot be opened again");
+                Err(error)
+            }
+        }
+    }
+
+    /// Marks all pages that travel on these connections.
+    fn mark_shares(&self, connections: &[u64], dirty: &mut [DirtyBitmap]) {
+        for index in connections {
+            for (region, chunk) in self.shared.share_of(*index, &self.regions) {
+                if let Some(bitmap) = dirty.get_mut(region) {
+                    bitmap.insert(chunk);
+                }
+            }
         }
     }
 
@@ -238,11 +250,13 @@ impl<'a> Rounds<'a> {
         bitmaps
     }
 
-    /// Sends pages while the guest runs, all of them unless the time is up.
+    /// Sends pages while the guest runs, all of them unless the time is up, or those of a
+    /// connection that breaks: `mend` is told which.
     fn round(
         &mut self,
         dirty: Vec<DirtyBitmap>,
         control: &mut Control,
+        mut mend: impl FnMut(&mut Self, &mut Control, (u64, SourceError)) -> Result<(), SourceError>,
     ) -> Result<(RoundReport, Arc<RoundPlan>), SourceError> {
         self.number += 1;
         let pages = dirty.iter().map(DirtyBitmap::count).sum();
@@ -260,7 +274,17 @@ impl<'a> Rounds<'a> {
             whole: false,
             cut: Cut::default(),
         });
-        self.await_streams(|rounds| rounds.watch(control, pages, &plan))?;
+        let mut left = self.workers.count();
+        while left > 0 {
+            match self.workers.next()? {
+                Some((index, Err(error))) => {
+                    mend(self, control, (index, error))?;
+                    left -= 1;
+                }
+                Some((_, Ok(()))) => left -= 1,
+                None => self.watch(control, pages, &plan)?,
+            }
+        }
         Ok((self.report_since(begin), plan))
     }
 
@@ -299,30 +323,18 @@ impl<'a> Rounds<'a> {
 
     /// What has become of the streams within `wait`: how many have done what they were told.
     pub(super) fn streams_done(&self, wait: Duration) -> Result<usize, SourceError> {
-        let Ok(first) = self.workers.results.recv_timeout(wait) else {
-            return Ok(0);
-        };
-        first?;
-        let mut done = 1;
-        for result in self.workers.results.try_iter() {
-            result?;
-            done += 1;
-        }
-        Ok(done)
+        self.workers.done(wait)
     }
 
     /// How many data connections there are.
     pub(super) fn streams(&self) -> usize {
-        self.workers.orders.len()
+        self.workers.count()
     }
 
     fn order(&self, plan: RoundPlan) -> Arc<RoundPlan> {
         self.shared.totals.done_pages.store(0, Ordering::Relaxed);
         let plan = Arc::new(plan);
-        for order in &self.workers.orders {
-            // A thread that has ended has said why.
-            let _ = order.send(Arc::clone(&plan));
-        }
+        self.workers.order(&plan);
         plan
     }
 
@@ -331,18 +343,14 @@ impl<'a> Rounds<'a> {
         &mut self,
         mut watch: impl FnMut(&mut Self) -> Result<(), SourceError>,
     ) -> Result<(), SourceError> {
-        let mut left = self.workers.orders.len();
+        let mut left = self.workers.count();
         while left > 0 {
-            match self.workers.results.recv_timeout(TICK) {
-                Ok(result) => {
+            match self.workers.next()? {
+                Some((_, result)) => {
                     result?;
                     left -= 1;
                 }
-                Err(RecvTimeoutError::Timeout) => watch(self)?,
-                Err(RecvTimeoutError::Disconnected) => {
-                    let ended = std::io::Error::other("the threads of all connections have ended");
-                    return Err(ended.into());
-                }
+                None => watch(self)?,
             }
         }
         Ok(())

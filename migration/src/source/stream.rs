@@ -20,6 +20,7 @@ use crate::wire::batch::BATCH_PAGES;
 
 /// Pages that are re-armed at once, and always travel on the same connection.
 pub(super) const CHUNK_PAGES: u64 = 512;
+const CHUNK_STEP: usize = 512;
 
 /// Frames are collected up to this size before they are written.
 const FLUSH_BYTES: usize = 128 << 10;
@@ -158,6 +159,31 @@ pub(super) struct Shared<'a> {
     pub(super) cache_bytes: u64,
 }
 
+impl Shared<'_> {
+    /// The chunks that travel on connection `index`, each with the number of its region.
+    pub(super) fn share_of(
+        &self,
+        index: u64,
+        regions: &[PageRun],
+    ) -> impl Iterator<Item = (usize, PageRun)> {
+        let chunks = regions.iter().enumerate().flat_map(|(region, run)| {
+            let (start, end) = (run.start.0, run.end().0);
+            let starts = (start..end).step_by(CHUNK_STEP);
+            starts.map(move |start| {
+                let count = CHUNK_PAGES.min(end - start);
+                let start = PageIndex(start);
+                (region, PageRun { start, count })
+            })
+        });
+        let streams = usize::try_from(self.streams).unwrap_or(1).max(1);
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        chunks.skip(index).step_by(streams)
+    }
+}
+
+/// The connection's number, and what has become of a round.
+pub(super) type StreamResult = (u64, Result<(), SourceError>);
+
 /// A data connection and what it remembers.
 pub(super) struct Stream<'a> {
     shared: &'a Shared<'a>,
@@ -176,6 +202,13 @@ pub(super) struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
+    /// One in the place of another that broke: nothing is known of what came of that.
+    pub(super) fn again(shared: &'a Shared<'a>, index: u64, channel: Box<dyn Channel>) -> Self {
+        let mut stream = Self::new(shared, index, channel);
+        stream.sent.iter_mut().for_each(DirtyBitmap::fill);
+        stream
+    }
+
     pub(super) fn new(shared: &'a Shared<'a>, index: u64, channel: Box<dyn Channel>) -> Self {
         let regions = shared.pages.regions();
         let bitmap = |region: &PageRun| DirtyBitmap::new(region.start, region.count);
@@ -192,18 +225,23 @@ impl<'a> Stream<'a> {
         }
     }
 
+    /// The connection's number.
+    pub(super) fn index(&self) -> u64 {
+        self.index
+    }
+
     /// Serves rounds until the sender is dropped or one fails.
-    pub(super) fn run(
-        mut self,
-        orders: &Receiver<Arc<RoundPlan>>,
-        results: &Sender<Result<(), SourceError>>,
-    ) {
+    pub(super) fn run(mut self, orders: &Receiver<Arc<RoundPlan>>, results: &Sender<StreamResult>) {
         while let Ok(plan) = orders.recv() {
             let result = self.round(&plan);
             let failed = result.is_err();
+            if failed {
+                let totals = &self.shared.totals;
+                totals.note_cache(self.encoder.cache_bytes(), 0);
+            }
             // Plans are dropped before the coordinator goes on: it reuses their memory.
             drop(plan);
-            if results.send(result).is_err() || failed {
+            if results.send((self.index, result)).is_err() || failed {
                 return;
             }
         }
@@ -213,20 +251,10 @@ impl<'a> Stream<'a> {
         let remember = plan.remember && self.shared.encoding != EncodingChoice::Raw;
         self.encoder.begin_round(plan.number, remember);
         self.adaptive.begin_round();
-        let mut chunk_number = 0_u64;
-        for (region, dirty) in plan.dirty.iter().enumerate() {
-            let end = dirty.base().0 + dirty.pages();
-            let mut start = dirty.base().0;
-            while start < end {
-                let chunk = PageRun {
-                    start: PageIndex(start),
-                    count: CHUNK_PAGES.min(end - start),
-                };
-                if chunk_number % self.shared.streams == self.index {
-                    self.chunk(plan, region, dirty, chunk)?;
-                }
-                chunk_number += 1;
-                start += chunk.count;
+        let regions = self.shared.pages.regions();
+        for (region, chunk) in self.shared.share_of(self.index, &regions) {
+            if let Some(dirty) = plan.dirty.get(region) {
+                self.chunk(plan, region, dirty, chunk)?;
             }
         }
         if plan.last {

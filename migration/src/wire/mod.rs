@@ -21,4 +21,6 @@ mod version;
 pub use batch::{Batch, BatchRun, PageKind};
 pub use frame::{FrameError, FrameHeader, FrameKind, FrameReader};
 pub use message::Message;
-pub use version::{LIVE_PAGES_VERSION, NoCommonVersion, OLDEST_VERSION, VERSION, Versions};
+pub use version::{
+    LIVE_PAGES_VERSION, MENDING_VERSION, NoCommonVersion, OLDEST_VERSION, VERSION, Versions,
+};

@@ -10,6 +10,9 @@ pub const OLDEST_VERSION: u16 = 1;
 /// First version in which pages travel as [`super::PageKind::Live`].
 pub const LIVE_PAGES_VERSION: u16 = 2;
 
+/// First version in which a data connection that breaks before the last pages may be opened again.
+pub const MENDING_VERSION: u16 = 2;
+
 /// Versions that a build speaks, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Versions {

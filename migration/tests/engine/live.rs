@@ -14,7 +14,7 @@ use migration::handoff::Outcome;
 use migration::ports::{Accept, Breaker, Channel, Dial};
 use migration::source::{EncodingChoice, Parts, SourceReport, migrate};
 use migration::testing::pair;
-use migration::wire::{LIVE_PAGES_VERSION, Versions};
+use migration::wire::{LIVE_PAGES_VERSION, MENDING_VERSION, Versions};
 
 use crate::good::beside_a_guest;
 use crate::world::{PATIENCE, World, run};
@@ -100,12 +100,12 @@ impl Accept for Door {
     }
 }
 
-/// Moves the machine to a destination that speaks `versions`. Data connections break when the
-/// source has read `break_at` batches, if it is given.
+/// Moves the machine to a destination that speaks `versions`. All data connections break when the
+/// source has read so many batches, each time.
 fn move_over_sockets(
     world: &mut World,
     versions: Versions,
-    break_at: Option<u64>,
+    break_at: &[u64],
 ) -> (SourceReport, Result<Received, DestinationError>) {
     let (ours, theirs) = pair(Default::default(), Default::default());
     let (dial, arriving) = channel();
@@ -123,10 +123,10 @@ fn move_over_sockets(
         linger: PATIENCE,
     };
     let guest = world.guest();
-    let mut batches = 0;
+    let (mut batches, break_at) = (0, break_at.to_vec());
     guest.memory.after_read(move |_| {
         batches += 1;
-        if Some(batches) == break_at {
+        if break_at.contains(&batches) {
             let breakers = breakers.lock().expect("no panic");
             breakers.iter().for_each(|breaker| breaker.break_off());
         }
@@ -181,7 +181,7 @@ fn pages_arrive_intact_beside_a_guest_that_writes() {
         }
         let (report, _received) =
             beside_a_guest(&guest, &touched, Duration::from_micros(20), || {
-                move_over_sockets(&mut world, Versions::OURS, None)
+                move_over_sockets(&mut world, Versions::OURS, &[])
             });
         assert_eq!(report.outcome, Outcome::Surrendered, "{:?}", report.error);
         world.check_arrived("over sockets");
@@ -197,22 +197,54 @@ fn pages_arrive_intact_beside_a_guest_that_writes() {
     }
 }
 
-#[test]
-fn sockets_that_break_leave_the_source_running() {
-    // 313 batches of up to 64 pages, by two streams.
-    for break_at in [1, 2, 100, 312, 313] {
-        let mut world = World::new(&[run(0, 20_000)], true);
-        world.options.encoding = EncodingChoice::Raw;
-        let guest = world.guest();
-        for page in 0..20_000 {
-            guest.write(PageIndex(page), |bytes| bytes[9] = 1);
-        }
-        let (report, _received) = move_over_sockets(&mut world, Versions::OURS, Some(break_at));
-        let what = format!("batch {break_at}: {:?}", report.error);
-        assert!(matches!(report.outcome, Outcome::Resumed(_)), "{what}");
-        assert!(!guest.tracker.is_logging(), "{what}");
-        world.retry(&what);
+/// 313 batches of up to 64 pages, by two streams.
+fn world_of_20_000_pages() -> World {
+    let mut world = World::new(&[run(0, 20_000)], true);
+    world.options.encoding = EncodingChoice::Raw;
+    let guest = world.guest();
+    for page in 0..20_000 {
+        guest.write(PageIndex(page), |bytes| bytes[9] = 1);
     }
+    world
+}
+
+#[test]
+fn sockets_that_break_are_opened_again() {
+    // None when one of them may have done its part of a round: it would not notice before the last.
+    for break_at in [&[1][..], &[2], &[100], &[150], &[50, 190]] {
+        let mut world = world_of_20_000_pages();
+        let guest = world.guest();
+        let (report, _received) = move_over_sockets(&mut world, Versions::OURS, break_at);
+        let what = format!("batch {break_at:?}: {:?}", report.error);
+        assert_eq!(report.outcome, Outcome::Surrendered, "{what}");
+        assert!(guest.memory.live_batches() > 313, "{what}");
+        world.check_arrived(&what);
+    }
+}
+
+#[test]
+fn sockets_that_break_again_and_again_leave_the_source_running() {
+    let mut world = world_of_20_000_pages();
+    let guest = world.guest();
+    let break_at: Vec<_> = (1..10_000).step_by(20).collect();
+    let (report, _received) = move_over_sockets(&mut world, Versions::OURS, &break_at);
+    let what = format!("{:?}", report.error);
+    assert!(matches!(report.outcome, Outcome::Resumed(_)), "{what}");
+    assert!(!guest.tracker.is_logging(), "{what}");
+    world.retry(&what);
+}
+
+#[test]
+fn sockets_to_an_older_build_are_not_opened_again() {
+    let mut world = world_of_20_000_pages();
+    let older = Versions {
+        oldest: MENDING_VERSION - 1,
+        newest: MENDING_VERSION - 1,
+    };
+    let (report, _received) = move_over_sockets(&mut world, older, &[100]);
+    let what = format!("{:?}", report.error);
+    assert!(matches!(report.outcome, Outcome::Resumed(_)), "{what}");
+    world.retry(&what);
 }
 
 #[test]
@@ -227,7 +259,7 @@ fn destination_that_does_not_know_of_live_pages_gets_none() {
         oldest: LIVE_PAGES_VERSION - 1,
         newest: LIVE_PAGES_VERSION - 1,
     };
-    let (report, _received) = move_over_sockets(&mut world, older, None);
+    let (report, _received) = move_over_sockets(&mut world, older, &[]);
     assert_eq!(report.outcome, Outcome::Surrendered, "{:?}", report.error);
     world.check_arrived("to an older build");
     assert_eq!(guest.memory.live_batches(), 0);

@@ -6,6 +6,7 @@ mod failures;
 mod faults;
 mod good;
 mod live;
+mod mend;
 mod postcopy;
 mod relink;
 mod timeout;

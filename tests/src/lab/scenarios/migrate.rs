@@ -125,7 +125,6 @@ impl Moving {
 
     /// Moves it to the other host.
     pub(super) fn hop(&mut self, ctx: &Ctx, way: &Way) -> anyhow::Result<Migrated> {
-        let to = self.host.other();
         let receiver = self.receiver(ctx, way)?;
         let mut words = (way.urls)(&receiver.url);
         for (option, value) in [("--max-downtime", "300ms"), ("--timeout", "40s")] {
@@ -135,8 +134,18 @@ impl Moving {
         }
         words.extend(way.migrate.iter().cloned());
         let words: Vec<_> = words.iter().map(String::as_str).collect();
-        let started = Instant::now();
         let migrated = self.vmm.migrate(&words)?;
+        self.arrive(ctx, receiver, migrated)
+    }
+
+    /// It has moved to `receiver`.
+    pub(super) fn arrive(
+        &mut self,
+        ctx: &Ctx,
+        receiver: Receiver,
+        migrated: Migrated,
+    ) -> anyhow::Result<Migrated> {
+        let to = self.host.other();
         let blackout = migrated.blackout()?;
         ctx.say(format!(
             "to {}: blackout {} ms, {} pages sent in {} bytes over {} connections, {} ms in all",
@@ -145,7 +154,7 @@ impl Moving {
             migrated.report["pages"],
             migrated.report["wire_bytes"],
             migrated.report["streams"],
-            started.elapsed().as_millis()
+            migrated.report["total_ms"]
         ));
         self.vmm.wait_poweroff(SOON).context("the source")?;
         self.blackouts.push(blackout);

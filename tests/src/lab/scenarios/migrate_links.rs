@@ -1,11 +1,12 @@
 //! The ways that a guest can go, and what is in the way.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
 use super::migrate::{Moving, Way};
+use crate::harness::process::wait_until;
 use crate::lab::ctx::{Ctx, run, text};
 use crate::lab::hosts::Host;
 use crate::lab::migration::Migrated;
@@ -131,6 +132,32 @@ pub(super) fn cut(ctx: &mut Ctx) -> anyhow::Result<()> {
     );
     moving.network.cable(0, true)?;
     moving.hop(ctx, &way)?;
+    moving.finish(ctx)
+}
+
+/// Of two cables one is cut in the middle: the connections over it are opened again over the other,
+/// and the migration goes on.
+pub(super) fn cut_one_of_two(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let mut moving = Moving::start(ctx, "2")?;
+    let way = multipath();
+    let receiver = moving.receiver(ctx, &way)?;
+    let urls = (way.urls)(&receiver.url);
+    let slowly = ["--bandwidth", "32Mbit", "--max-downtime", "300ms"];
+    let words = urls.iter().chain(&way.migrate).map(String::as_str);
+    let words: Vec<_> = words.chain(slowly).collect();
+    let migration = moving.vmm.start_migration(&words)?;
+    moving.vmm.wait_precopy(SOON)?;
+    let sent = wait_until(Instant::now() + SOON, || {
+        let sent = moving.network.sent(Host::A, 1).ok()?;
+        (sent > 1 << 20).then_some(sent)
+    });
+    let sent = sent.context("nothing goes over the second cable")?;
+    moving.network.cable(1, false)?;
+    ctx.say(format!("cut after {sent} bytes over the second cable"));
+    moving.progress()?;
+    let migrated = Migrated::wait(migration, GIVING_UP * 2)?;
+    moving.arrive(ctx, receiver, migrated)?;
+    moving.network.cable(1, true)?;
     moving.finish(ctx)
 }
 

@@ -203,6 +203,12 @@ pub const TABLE: &[Scenario] = &[
         migrate_links::cut,
     ),
     drover(
+        "migrate-cut-one",
+        240,
+        "one of two cables is cut in the middle: the move goes on over the other",
+        migrate_links::cut_one_of_two,
+    ),
+    drover(
         "migrate-refused",
         180,
         "a destination without the disk and the tap names both; the guest stays",
