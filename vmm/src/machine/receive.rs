@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
+use devices::warn_limited;
 use migration::destination::{DestinationError, DestinationOptions, receive};
 use migration::ports::{Accept, Channel};
 use migration::wire::Versions;
@@ -264,7 +265,7 @@ impl Entrance {
                 Ok(accepted) => accepted,
                 Err(error) if error.is_timeout() => continue,
                 Err(error) if error.is_peer_fault() => {
-                    log::warn!(error:% = chain(&error); "a connection was turned away");
+                    warn_limited!(error:% = chain(&error); "a connection was turned away");
                     continue;
                 }
                 Err(error) => return Err(error.into()),
@@ -387,7 +388,7 @@ impl Accept for Further<'_> {
             match listener.accept_patiently(deadline) {
                 Ok((channel, _)) => return Ok(channel),
                 Err(error) if error.is_peer_fault() => {
-                    log::warn!(error:% = chain(&error); "a connection was turned away");
+                    warn_limited!(error:% = chain(&error); "a connection was turned away");
                 }
                 Err(error) if error.is_timeout() => {
                     return Err(io::Error::new(io::ErrorKind::TimedOut, error));
