@@ -41,7 +41,8 @@ pub(super) fn connect<'d>(
         oldest: ours.oldest,
         newest: ours.newest,
     }))?;
-    let welcome = match wait(control, options.patience)? {
+    let first = wait(control, options.patience).map_err(not_drover);
+    let welcome = match first? {
         Message::Welcome(welcome) => welcome,
         Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
@@ -139,6 +140,14 @@ impl Further<'_> {
         });
         attach.send(&mut *channel).map_err(failed)?;
         Ok(channel)
+    }
+}
+
+/// A first answer whose header is none, or that ends within it, comes from something else.
+fn not_drover(error: SourceError) -> SourceError {
+    match error {
+        SourceError::Link(error) if error.is_foreign() => SourceError::NotDrover(error),
+        other => other,
     }
 }
 

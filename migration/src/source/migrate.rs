@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::connect;
 use super::control::Control;
 use super::handover::Handover;
-use super::options::{SourceError, SourceOptions, SourceReport};
+use super::options::{OnTimeout, SourceError, SourceOptions, SourceReport};
 use super::pacer::Pacer;
 use super::rounds::{Rounds, micros};
 use super::stream::{Shared, Stream, Totals};
@@ -81,6 +81,10 @@ pub fn migrate(
     });
     control.channel.breaker().break_off();
     let outcome = restore_speed(parts, ending.outcome);
+    if outcome == Outcome::Surrendered && options.on_timeout == OnTimeout::Postcopy {
+        // There was nothing left for it: that is told, too.
+        record.postcopy.get_or_insert_default();
+    }
     let totals = &record.totals;
     let pages = totals.mix();
     handle.update(|progress| {
@@ -123,8 +127,12 @@ fn restore_speed(parts: &mut Parts<'_>, outcome: Outcome) -> Outcome {
 
 fn cause(error: &SourceError) -> Cause {
     match error {
-        SourceError::Timeout(_) | SourceError::Distance { .. } => Cause::Deadline,
-        SourceError::Unexpected(_) | SourceError::Version { .. } => Cause::Protocol,
+        SourceError::Timeout(_) | SourceError::FirstRound { .. } | SourceError::Distance { .. } => {
+            Cause::Deadline
+        }
+        SourceError::Unexpected(_) | SourceError::NotDrover(_) | SourceError::Version { .. } => {
+            Cause::Protocol
+        }
         _ => Cause::Cancelled,
     }
 }

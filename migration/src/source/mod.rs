@@ -23,6 +23,7 @@ mod frames;
 mod handover;
 mod migrate;
 pub mod options;
+mod pace;
 mod pacer;
 mod postcopy;
 mod relink;
@@ -34,3 +35,4 @@ mod workers;
 
 pub use migrate::{Parts, migrate};
 pub use options::{EncodingChoice, OnTimeout, SourceError, SourceOptions, SourceReport};
+pub use pace::Pace;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::pace::Pace;
 use crate::handoff::{Outcome, Reason};
 use crate::ports::PortError;
 use crate::progress::{Blackout, PageMix, Postcopy, RoundReport};
@@ -109,9 +110,24 @@ pub enum SourceError {
     /// The time was up.
     #[error(
         "it did not converge within {} s: the guest changes memory faster than it can be sent; a larger \
-         --max-downtime, more bandwidth, --on-timeout force or postcopy help", .0.as_secs()
+         --max-downtime, more bandwidth, --on-timeout force or postcopy help", .0.as_secs_f64()
     )]
     Timeout(Duration),
+    /// The time was up before the guest's writes could matter.
+    #[error("memory could not be sent once within {} s: {pace}; a longer --timeout, more bandwidth or \
+         --on-timeout postcopy help", .timeout.as_secs_f64())]
+    FirstRound {
+        /// What was asked for.
+        timeout: Duration,
+        /// How far it came.
+        pace: Pace,
+    },
+    /// What answers is something else.
+    #[error(
+        "what answers there is not Drover: its first words are none of Drover's migration protocol; is \
+         `drover receive` at that address?"
+    )]
+    NotDrover(#[source] FrameError),
     /// The destination is too far away.
     #[error(
         "a downtime of {} ms cannot be kept: an answer of the destination takes {} ms, and the VM stands \
@@ -154,7 +170,8 @@ pub struct SourceReport {
     pub predicted_blackout: Option<Duration>,
     /// How long it stood still, part by part; `None` when it did not.
     pub blackout: Option<Blackout>,
-    /// What came afterwards, if anything.
+    /// What came afterwards; without pages when a post-copy was asked for and nothing was left for
+    /// it, `None` when it was not asked for.
     pub postcopy: Option<Postcopy>,
     /// The rounds before that.
     pub rounds: Vec<RoundReport>,

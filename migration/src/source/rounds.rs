@@ -8,6 +8,7 @@ use super::control::Control;
 use super::handover::Handover;
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
+use super::pace::Pace;
 use super::stream::{Cut, RoundPlan, Shared};
 use super::workers::{Reopen, Workers};
 use crate::bitmap::DirtyBitmap;
@@ -228,9 +229,15 @@ impl<'a> Rounds<'a> {
     /// Why it did not come to a switchover.
     fn too_late(&self) -> SourceError {
         let max_downtime = self.handle.tuning().max_downtime;
-        match self.handover.is_beyond(max_downtime) {
-            true => self.handover.refusal(max_downtime),
-            false => SourceError::Timeout(self.options.timeout),
+        let timeout = self.options.timeout;
+        match (self.handover.is_beyond(max_downtime), self.number) {
+            (true, _) if !self.reports.is_empty() => self.handover.refusal(max_downtime),
+            // The guest has not been asked for anything twice yet.
+            (_, 1) => SourceError::FirstRound {
+                timeout,
+                pace: Pace::since(self.began, self.shared),
+            },
+            _ => SourceError::Timeout(timeout),
         }
     }
 

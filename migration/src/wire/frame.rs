@@ -128,6 +128,9 @@ pub struct FrameHeader {
     pub payload_crc: u32,
 }
 
+/// What is damaged when a header is.
+const HEADER: &str = "a frame's header";
+
 /// A frame is not what the format says, or did not come.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
@@ -153,6 +156,17 @@ pub enum FrameError {
 }
 
 impl FrameError {
+    /// Where this is the peer's first word: whether it speaks some other protocol. Every header has
+    /// a check sum, which other protocols' bytes do not fit.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        match self {
+            Self::Damaged { what, .. } => *what == HEADER,
+            Self::Io(error) => error.kind() == ErrorKind::UnexpectedEof,
+            Self::Closed | Self::Invalid(_) => false,
+        }
+    }
+
     /// The wait for the frame has timed out; it can go on.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
@@ -213,7 +227,7 @@ impl FrameHeader {
         let found = crc32fast::hash(checked);
         if found != expected {
             return Err(FrameError::Damaged {
-                what: "a frame's header",
+                what: HEADER,
                 found,
                 expected,
             });

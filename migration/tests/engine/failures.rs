@@ -1,11 +1,12 @@
 //! Hosts and machines that fail.
 
+use std::io::{Read, Write};
 use std::time::Duration;
 
 use migration::destination::DestinationError;
 use migration::handoff::{Cause, Doubt, Outcome, Reason};
-use migration::source::SourceError;
-use migration::testing::{Side, Step};
+use migration::source::{Parts, SourceError, migrate};
+use migration::testing::{Side, Step, Wire, network, pair};
 
 use crate::world::{Wiring, World};
 
@@ -21,6 +22,38 @@ fn all_reasons_of_a_refusal_arrive() {
         other => panic!("{other:?}"),
     }
     world.retry("refused");
+}
+
+/// Some other server: a banner, an answer, or a TLS alert, which is shorter than a header.
+#[test]
+fn what_speaks_another_protocol_is_told_from_a_damaged_frame() {
+    let answers: [&[u8]; 3] = [
+        b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n",
+        b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n",
+        &[0x15, 3, 3, 0, 2, 2, 50],
+    ];
+    for answer in answers {
+        let mut world = World::small(true);
+        let (ours, mut theirs) = pair(Wire::default(), Wire::default());
+        let server = std::thread::spawn(move || {
+            theirs.read_exact(&mut [0; 16])?;
+            theirs.write_all(answer)
+        });
+        let (mut dial, _accept) = network(None, Box::new(|_| Default::default()));
+        let (memory, tracker) = (world.guest().memory, world.guest().tracker);
+        let mut parts = Parts {
+            machine: &mut world.machine,
+            pages: &*memory,
+            tracker: &*tracker,
+        };
+        let (options, handle) = (&world.options, &world.handle);
+        let report = migrate(&mut parts, Box::new(ours), &mut dial, options, handle);
+        server.join().unwrap().unwrap();
+        let error = report.error.expect("nothing has moved");
+        assert!(matches!(error, SourceError::NotDrover(_)), "{error:?}");
+        assert!(error.to_string().contains("is not Drover"), "{error}");
+        assert!(matches!(report.outcome, Outcome::Resumed(_)));
+    }
 }
 
 #[test]

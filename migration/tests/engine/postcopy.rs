@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use migration::PageIndex;
 use migration::handoff::{Doubt, Outcome};
-use migration::progress::Phase;
+use migration::progress::{Phase, Postcopy};
 use migration::source::{OnTimeout, SourceError};
 use migration::testing::{Fault, FaultKind, Side, Step, Wire};
 
@@ -106,6 +106,20 @@ fn a_guest_that_never_converges_goes_on_there_and_finds_every_page() {
         assert!(report.pages >= 70, "{report:?}");
         assert_eq!(end.report.blackout.unwrap().pages, 0);
     }
+}
+
+/// It was asked for: whoever reads the report sees that nothing was left for it.
+#[test]
+fn a_post_copy_that_was_not_needed_is_told() {
+    let mut world = World::small(true);
+    world.options.on_timeout = OnTimeout::Postcopy;
+    let end = migrate(&mut world, &Wiring::clean());
+    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    assert_eq!(end.report.postcopy, Some(Postcopy::default()));
+    let mut world = World::small(true);
+    let end = world.migrate(&Wiring::clean());
+    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    assert_eq!(end.report.postcopy, None);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use migration::PageIndex;
 use migration::handoff::Outcome;
-use migration::source::{EncodingChoice, OnTimeout};
+use migration::source::{EncodingChoice, OnTimeout, SourceError};
 
 use crate::good::beside_a_guest;
 use crate::postcopy;
@@ -79,4 +79,29 @@ fn a_round_is_cut_short_where_the_rest_comes_later() {
     let later = end.report.postcopy.expect("a post-copy").pages;
     assert!(later >= end.report.rounds[0].dirty_pages, "{later}");
     assert!(later <= pages.len() as u64, "{later}");
+}
+
+#[test]
+fn a_first_round_that_takes_too_long_is_not_the_guests_fault() {
+    let (mut world, pages) = slow_round(OnTimeout::Cancel);
+    world.options.timeout = Duration::from_millis(450);
+    let guest = world.guest();
+    let end = beside_a_guest(&guest, &pages, Duration::from_millis(2), || {
+        world.migrate(&Wiring::clean())
+    });
+    world.check(&end, "late within the first round");
+    let error = end.report.error.expect("it was given up");
+    let SourceError::FirstRound { pace, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(pace.memory_bytes, 12_000 * 4096);
+    assert!(pace.done_bytes < pace.memory_bytes / 2, "{pace:?}");
+    assert!(pace.wire_bytes > 0, "{pace:?}");
+    let words = error.to_string();
+    let start = "memory could not be sent once within 0.45 s: ";
+    assert!(words.starts_with(start), "{words}");
+    for text in [" of 47 MiB went in ", " MiB/s over the connections; "] {
+        assert!(words.contains(text), "{words}");
+    }
+    assert!(!words.contains("guest"), "{words}");
 }
