@@ -360,6 +360,27 @@ fn disks_that_are_missing_or_changed_are_told() -> Outcome {
 }
 
 #[test]
+fn a_name_that_is_in_use_comes_with_the_way_out() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let dir = ground.scratch().join("snapshot");
+    let vm = ground.vm("run=heartbeat").start_controlled()?;
+    take(&vm, &dir)?;
+    let mut command = ground.drover();
+    let finished = process::run(command.args(["restore", path(&dir)]), SOON)?;
+    let said = format!(
+        "drover: snapshot {}: a VM named vm is running already, as process {}; --name OTHER restores \
+         this one beside it\n",
+        path(&dir),
+        vm.pid()
+    );
+    assert_eq!((finished.code(), finished.stderr), (Some(1), said));
+    drop(restore(&ground, &dir, "other", &[])?);
+    Ok(())
+}
+
+#[test]
 fn places_that_no_snapshot_can_have_are_refused() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());

@@ -16,6 +16,7 @@ use super::runtime::MachineError;
 use super::saved::MachineStateError;
 use super::signals::SignalThread;
 use crate::config::{VmConfig, VmName};
+use crate::control::RuntimeDirError;
 use crate::host::disk::HandoverError;
 use crate::memory::{Userfault, UserfaultError};
 use crate::migrate::{
@@ -29,6 +30,9 @@ pub enum RestoreError {
     /// The VM's place here could not be prepared.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// Another VM has the name.
+    #[error("{0}; --name OTHER restores this one beside it")]
+    NameInUse(RuntimeDirError),
     /// The snapshot cannot be opened.
     #[error("the snapshot cannot be opened")]
     Snapshot(#[from] SnapshotError),
@@ -105,7 +109,7 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
     let name = name.unwrap_or_else(|| skeleton.config.name.clone());
     let launch = &options.launch;
     let claim = launch.runtime_dir.as_ref().map(|dir| dir.claim(&name));
-    let claim = claim.transpose().map_err(LaunchError::from)?;
+    let claim = claim.transpose().map_err(not_claimed)?;
     let (notices, inbox) = Notices::new();
     let signals = launch.handle_signals.then(|| {
         // As for a launch.
@@ -141,6 +145,14 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
         signals,
         claim,
     })
+}
+
+/// Why the name is not to be had, and what helps.
+fn not_claimed(error: RuntimeDirError) -> RestoreError {
+    match error {
+        in_use @ RuntimeDirError::NameInUse { .. } => RestoreError::NameInUse(in_use),
+        other => LaunchError::from(other).into(),
+    }
 }
 
 /// Another process would find zeroes where memory is not loaded yet.
@@ -212,5 +224,21 @@ fn check_disks(records: &[DiskRecord], arrived: &Arrived) -> Result<(), RestoreE
     match reasons.is_empty() {
         true => Ok(()),
         false => Err(RestoreError::Disks(reasons)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_in_use_comes_with_the_flag_that_gives_another() {
+        let name: VmName = "web".parse().unwrap();
+        let owner = ", as process 7".to_owned();
+        let error = not_claimed(RuntimeDirError::NameInUse { name, owner });
+        assert_eq!(
+            error.to_string(),
+            "a VM named web is running already, as process 7; --name OTHER restores this one beside it"
+        );
     }
 }
