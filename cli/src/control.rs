@@ -77,8 +77,8 @@ pub(crate) fn list(json: bool) -> Result<ExitCode> {
             info.name.clone(),
             info.state.to_string(),
             info.pid.to_string(),
-            info.vcpus.to_string(),
-            ByteSize(info.memory_bytes).to_string(),
+            known(info.vcpus),
+            known(info.memory_bytes.map(ByteSize)),
             duration(info.uptime_ms),
         ]
     };
@@ -90,22 +90,26 @@ pub(crate) fn list(json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What there is to show, `-` for nothing.
+fn known(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
 pub(crate) fn info(name: &str, json: bool) -> Result<ExitCode> {
     let client = find(name)?;
     let info = get_info(&client)?;
     if json {
         return print_json(&info);
     }
-    let reachable = |path: Option<String>| path.unwrap_or_else(|| "-".to_owned());
     let lines = [
         ("name", info.name.clone()),
         ("state", info.state.to_string()),
         ("process", info.pid.to_string()),
-        ("vcpus", info.vcpus.to_string()),
-        ("memory", ByteSize(info.memory_bytes).to_string()),
+        ("vcpus", known(info.vcpus)),
+        ("memory", known(info.memory_bytes.map(ByteSize))),
         ("uptime", duration(info.uptime_ms)),
-        ("serial", reachable(info.serial)),
-        ("console", reachable(info.console)),
+        ("serial", known(info.serial)),
+        ("console", known(info.console)),
         ("control socket", client.socket().display().to_string()),
         ("version", info.version.clone()),
     ];

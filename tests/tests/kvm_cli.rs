@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tests::harness::control::Control;
 use tests::harness::ground::Ground;
 use tests::harness::json_schema;
+use tests::harness::moving::Place;
 use tests::harness::process;
 use tests::harness::vm::{SOON, Vm};
 
@@ -212,6 +213,25 @@ fn commands_to_a_vm_that_is_not_there_say_so() -> Outcome {
     let bad = "\"../ghost\" is not a VM name: 1 to 64 of letters, digits, '.', '_' and '-', a \
                letter or digit first";
     assert_eq!(refused(&ground, &["info", "../ghost"])?, bad);
+    Ok(())
+}
+
+#[test]
+fn what_is_not_known_of_a_vm_that_is_to_come_is_not_shown() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let place = Place::new(&ground, "there").start()?;
+    let text = drover(&ground, &["list"])?;
+    let row = text.lines().nth(1).context("no row")?;
+    let row: Vec<_> = row.split_whitespace().collect();
+    let pid = place.vm.pid().to_string();
+    assert_eq!(row[..5], ["there", "receiving", &pid, "-", "-"], "{text}");
+    let listed: Value = serde_json::from_str(&drover(&ground, &["list", "--json"])?)?;
+    check_type(&list_of("VmInfo"), &listed)?;
+    for field in ["vcpus", "memory_bytes"] {
+        assert_eq!(listed[0].get(field), Some(&Value::Null), "{listed}");
+    }
     Ok(())
 }
 

@@ -49,7 +49,9 @@ async fn operate(vm: &VmHandle) -> Result<(), Box<dyn Error>> {
     let info = client.info().await?;
     println!(
         "{} is {}, {} bytes",
-        info.name, info.state, info.memory_bytes
+        info.name,
+        info.state,
+        info.memory_bytes.unwrap_or(0)
     );
     for device in client.devices().await? {
         println!("device {} ({})", device.id, device.kind);

@@ -17,17 +17,23 @@ pub(super) fn render(info: &VmInfo, samples: &[Sample]) -> String {
         (
             "drover_vm_running",
             "1 while the VM runs, 0 while it is paused",
-            up,
+            Some(up),
         ),
-        ("drover_vm_vcpus", "number of vCPUs", u64::from(info.vcpus)),
+        (
+            "drover_vm_vcpus",
+            "number of vCPUs",
+            info.vcpus.map(u64::from),
+        ),
         ("drover_vm_memory_bytes", "bytes of RAM", info.memory_bytes),
         (
             "drover_vm_uptime_milliseconds",
             "time since the start",
-            info.uptime_ms,
+            Some(info.uptime_ms),
         ),
     ];
     for (name, help, value) in gauges {
+        // Not known before the VM has come.
+        let Some(value) = value else { continue };
         header(&mut text, name, help, "gauge");
         line(&mut text, format_args!("{name}{{vm=\"{vm}\"}} {value}"));
     }
@@ -76,19 +82,39 @@ fn escape(value: &str) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn samples_are_grouped_under_one_header_each() {
-        let info = VmInfo {
+    fn info() -> VmInfo {
+        VmInfo {
             name: "web".to_owned(),
             state: VmState::Running,
             pid: 1,
-            vcpus: 2,
-            memory_bytes: 512,
+            vcpus: Some(2),
+            memory_bytes: Some(512),
             uptime_ms: 7,
             serial: None,
             console: None,
             version: "0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_before_the_vm_has_come_is_not_counted() {
+        let text = render(&info(), &[]);
+        assert!(text.contains("drover_vm_vcpus{vm=\"web\"} 2\n"), "{text}");
+        let waiting = VmInfo {
+            state: VmState::Receiving,
+            vcpus: None,
+            memory_bytes: None,
+            ..info()
         };
+        let text = render(&waiting, &[]);
+        assert!(!text.contains("drover_vm_vcpus"), "{text}");
+        assert!(!text.contains("drover_vm_memory_bytes"), "{text}");
+        assert!(text.contains("drover_vm_running{vm=\"web\"} 0\n"), "{text}");
+    }
+
+    #[test]
+    fn samples_are_grouped_under_one_header_each() {
+        let info = info();
         let sample = |source: &str, name: &str, value| Sample {
             source: source.to_owned(),
             name: name.to_owned(),

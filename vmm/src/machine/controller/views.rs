@@ -16,10 +16,10 @@ pub struct VmInfo {
     pub state: VmState,
     /// Process id of the VMM.
     pub pid: u32,
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// Bytes of RAM.
-    pub memory_bytes: u64,
+    /// Number of vCPUs; null while the VM has not come yet.
+    pub vcpus: Option<u32>,
+    /// Bytes of RAM; null while the VM has not come yet.
+    pub memory_bytes: Option<u64>,
     /// Milliseconds since the VM was started.
     pub uptime_ms: u64,
     /// Path of the serial port's pseudo-terminal or socket.
