@@ -46,6 +46,12 @@ pub enum ReceiveError {
     /// The address cannot be listened on, or no connection could be accepted.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// No address was given, and the service manager has handed nothing over.
+    #[error(
+        "nowhere to listen: give --listen tcp://HOST:PORT, tls://HOST:PORT or unix:PATH, or have the \
+         service manager hand a socket over"
+    )]
+    NowhereToListen,
     /// Randomness for the token.
     #[error("random bytes cannot be had")]
     Token(#[source] io::Error),
@@ -87,16 +93,16 @@ impl Receiver {
     /// Claims the name and listens.
     ///
     /// # Errors
-    /// [`ReceiveError::Launch`] when the name is taken, [`ReceiveError::Link`].
+    /// [`ReceiveError::Launch`] when the name is taken, [`ReceiveError::NowhereToListen`],
+    /// [`ReceiveError::Link`].
     pub fn listen(options: ReceiveOptions) -> Result<Self, ReceiveError> {
         let dir = options.launch.runtime_dir.as_ref();
         let claim = dir.map(|dir| dir.claim(&options.name)).transpose();
         let claim = claim.map_err(LaunchError::from)?;
         let listener = match &options.listen {
             Some(url) => Listener::bind(url, &options.security)?,
-            None => {
-                Listener::from_environment(&options.security)?.ok_or(LinkError::NoCandidates)?
-            }
+            None => Listener::from_environment(&options.security)?
+                .ok_or(ReceiveError::NowhereToListen)?,
         };
         let (notices, inbox) = Notices::new();
         let signals = options

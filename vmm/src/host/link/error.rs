@@ -21,7 +21,10 @@ pub enum LinkError {
         url: LinkUrl,
     },
     /// TLS was asked for without files.
-    #[error("{url} needs a certificate, its key and the certificate of the peer's authority")]
+    #[error(
+        "{url} needs a certificate (--tls-cert FILE), its key (--tls-key FILE) and the certificate of the \
+         peer's authority (--tls-ca FILE)"
+    )]
     NoTlsFiles {
         /// The address.
         url: LinkUrl,

@@ -50,6 +50,9 @@ pub enum InvalidUrl {
         /// What stands where the port belongs.
         port: String,
     },
+    /// Port 0 stands for one that the host chooses: nobody can be reached there.
+    #[error("{0}: nobody listens on port 0; `drover receive` says which port it has chosen")]
+    PortZero(LinkUrl),
     /// An IPv6 address without brackets.
     #[error("{0:?}: an IPv6 address stands in brackets, as in tcp://[::1]:4444")]
     Brackets(String),
@@ -183,6 +186,17 @@ impl LinkUrl {
         match self {
             Self::Tcp(host_port) | Self::Tls(host_port) => Some(host_port),
             Self::Unix(_) => None,
+        }
+    }
+
+    /// Whether a peer can be reached there; one may listen on port 0, too.
+    ///
+    /// # Errors
+    /// [`InvalidUrl::PortZero`].
+    pub fn check_destination(&self) -> Result<(), InvalidUrl> {
+        match self.host_port().map(HostPort::port) {
+            Some(0) => Err(InvalidUrl::PortZero(self.clone())),
+            _ => Ok(()),
         }
     }
 
@@ -333,6 +347,19 @@ mod tests {
         }
         let longest = format!("unix:/{}", "x".repeat(106));
         longest.parse::<LinkUrl>().unwrap();
+    }
+
+    #[test]
+    fn nobody_is_reached_on_port_0() {
+        for text in ["tcp://host:0", "tls://[::1]:0"] {
+            let url: LinkUrl = text.parse().unwrap();
+            let error = url.check_destination().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{text}: nobody")), "{error}");
+        }
+        for text in ["tcp://host:1", "unix:/run/a"] {
+            let url: LinkUrl = text.parse().unwrap();
+            assert_eq!(url.check_destination(), Ok(()));
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{CommandError, Controller};
 use crate::host::disk::{HandoverError, TakenBack};
+use crate::host::link::LinkUrl;
 use crate::machine::events::EventKind;
 use crate::machine::lifecycle::{EndReason, VmState};
 use crate::machine::runtime::MachineError;
@@ -122,6 +123,10 @@ impl Controller {
         let invalid = |why: String| Err(CommandError::InvalidMigration(why));
         if request.urls.is_empty() {
             return invalid("no destination is given".to_owned());
+        }
+        let mut unusable = request.urls.iter().map(LinkUrl::check_destination);
+        if let Some(Err(error)) = unusable.find(Result::is_err) {
+            return invalid(error.to_string());
         }
         if let Some(streams) = request.streams
             && !(1..=MAX_STREAMS).contains(&streams)
