@@ -4,14 +4,23 @@
 #![allow(rustdoc::broken_intra_doc_links)]
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use vmm::config::{
+    BalloonConfig, ByteSize, CharTarget, CpuModel, CpusConfig, DiskConfig, FsConfig, MemoryConfig,
+    NetConfig, OnGuestEnd, RngConfig, VmName, VsockConfig,
+};
+use vmm::host::link::LinkUrl;
+use vmm::migrate::{EncodingChoice, OnTimeout};
+
+use crate::values::{self, Bandwidth, Streams};
 
 /// Exit codes of `drover run`, also shown by `drover run --help`.
 const EXIT_CODES: &str = "Exit codes:
   0  the guest powered off, or the VM was stopped, or has moved to another process
   1  an error, told on standard error
-  2  the command line is wrong
+  2  the command line or the configuration file is wrong
   3  the guest rebooted (with --on-reboot exit)
   4  the guest's kernel panicked
   5  the guest shut down by a triple fault
@@ -41,9 +50,10 @@ const RESTORE_EXIT_CODES: &str = "Exit codes:
 const MIGRATE_EXIT_CODES: &str = "Exit codes:
   0  the VM has moved
   1  it has not, and goes on where it was, unless it was stopped or has ended there meanwhile
-  2  the command line is wrong
+  2  the command line is wrong; nothing was begun
   7  in doubt: it is paused here, or its process is gone, and it may run at the destination;
-     somebody has to look";
+     somebody has to look
+  8  the VM has moved, but the report (--report) could not be written";
 
 const KEY_VALUE_HELP: &str =
     "Lists are KEY=VALUE,KEY=VALUE; a key alone means on. A value in \"quotes\" or [brackets] may
@@ -111,7 +121,6 @@ pub(crate) enum Command {
     /// Write man pages into a directory.
     Man(ManArgs),
     /// Print the control API's OpenAPI document.
-    #[command(hide = true)]
     Openapi,
 }
 
@@ -122,7 +131,7 @@ pub(crate) struct RunArgs {
     pub(crate) config: Option<PathBuf>,
     /// Name of the VM on this host [default: vm-PID].
     #[arg(long)]
-    pub(crate) name: Option<String>,
+    pub(crate) name: Option<VmName>,
     /// Kernel: PVH ELF, vmlinux or bzImage.
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
@@ -133,52 +142,52 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
     /// vCPUs: N[,sockets=,cores=,threads=][,pin=[0-3]][,vmm-pin=[4]] [default: 1].
-    #[arg(long, value_name = "N,...")]
-    pub(crate) cpus: Option<String>,
+    #[arg(long, value_name = "N,...", value_parser = values::cpus)]
+    pub(crate) cpus: Option<CpusConfig>,
     /// CPU model and features taken away: host[,-FEATURE...] [default: host].
     #[arg(long, value_name = "MODEL")]
-    pub(crate) cpu: Option<String>,
+    pub(crate) cpu: Option<CpuModel>,
     /// Memory: SIZE[,hugepages=2M|1G][,thp=off][,prefault][,numa=[0]] [default: 512M].
-    #[arg(long, value_name = "SIZE,...")]
-    pub(crate) memory: Option<String>,
+    #[arg(long, value_name = "SIZE,...", value_parser = values::memory)]
+    pub(crate) memory: Option<MemoryConfig>,
     /// Serial port: stdio, null, pty, file=PATH or socket=PATH [default: stdio].
     #[arg(long, value_name = "TARGET")]
-    pub(crate) serial: Option<String>,
+    pub(crate) serial: Option<CharTarget>,
     /// Virtio console: the same targets.
     #[arg(long, value_name = "TARGET")]
-    pub(crate) console: Option<String>,
+    pub(crate) console: Option<CharTarget>,
     /// Disk: path=FILE[,format=raw|qcow2][,readonly][,direct][,serial=][,queues=][,queue-size=]
     /// [,aio=io-uring|threads][,bytes-per-second=][,ops-per-second=][,id=], or vhost-user=SOCKET.
-    #[arg(long, value_name = "LIST")]
-    pub(crate) disk: Vec<String>,
+    #[arg(long, value_name = "LIST", value_parser = values::disk)]
+    pub(crate) disk: Vec<DiskConfig>,
     /// Network interface (a new TAP when nothing is given): [tap=NAME|fd=[N]|vhost-user=SOCKET][,mac=][,mtu=][,queues=][,queue-size=]
     /// [,offload=off][,bytes-per-second=][,packets-per-second=][,id=].
-    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "queues=1")]
-    pub(crate) net: Vec<String>,
+    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "queues=1", value_parser = values::net)]
+    pub(crate) net: Vec<NetConfig>,
     /// Entropy source: [source=FILE][,bytes-per-second=].
-    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "source=/dev/urandom")]
-    pub(crate) rng: Option<String>,
+    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "source=/dev/urandom", value_parser = values::rng)]
+    pub(crate) rng: Option<RngConfig>,
     /// Memory balloon: [size=][,deflate-on-oom][,free-page-reporting][,stats-interval=SECONDS].
-    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "size=0")]
-    pub(crate) balloon: Option<String>,
+    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "size=0", value_parser = values::balloon)]
+    pub(crate) balloon: Option<BalloonConfig>,
     /// Sockets to the host: cid=N,socket=PATH.
-    #[arg(long, value_name = "LIST")]
-    pub(crate) vsock: Option<String>,
+    #[arg(long, value_name = "LIST", value_parser = values::vsock)]
+    pub(crate) vsock: Option<VsockConfig>,
     /// Shared directory behind virtiofsd: tag=NAME,socket=PATH[,queues=][,queue-size=][,id=].
-    #[arg(long, value_name = "LIST")]
-    pub(crate) fs: Vec<String>,
-    /// When the guest powers off: exit, restart or pause [default: exit].
-    #[arg(long, value_name = "ACTION")]
-    pub(crate) on_poweroff: Option<String>,
+    #[arg(long, value_name = "LIST", value_parser = values::fs)]
+    pub(crate) fs: Vec<FsConfig>,
+    /// When the guest powers off [default: exit].
+    #[arg(long, value_name = "ACTION", value_parser = values::reaction())]
+    pub(crate) on_poweroff: Option<OnGuestEnd>,
     /// When the guest reboots [default: restart].
-    #[arg(long, value_name = "ACTION")]
-    pub(crate) on_reboot: Option<String>,
+    #[arg(long, value_name = "ACTION", value_parser = values::reaction())]
+    pub(crate) on_reboot: Option<OnGuestEnd>,
     /// When the guest's kernel panics [default: exit].
-    #[arg(long, value_name = "ACTION")]
-    pub(crate) on_panic: Option<String>,
+    #[arg(long, value_name = "ACTION", value_parser = values::reaction())]
+    pub(crate) on_panic: Option<OnGuestEnd>,
     /// When the guest shuts down by a triple fault [default: exit].
-    #[arg(long, value_name = "ACTION")]
-    pub(crate) on_triple_fault: Option<String>,
+    #[arg(long, value_name = "ACTION", value_parser = values::reaction())]
+    pub(crate) on_triple_fault: Option<OnGuestEnd>,
     /// Print the resolved configuration as TOML and exit.
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -212,36 +221,36 @@ pub(crate) struct SecurityArgs {
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArgs {
     /// Name of the VM.
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// Ways to the destination, tried side by side: tcp://HOST:PORT, tls://HOST:PORT or unix:PATH.
-    #[arg(value_name = "URL", required = true)]
-    pub(crate) urls: Vec<vmm::host::link::LinkUrl>,
+    #[arg(value_name = "URL", required = true, value_parser = values::destination)]
+    pub(crate) urls: Vec<LinkUrl>,
     /// Connections for memory: 1 to 16, or auto.
     #[arg(long, value_name = "N", default_value = "auto")]
-    pub(crate) streams: String,
+    pub(crate) streams: Streams,
     /// Spread them over all URLs that work.
     #[arg(long)]
     pub(crate) multipath: bool,
-    /// How memory travels: auto, raw, lz4 or delta.
-    #[arg(long, value_name = "HOW", default_value = "auto")]
-    pub(crate) encoding: String,
+    /// How memory travels.
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = values::encoding())]
+    pub(crate) encoding: EncodingChoice,
     /// How long the VM may stand still.
-    #[arg(long, value_name = "TIME", default_value = "20ms")]
-    pub(crate) max_downtime: humantime::Duration,
-    /// Limit of all connections together: 2Gbit, 100M (bytes per second).
-    #[arg(long, value_name = "RATE")]
-    pub(crate) bandwidth: Option<vmm::config::LinkRate>,
-    /// How long memory may be copied until the VM can be stopped.
-    #[arg(long, value_name = "TIME", default_value = "10m")]
-    pub(crate) timeout: humantime::Duration,
+    #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = values::downtime)]
+    pub(crate) max_downtime: Duration,
+    /// Limit of all connections together: 2Gbit, 100M (bytes per second), or none.
+    #[arg(long, value_name = "RATE", default_value = "none")]
+    pub(crate) bandwidth: Bandwidth,
+    /// How long memory may be copied until the VM can be stopped: 10m, 1500ms.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = values::timeout)]
+    pub(crate) timeout: Duration,
     /// What happens then: cancel, force (stop the VM however long the rest takes), or
     /// postcopy (the VM goes on at the destination, which fetches the rest).
-    #[arg(long, value_name = "ACTION", default_value = "cancel")]
-    pub(crate) on_timeout: String,
+    #[arg(long, value_name = "ACTION", default_value = "cancel", value_parser = values::on_timeout())]
+    pub(crate) on_timeout: OnTimeout,
     /// Memory for pages sent before, which makes deltas possible [default: 1/4 of the VM's,
     /// 1 GiB at most].
     #[arg(long, value_name = "SIZE")]
-    pub(crate) cache: Option<vmm::config::ByteSize>,
+    pub(crate) cache: Option<ByteSize>,
     #[command(flatten)]
     pub(crate) security: SecurityArgs,
     /// Write a page that shows how it went.
@@ -259,11 +268,11 @@ pub(crate) struct MigrateArgs {
 pub(crate) struct ReceiveArgs {
     /// Name of the VM here.
     #[arg(long)]
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// Where to listen: tcp://HOST:PORT (port 0 chooses one), tls://HOST:PORT or unix:PATH
     /// [default: the socket that the service manager hands over].
     #[arg(long, value_name = "URL")]
-    pub(crate) listen: Option<vmm::host::link::LinkUrl>,
+    pub(crate) listen: Option<LinkUrl>,
     #[command(flatten)]
     pub(crate) security: SecurityArgs,
     #[command(flatten)]
@@ -282,13 +291,13 @@ pub(crate) struct ReceiveArgs {
 #[derive(Debug, Args)]
 pub(crate) struct SnapshotArgs {
     /// Name of the VM.
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// Where the snapshot goes; one that is there is replaced.
     #[arg(value_name = "DIR")]
     pub(crate) directory: PathBuf,
     /// How long the VM may stand still.
-    #[arg(long, value_name = "TIME", default_value = "20ms")]
-    pub(crate) max_downtime: humantime::Duration,
+    #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = values::downtime)]
+    pub(crate) max_downtime: Duration,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -301,7 +310,7 @@ pub(crate) struct RestoreArgs {
     pub(crate) directory: PathBuf,
     /// Name of the VM [default: as it was called].
     #[arg(long)]
-    pub(crate) name: Option<String>,
+    pub(crate) name: Option<VmName>,
     /// Start at once; memory is loaded when it is touched, and in the background.
     #[arg(long)]
     pub(crate) lazy: bool,
@@ -320,16 +329,16 @@ pub(crate) struct RestoreArgs {
 pub(crate) struct ArrivalArgs {
     /// Serial port here, when not as the VM has it: stdio, null, pty, file=PATH or socket=PATH.
     #[arg(long, value_name = "TARGET")]
-    pub(crate) serial: Option<String>,
+    pub(crate) serial: Option<CharTarget>,
     /// Virtio console here: the same targets.
     #[arg(long, value_name = "TARGET")]
-    pub(crate) console: Option<String>,
-    /// Where a disk is here: ID=PATH.
-    #[arg(long, value_name = "ID=PATH")]
-    pub(crate) disk: Vec<String>,
-    /// An interface's TAP here: ID=NAME.
-    #[arg(long, value_name = "ID=NAME")]
-    pub(crate) tap: Vec<String>,
+    pub(crate) console: Option<CharTarget>,
+    /// Where a disk is here: disk0=/srv/web.img.
+    #[arg(long, value_name = "ID=PATH", value_parser = values::disk_here)]
+    pub(crate) disk: Vec<(String, PathBuf)>,
+    /// An interface's TAP here: net0=tap7.
+    #[arg(long, value_name = "ID=NAME", value_parser = values::tap_here)]
+    pub(crate) tap: Vec<(String, String)>,
     /// Socket of vsock here.
     #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<PathBuf>,
@@ -354,22 +363,22 @@ pub(crate) enum MigrationCommand {
 #[derive(Debug, Args)]
 pub(crate) struct MigrationSetArgs {
     /// Name of the VM.
-    pub(crate) name: String,
-    /// Limit of all connections together: 2Gbit, 100M, or none.
+    pub(crate) name: VmName,
+    /// Limit of all connections together: 2Gbit, 100M (bytes per second), or none.
     #[arg(long, value_name = "RATE")]
-    pub(crate) bandwidth: Option<String>,
+    pub(crate) bandwidth: Option<Bandwidth>,
     /// How long the VM may stand still.
-    #[arg(long, value_name = "TIME")]
-    pub(crate) max_downtime: Option<humantime::Duration>,
+    #[arg(long, value_name = "TIME", value_parser = values::downtime)]
+    pub(crate) max_downtime: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct BalloonArgs {
     /// Name of the VM.
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// How much the guest shall give up in all: 512M, 0; shown when absent.
     #[arg(value_name = "SIZE")]
-    pub(crate) target: Option<vmm::config::ByteSize>,
+    pub(crate) target: Option<ByteSize>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -378,7 +387,7 @@ pub(crate) struct BalloonArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ConsoleArgs {
     /// Name of the VM.
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// Which of the two; the serial port first when both can be reached.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Option<Terminal>,
@@ -396,7 +405,7 @@ pub(crate) enum Terminal {
 #[derive(Debug, Args)]
 pub(crate) struct NameJsonArgs {
     /// Name of the VM.
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// Print JSON; for a change of state, the name and the new state.
     #[arg(long)]
     pub(crate) json: bool,
@@ -412,7 +421,7 @@ pub(crate) struct JsonArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ShutdownArgs {
     /// Name of the VM.
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// Wait until the VM has ended, for at most so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub(crate) wait: Option<u64>,
@@ -424,7 +433,7 @@ pub(crate) struct ShutdownArgs {
 #[derive(Debug, Args)]
 pub(crate) struct EventsArgs {
     /// Name of the VM.
-    pub(crate) name: String,
+    pub(crate) name: VmName,
     /// Wait for further events until the VM ends.
     #[arg(long, short)]
     pub(crate) follow: bool,

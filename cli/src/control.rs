@@ -26,9 +26,8 @@ pub(crate) fn block_on<T>(exchange: impl Future<Output = Result<T>>) -> Result<T
 }
 
 /// The VM called `name`.
-pub(crate) fn find(name: &str) -> Result<Client> {
-    let name: VmName = name.parse()?;
-    Ok(Client::new(RuntimeDir::from_environment().find(&name)?))
+pub(crate) fn find(name: &VmName) -> Result<Client> {
+    Ok(Client::new(RuntimeDir::from_environment().find(name)?))
 }
 
 /// Tells the guest how large the terminal at its console is.
@@ -95,7 +94,7 @@ fn known(value: Option<impl ToString>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
-pub(crate) fn info(name: &str, json: bool) -> Result<ExitCode> {
+pub(crate) fn info(name: &VmName, json: bool) -> Result<ExitCode> {
     let client = find(name)?;
     let info = get_info(&client)?;
     if json {
@@ -128,7 +127,7 @@ pub(crate) fn change(args: &NameJsonArgs, action: &str, state: VmState) -> Resul
     report_state(&args.name, state, args.json)
 }
 
-fn report_state(name: &str, state: VmState, json: bool) -> Result<ExitCode> {
+fn report_state(name: &VmName, state: VmState, json: bool) -> Result<ExitCode> {
     if json {
         return print_json(&serde_json::json!({ "name": name, "state": state }));
     }
@@ -177,7 +176,7 @@ async fn wait_power_off(client: &Client, seconds: u64) -> Result<()> {
     }
 }
 
-pub(crate) fn devices(name: &str, json: bool) -> Result<ExitCode> {
+pub(crate) fn devices(name: &VmName, json: bool) -> Result<ExitCode> {
     let client = find(name)?;
     let devices: Vec<DeviceInfo> = block_on(async { Ok(client.get("/v1/devices").await?) })?;
     if json {
@@ -266,7 +265,7 @@ fn print_event(line: &str) {
     );
 }
 
-pub(crate) fn metrics(name: &str, json: bool) -> Result<ExitCode> {
+pub(crate) fn metrics(name: &VmName, json: bool) -> Result<ExitCode> {
     let client = find(name)?;
     if json {
         let samples: Vec<Sample> = block_on(async { Ok(client.get("/v1/counters").await?) })?;

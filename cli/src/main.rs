@@ -15,15 +15,18 @@ mod shell;
 mod snapshot;
 mod table;
 mod units;
+mod values;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
 
+use vmm::config::ConfigError;
 use vmm::machine::VmState;
 
 use args::{Cli, Command};
+use values::Usage;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -32,8 +35,22 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("drover: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(exit_code(&error))
         }
+    }
+}
+
+/// 2, as for what clap refuses, when the command line or the file that it names is wrong; 1 when it
+/// could be followed and something went wrong.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let is_config = match error.downcast_ref::<ConfigError>() {
+        Some(ConfigError::Syntax { .. } | ConfigError::Invalid { .. }) => true,
+        Some(ConfigError::Missing { .. }) => true,
+        Some(ConfigError::Read { .. }) | None => false,
+    };
+    match is_config || error.is::<Usage>() {
+        true => 2,
+        false => 1,
     }
 }
 
@@ -106,5 +123,26 @@ impl<'kvs> log::kv::VisitSource<'kvs> for PairWriter<'_> {
         }
         self.0.push_str(&format!(" {key}={value}"));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, anyhow};
+    use vmm::config::{ByteSize, VmConfig};
+
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_as_it_is_written_ends_with_2_and_what_goes_wrong_with_1() {
+        let usage = anyhow!(Usage("both".to_owned())).context("VM web");
+        assert_eq!(exit_code(&usage), 2);
+        let mut config = VmConfig::default();
+        config.memory.size = ByteSize::mib(1);
+        let too_small = config.validate();
+        assert_eq!(exit_code(&too_small.context("VM web").unwrap_err()), 2);
+        let no_file = VmConfig::from_file("/does/not/exist".as_ref());
+        assert_eq!(exit_code(&no_file.unwrap_err().into()), 1);
+        assert_eq!(exit_code(&anyhow!("the host refused")), 1);
     }
 }

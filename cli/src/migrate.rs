@@ -1,20 +1,27 @@
 //! `drover migrate` and `drover migration`.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | `outcome` | what came of it, for people and for scripts |
+//! | `page` | the file that `--report` names |
+//! | `progress` | how far it is, while it runs |
+
+mod outcome;
+mod page;
+mod progress;
 
 use std::cell::Cell;
 use std::convert::Infallible;
-use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use serde::de::DeserializeOwned;
-use serde_json::Value;
-use vmm::config::{ByteSize, LinkRate};
+use vmm::config::{ByteSize, VmName};
 use vmm::control::{Client, ClientError};
 use vmm::host::link::{LinkUrl, Security, TlsFiles};
 use vmm::machine::EventKind;
-use vmm::migrate::progress::{Phase, Progress, RoundReport};
+use vmm::migrate::progress::Phase;
 use vmm::migrate::{
     MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus, MigrationTuning,
 };
@@ -23,7 +30,12 @@ use crate::args::{MigrateArgs, MigrationArgs, MigrationCommand, MigrationSetArgs
 use crate::control::{block_on, find, print_json};
 use crate::ending::{Ending, follow};
 use crate::report::render;
-use crate::units::{rate, size, time};
+use crate::values::Usage;
+
+pub(crate) use outcome::print_report;
+use outcome::{final_object, without_report};
+use page::Page;
+use progress::{Bar, CUT, Display, bar_line};
 
 const PATH: &str = "/v1/migration";
 
@@ -36,10 +48,14 @@ const EXIT_IN_DOUBT: u8 = 7;
 /// The outcome, for scripts, when the VM has ended meanwhile: no report has it.
 const ENDED: &str = "ended";
 
+/// `drover migrate` when the VM has moved and the page about it could not be written.
+const EXIT_NO_PAGE: u8 = 8;
+
 pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
-    let client = find(&args.name)?;
     let (name, json, page) = (args.name.clone(), args.json, args.report.clone());
     let request = request(args)?;
+    let client = find(&name)?;
+    let page = page.map(|path| Page::open(&path)).transpose()?;
     let ending = block_on(async { watch(&client, &request, json).await })
         .with_context(|| format!("VM {name}"))?;
     let report = match ending {
@@ -51,36 +67,56 @@ pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
             }
             bail!(error);
         }
-        Ending::Silent(why) => {
-            let error = format!(
-                "VM {name} does not say what became of its migration ({why}): it may run at the \
-                 destination, look there"
-            );
-            if json {
-                let outcome = serde_json::to_value(MigrationOutcome::InDoubt)?;
-                print_json(&without_report(&name, outcome, &error))?;
-            }
-            eprintln!("drover: {error}");
-            return Ok(ExitCode::from(EXIT_IN_DOUBT));
-        }
+        Ending::Silent(why) => return in_doubt(&name, &why, json),
     };
-    if let Some(path) = page {
-        let text = render(&report, &host_name(), SystemTime::now());
-        // The VM has moved, or not: that is told all the same.
-        if let Err(error) = std::fs::write(&path, text) {
-            eprintln!("drover: {} cannot be written: {error}", path.display());
-        }
-    }
     if json {
         print_json(&final_object(&report)?)?;
     } else {
         print_report(&report);
     }
+    let is_told = match page {
+        Some(page) => tell(page, &report),
+        None => true,
+    };
     Ok(match report.outcome {
+        MigrationOutcome::Migrated if !is_told => ExitCode::from(EXIT_NO_PAGE),
         MigrationOutcome::Migrated => ExitCode::SUCCESS,
         MigrationOutcome::Resumed => ExitCode::FAILURE,
         MigrationOutcome::InDoubt => ExitCode::from(EXIT_IN_DOUBT),
     })
+}
+
+/// The VM's process no longer answers.
+fn in_doubt(name: &VmName, why: &str, json: bool) -> Result<ExitCode> {
+    let error = format!(
+        "VM {name} does not say what became of its migration ({why}): it may run at the \
+         destination, look there"
+    );
+    if json {
+        let outcome = serde_json::to_value(MigrationOutcome::InDoubt)?;
+        print_json(&without_report(name, outcome, &error))?;
+    }
+    eprintln!("drover: {error}");
+    Ok(ExitCode::from(EXIT_IN_DOUBT))
+}
+
+/// Writes the page; whether it worked. If not, nobody shall believe that it was the migration that
+/// did not.
+fn tell(page: Page, report: &MigrationReport) -> bool {
+    let text = render(report, &host_name(), SystemTime::now());
+    let Err(error) = page.write(&text) else {
+        return true;
+    };
+    eprintln!("drover: {}", untold(report, &error));
+    false
+}
+
+fn untold(report: &MigrationReport, error: &anyhow::Error) -> String {
+    let name = &report.name;
+    match report.outcome {
+        MigrationOutcome::Migrated => format!("VM {name} HAS moved; only {error:#}"),
+        MigrationOutcome::Resumed | MigrationOutcome::InDoubt => format!("{error:#}"),
+    }
 }
 
 fn host_name() -> String {
@@ -88,39 +124,26 @@ fn host_name() -> String {
     name.unwrap_or_default().trim().to_owned()
 }
 
-/// One of the words that a type has in JSON.
-fn word<T: DeserializeOwned>(flag: &str, text: &str) -> Result<T> {
-    let value = Value::String(text.to_owned());
-    serde_json::from_value(value).with_context(|| format!("{flag} {text}"))
-}
-
 fn request(args: MigrateArgs) -> Result<MigrationRequest> {
-    let streams = match args.streams.as_str() {
-        "auto" => None,
-        text => Some(text.parse().with_context(|| format!("--streams {text}"))?),
-    };
-    let micros = |time: humantime::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    let mut security = security(args.security)?;
+    let mut security = security(args.security, &args.urls)?;
     security.server_name = args.tls_server_name;
     let urls = args.urls.into_iter().map(absolute);
     Ok(MigrationRequest {
         urls: urls.collect::<Result<_>>()?,
         multipath: args.multipath,
-        streams,
-        encoding: word("--encoding", &args.encoding)?,
+        streams: args.streams.0,
+        encoding: args.encoding,
         max_downtime_us: micros(args.max_downtime),
-        bandwidth_bytes_per_s: args.bandwidth.map(LinkRate::bytes_per_s),
-        timeout_s: seconds_up(*args.timeout),
-        on_timeout: word("--on-timeout", &args.on_timeout)?,
+        bandwidth_bytes_per_s: args.bandwidth.bytes_per_s(),
+        timeout_ms: u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX),
+        on_timeout: args.on_timeout,
         cache_bytes: args.cache.map(ByteSize::bytes),
         security,
     })
 }
 
-/// Whole seconds, the last one begun: who gives some time does not get none.
-fn seconds_up(time: Duration) -> u64 {
-    time.as_secs()
-        .saturating_add(u64::from(time.subsec_nanos() > 0))
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The VM's process may be in another directory.
@@ -131,7 +154,16 @@ fn absolute(url: LinkUrl) -> Result<LinkUrl> {
     })
 }
 
-pub(crate) fn security(args: SecurityArgs) -> Result<Security> {
+/// What protects connections to, or at, `urls`.
+pub(crate) fn security(args: SecurityArgs, urls: &[LinkUrl]) -> Result<Security> {
+    if args.tls_cert.is_none()
+        && let Some(url) = urls.iter().find(|url| url.is_encrypted())
+    {
+        bail!(Usage(format!(
+            "{url} needs --tls-cert FILE, --tls-key FILE and --tls-ca FILE: our certificate, its key \
+             and the authority that signs the peer's, all PEM"
+        )));
+    }
     let tls = match (args.tls_cert, args.tls_key, args.tls_ca) {
         (Some(certificate), Some(key), Some(authority)) => {
             let absolute = |path: &Path| std::path::absolute(path);
@@ -209,205 +241,6 @@ async fn refresh(client: &Client, bar: &Bar, phase: &Cell<Phase>) -> Infallible 
     }
 }
 
-/// One line per round, where there is no terminal to draw on.
-struct Display {
-    lines: bool,
-}
-
-impl Display {
-    fn new(quiet: bool) -> Self {
-        Self {
-            lines: !quiet && !std::io::stderr().is_terminal(),
-        }
-    }
-
-    fn round(&mut self, round: &RoundReport) {
-        self.say(&describe_round(round));
-    }
-
-    fn say(&self, line: &str) {
-        if self.lines {
-            eprintln!("{line}");
-        }
-    }
-}
-
-fn describe_round(round: &RoundReport) -> String {
-    let mix = round.pages;
-    format!(
-        "round {}: {} pages (zero {}, raw {}, lz4 {}, delta {}), {} in {}, {}; {} pages changed \
-         meanwhile, {}",
-        round.number,
-        mix.total(),
-        mix.zero,
-        mix.raw,
-        mix.lz4,
-        mix.delta,
-        size(round.wire_bytes),
-        time(round.duration_us),
-        rate(round.link_bytes_per_s()),
-        round.dirty_pages,
-        rate(round.dirty_bytes_per_s()),
-    )
-}
-
-/// A line on the terminal that is drawn anew.
-struct Bar {
-    shown: bool,
-}
-
-impl Bar {
-    fn new(quiet: bool) -> Self {
-        Self {
-            shown: !quiet && std::io::stderr().is_terminal(),
-        }
-    }
-
-    fn draw(&self, progress: &Progress) {
-        if self.shown {
-            let mut err = std::io::stderr();
-            let _ = write!(err, "\r\x1b[K{}", bar_line(progress));
-            let _ = err.flush();
-        }
-    }
-
-    fn clear(&self) {
-        if self.shown {
-            eprint!("\r\x1b[K");
-        }
-    }
-}
-
-/// Of a post-copy without a connection.
-const CUT: &str = "the connection is cut: the VM stands still until it can be made again";
-
-fn bar_line(progress: &Progress) -> String {
-    const WIDTH: u64 = 24;
-    let phase = match progress.phase {
-        Phase::Connecting => return "connecting".to_owned(),
-        Phase::Precopy => format!("round {}", progress.round),
-        Phase::Switchover => "switchover".to_owned(),
-        Phase::Postcopy => "post-copy".to_owned(),
-        Phase::Unlinked => return CUT.to_owned(),
-        Phase::Ended => "done".to_owned(),
-    };
-    let all = (progress.memory_bytes / 4096).max(1);
-    let left = progress.remaining_pages.min(all);
-    let full = usize::try_from((all - left) * WIDTH / all).unwrap_or(0);
-    let bar = format!("{:<24}", "#".repeat(full));
-    let mix = progress.pages;
-    let percent = |part: u64| part * 100 / mix.total().max(1);
-    let blackout = match progress.predicted_blackout_us {
-        Some(micros) => format!(", blackout about {}", time(micros)),
-        None => String::new(),
-    };
-    let throttle = match progress.cpu_percent {
-        100 | 0 => String::new(),
-        percent => format!(", guest at {percent} %"),
-    };
-    format!(
-        "{phase} [{bar}] {} sent, {} left, {}; guest writes {}; zero {} raw {} lz4 {} delta {} %{blackout}{throttle}",
-        size(progress.wire_bytes),
-        size(left * 4096),
-        rate(progress.link_bytes_per_s),
-        rate(progress.dirty_bytes_per_s),
-        percent(mix.zero),
-        percent(mix.raw),
-        percent(mix.lz4),
-        percent(mix.delta),
-    )
-}
-
-/// The report with what scripts ask for first, and what follows from its numbers.
-fn final_object(report: &MigrationReport) -> Result<Value> {
-    let mut value = serde_json::to_value(report)?;
-    let fields = value.as_object_mut().context("a report is an object")?;
-    let millis = |micros: u64| micros as f64 / 1000.0;
-    let blackout = report.blackout.map(|blackout| millis(blackout.total_us));
-    fields.insert("blackout_ms".to_owned(), serde_json::to_value(blackout)?);
-    let predicted = report.predicted_blackout_us.map(millis);
-    fields.insert(
-        "predicted_blackout_ms".to_owned(),
-        serde_json::to_value(predicted)?,
-    );
-    let rounds = fields.get_mut("rounds").and_then(Value::as_array_mut);
-    let rounds = rounds.context("a report has rounds")?;
-    for (fields, round) in rounds.iter_mut().zip(&report.rounds) {
-        let fields = fields.as_object_mut().context("a round is an object")?;
-        let rates = [
-            ("link_bytes_per_s", round.link_bytes_per_s()),
-            ("dirty_bytes_per_s", round.dirty_bytes_per_s()),
-        ];
-        for (name, rate) in rates {
-            fields.insert(name.to_owned(), rate.into());
-        }
-    }
-    Ok(value)
-}
-
-/// What scripts get when the VM has left no report: no other field is known.
-fn without_report(name: &str, outcome: impl Into<Value>, error: &str) -> Value {
-    serde_json::json!({ "name": name, "outcome": outcome.into(), "error": error })
-}
-
-pub(crate) fn print_report(report: &MigrationReport) {
-    let name = &report.name;
-    let total = format!("{} ms", report.total_ms);
-    match (report.outcome, &report.error) {
-        (MigrationOutcome::Migrated, _) => {
-            let to = report.to.as_deref().unwrap_or("its destination");
-            println!("{name} has moved to {to} in {total}");
-        }
-        (MigrationOutcome::Resumed, error) => {
-            let why = error.as_deref().unwrap_or("for no reason given");
-            println!("{name} has not moved and goes on here (after {total}): {why}");
-        }
-        (MigrationOutcome::InDoubt, error) => {
-            println!(
-                "{name} is paused here, in doubt: {}",
-                error.as_deref().unwrap_or("")
-            );
-        }
-    }
-    if let Some(blackout) = report.blackout {
-        println!(
-            "blackout {}: stopping {}, last dirty log {}, last {} pages {}, restoring {}, handing over {}",
-            time(blackout.total_us),
-            time(blackout.pause_us),
-            time(blackout.harvest_us),
-            blackout.pages,
-            time(blackout.pages_us),
-            time(blackout.prepare_us),
-            time(blackout.commit_us),
-        );
-    }
-    if let Some(later) = report.postcopy {
-        println!(
-            "post-copy {}: {} pages came after the start; the guest waited for {}, {} on average, {} at most",
-            time(later.total_us),
-            later.pages,
-            later.faults,
-            time(later.mean_fault_us),
-            time(later.longest_fault_us),
-        );
-        if later.reconnections > 0 {
-            let times = later.reconnections;
-            println!("the connection was cut meanwhile, and made again: {times} times");
-        }
-    }
-    let mix = report.pages;
-    println!(
-        "{} sent in {} rounds over {} connections: {} zero pages, {} raw, {} lz4, {} delta",
-        size(report.wire_bytes),
-        report.rounds.len(),
-        report.streams,
-        mix.zero,
-        mix.raw,
-        mix.lz4,
-        mix.delta,
-    );
-}
-
 pub(crate) fn migration(args: MigrationArgs) -> Result<ExitCode> {
     match args.command {
         MigrationCommand::Status(args) => {
@@ -436,16 +269,12 @@ pub(crate) fn migration(args: MigrationArgs) -> Result<ExitCode> {
 }
 
 fn set(args: &MigrationSetArgs) -> Result<()> {
-    let bandwidth = match args.bandwidth.as_deref() {
-        Some("none") => Some(0),
-        Some(text) => Some(text.parse::<LinkRate>()?.bytes_per_s()),
-        None => None,
-    };
-    let max_downtime_us = args
-        .max_downtime
-        .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+    // 0 is what the API takes for none.
+    let bandwidth = args.bandwidth.map(|limit| limit.bytes_per_s().unwrap_or(0));
+    let max_downtime_us = args.max_downtime.map(micros);
     if bandwidth.is_none() && max_downtime_us.is_none() {
-        bail!("nothing is to be changed: give --bandwidth or --max-downtime");
+        let nothing = "nothing is to be changed: give --bandwidth or --max-downtime";
+        bail!(Usage(nothing.to_owned()));
     }
     let tuning = MigrationTuning {
         bandwidth_bytes_per_s: bandwidth,
@@ -458,66 +287,58 @@ fn set(args: &MigrationSetArgs) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::args::{Cli, Command};
+
+    fn asked(flags: &[&str]) -> Result<MigrationRequest> {
+        let words = ["drover", "migrate", "web"].iter().chain(flags);
+        match Cli::try_parse_from(words).unwrap().command {
+            Command::Migrate(args) => request(*args),
+            other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
-    fn object_for_scripts_has_times_in_milliseconds_and_rates_of_each_round() {
-        let round = |number| RoundReport {
-            number,
-            wire_bytes: 3 << 20,
-            duration_us: 500_000,
-            dirty_pages: 1024,
-            ..RoundReport::default()
-        };
+    fn what_is_said_is_asked_for_exactly() {
+        let defaults = asked(&["unix:/run/a"]).unwrap();
+        let url = "unix:/run/a".parse().unwrap();
+        assert_eq!(defaults, MigrationRequest::to(vec![url]));
+        let flags = ["--timeout", "1500ms", "--max-downtime", "750us"];
+        let more = ["--streams", "3", "--encoding", "delta"];
+        let rest = ["--bandwidth", "100M", "--on-timeout", "postcopy"];
+        let request = asked(&[&["unix:/run/a"], &flags[..], &more, &rest].concat()).unwrap();
+        assert_eq!((request.timeout_ms, request.max_downtime_us), (1500, 750));
+        assert_eq!(request.streams, Some(3));
+        assert_eq!(request.encoding, vmm::migrate::EncodingChoice::Delta);
+        assert_eq!(request.bandwidth_bytes_per_s, Some(100 << 20));
+        assert_eq!(request.on_timeout, vmm::migrate::OnTimeout::Postcopy);
+        let unlimited = asked(&["unix:/run/a", "--bandwidth", "none"]).unwrap();
+        assert_eq!(unlimited.bandwidth_bytes_per_s, None);
+    }
+
+    #[test]
+    fn tls_without_files_names_the_flags() {
+        let error = asked(&["unix:/run/a", "tls://host:4444"]).unwrap_err();
+        let text = error.to_string();
+        let start = "tls://host:4444 needs --tls-cert FILE, --tls-key FILE and --tls-ca FILE";
+        assert!(text.starts_with(start), "{text}");
+        assert!(error.is::<Usage>());
+        let files = "--tls-cert /a --tls-key /b --tls-ca /c".split(' ');
+        let flags: Vec<_> = ["tls://host:4444"].into_iter().chain(files).collect();
+        assert!(asked(&flags).unwrap().security.tls.is_some());
+    }
+
+    #[test]
+    fn a_page_that_is_missing_does_not_hide_that_the_vm_has_moved() {
         let mut report = crate::report::tests::good();
-        report.rounds = vec![round(1), round(2)];
-        let object = final_object(&report).unwrap();
-        assert_eq!(object["outcome"], "migrated");
-        assert_eq!(object["blackout_ms"], 23.4);
-        assert_eq!(object["predicted_blackout_ms"], 21.0);
-        for (index, number) in [1, 2].into_iter().enumerate() {
-            let round = &object["rounds"][index];
-            assert_eq!(round["number"], number);
-            assert_eq!(round["link_bytes_per_s"], 6 << 20);
-            assert_eq!(round["dirty_bytes_per_s"], 8 << 20);
-        }
-        report.blackout = None;
-        report.rounds.clear();
-        let object = final_object(&report).unwrap();
-        assert!(object["blackout_ms"].is_null() && object.get("blackout_ms").is_some());
-        assert_eq!(object["rounds"], serde_json::json!([]));
-    }
-
-    #[test]
-    fn seconds_are_rounded_up_and_none_stays_none() {
-        let cases = [(0, 0), (1, 1), (900, 1), (1000, 1), (1001, 2)];
-        for (millis, seconds) in cases {
-            assert_eq!(seconds_up(Duration::from_millis(millis)), seconds);
-        }
-        assert_eq!(seconds_up(Duration::MAX), u64::MAX);
-    }
-
-    #[test]
-    fn the_bar_fills_up_and_tells_of_throttling() {
-        let mut progress = Progress {
-            phase: Phase::Precopy,
-            round: 2,
-            memory_bytes: 4096 * 100,
-            remaining_pages: 50,
-            cpu_percent: 75,
-            predicted_blackout_us: Some(12_345),
-            ..Progress::default()
-        };
-        let line = bar_line(&progress);
-        assert!(
-            line.contains("round 2 [############            ]"),
-            "{line}"
-        );
-        assert!(
-            line.ends_with("blackout about 12.3 ms, guest at 75 %"),
-            "{line}"
-        );
-        progress.remaining_pages = 5000;
-        assert!(bar_line(&progress).contains("[                        ]"));
+        let error = || Page::open(Path::new("/dev/full"))?.write("page");
+        let text = untold(&report, &error().unwrap_err());
+        let expected = "VM web-1 HAS moved; only the report /dev/full could not be written: ";
+        assert!(text.starts_with(expected), "{text}");
+        report.outcome = MigrationOutcome::Resumed;
+        let text = untold(&report, &error().unwrap_err());
+        assert!(text.starts_with("the report /dev/full"), "{text}");
     }
 }

@@ -15,7 +15,7 @@ use std::time::SystemTime;
 
 use vmm::migrate::{Bottleneck, MigrationOutcome, MigrationReport};
 
-use crate::units::{count, escape, percent, rate, size, time};
+use crate::units::{count, escape, percent, rate, several, size, time};
 
 const STYLE: &str = include_str!("report/style.css");
 
@@ -109,7 +109,7 @@ fn figures(report: &MigrationReport) -> String {
         (
             "Total time",
             time(micros),
-            several(report.rounds.len(), "round"),
+            several(report.rounds.len() as u64, "round"),
         ),
         (
             "Blackout",
@@ -135,11 +135,6 @@ fn figures(report: &MigrationReport) -> String {
     format!("<dl class=\"figures\">\n{}</dl>\n", items.concat())
 }
 
-fn several(number: usize, what: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {what}{plural}")
-}
-
 fn per_second(amount: u64, micros: u64) -> u64 {
     let rate = u128::from(amount) * 1_000_000 / u128::from(micros.max(1));
     u64::try_from(rate).unwrap_or(u64::MAX)
@@ -147,13 +142,13 @@ fn per_second(amount: u64, micros: u64) -> u64 {
 
 /// What held it up and what helps, in a sentence or two. Without a round nobody can tell.
 fn advice(report: &MigrationReport) -> String {
-    let Some(last) = report.rounds.last() else {
+    let (Some(last), Some(bottleneck)) = (report.rounds.last(), report.bottleneck) else {
         return String::new();
     };
     let link = rate(last.link_bytes_per_s());
     let dirty = rate(last.dirty_bytes_per_s());
     let streams = report.streams;
-    let text = match report.bottleneck {
+    let text = match bottleneck {
         Bottleneck::Link => format!(
             "The <strong>link</strong> held it up, or the destination behind it: it carried {link} \
              in the last round. A faster link helps, or one without other traffic; more \
@@ -178,6 +173,10 @@ fn postcopy(report: &MigrationReport) -> String {
     let Some(later) = report.postcopy else {
         return String::new();
     };
+    if later.pages == 0 {
+        let body = "<p>It was not needed: no page was left for it.</p>\n";
+        return rounds::card("Post-copy", body);
+    }
     let waited = match later.faults {
         0 => "The guest waited for none of them.".to_owned(),
         faults => format!(
@@ -189,12 +188,16 @@ fn postcopy(report: &MigrationReport) -> String {
     };
     let cut = match later.reconnections {
         0 => String::new(),
-        times => format!(" The connection was cut meanwhile, and made again: {times} times."),
+        times => format!(
+            " The connection was cut meanwhile, and made again: {}.",
+            several(times.into(), "time")
+        ),
     };
     let body = format!(
-        "<p>{} pages were missing when the VM started at the destination, and came within {}. \
+        "<p>{} {} missing when the VM started at the destination, and came within {}. \
          {waited}{cut}</p>\n",
-        count(later.pages),
+        several(later.pages, "page"),
+        if later.pages == 1 { "was" } else { "were" },
         time(later.total_us)
     );
     rounds::card("Post-copy", &body)

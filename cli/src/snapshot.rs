@@ -71,10 +71,10 @@ pub(crate) fn restore(args: RestoreArgs) -> Result<ExitCode> {
     let allowed = Some(args.allow_path).filter(|dirs| !dirs.is_empty());
     let options = RestoreOptions {
         directory: std::path::absolute(&args.directory)?,
-        name: args.name.map(|name| name.parse()).transpose()?,
+        name: args.name,
         lazy: args.lazy,
         allow_changed_disks: args.allow_changed_disks,
-        arrival: arrival(args.arrival, allowed)?,
+        arrival: arrival(args.arrival, allowed),
         launch: LaunchOptions {
             builtin_kernel: Some(GUEST),
             runtime_dir: Some(RuntimeDir::from_environment()),

@@ -65,6 +65,12 @@ pub(crate) fn count(number: u64) -> String {
     text
 }
 
+/// `1 page`, `1,234 pages`.
+pub(crate) fn several(number: u64, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{} {what}{plural}", count(number))
+}
+
 /// `part` of `whole` in percent, `0 %` of nothing.
 pub(crate) fn percent(part: u64, whole: u64) -> String {
     let value = 100.0 * share(part, whole);
@@ -164,6 +170,9 @@ mod tests {
         assert_eq!(count(0), "0");
         assert_eq!(count(999), "999");
         assert_eq!(count(1_234_567), "1,234,567");
+        assert_eq!(several(1, "page"), "1 page");
+        assert_eq!(several(0, "page"), "0 pages");
+        assert_eq!(several(1234, "page"), "1,234 pages");
         assert_eq!(percent(0, 0), "0 %");
         assert_eq!(percent(1, 3), "33.3 %");
         assert_eq!(percent(1, 1_000_000), "< 0.1 %");

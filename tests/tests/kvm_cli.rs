@@ -210,9 +210,6 @@ fn commands_to_a_vm_that_is_not_there_say_so() -> Outcome {
     ] {
         assert_eq!(refused(&ground, &[command, "ghost"])?, missing, "{command}");
     }
-    let bad = "\"../ghost\" is not a VM name: 1 to 64 of letters, digits, '.', '_' and '-', a \
-               letter or digit first";
-    assert_eq!(refused(&ground, &["info", "../ghost"])?, bad);
     Ok(())
 }
 
@@ -437,29 +434,5 @@ fn resolved_configuration_starts_the_same_vm() -> Outcome {
     // A flag wins over the file.
     let output = drover(&ground, &["run", &file, "--cpus", "1"])?;
     assert!(output.contains("cpus=1"), "{output}");
-    Ok(())
-}
-
-#[test]
-fn configuration_files_that_are_wrong_are_refused_with_the_place() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
-        return Ok(());
-    };
-    let file = ground
-        .scratch()
-        .write("vm.toml", "[cpus]\ncount = 2\ncolour = 3\n")?;
-    let file = file.display().to_string();
-    let message = refused(&ground, &["run", &file])?;
-    for part in [
-        format!("configuration file {file}: TOML parse error at line 3, column 1"),
-        "colour = 3".to_owned(),
-        "unknown field `colour`, expected one of `count`".to_owned(),
-    ] {
-        assert!(message.contains(&part), "{part} in {message}");
-    }
-    let missing = ground.scratch().join("missing.toml").display().to_string();
-    let message = refused(&ground, &["run", &missing])?;
-    let expected = format!("configuration file {missing}: No such file or directory (os error 2)");
-    assert_eq!(message, expected);
     Ok(())
 }

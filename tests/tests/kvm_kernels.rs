@@ -501,7 +501,7 @@ fn kernel_that_may_not_be_read_is_refused() -> Outcome {
         "VM vm: kernel {} cannot be opened: Permission denied (os error 13)",
         kernel.display()
     );
-    assert_eq!(refusal(&finished, &ground)?, expected);
+    assert_eq!(refusal(&finished, 1, &ground)?, expected);
     Ok(())
 }
 
@@ -514,6 +514,6 @@ fn no_kernel_at_all_is_refused() -> Outcome {
     let finished = process::run(command.args(["run", "--name", "vm"]), SOON)?;
     let expected = "VM vm: no kernel is given: use --kernel FILE, or [boot] kernel in the \
                     configuration file";
-    assert_eq!(refusal(&finished, &ground)?, expected);
+    assert_eq!(refusal(&finished, 2, &ground)?, expected);
     Ok(())
 }

@@ -153,7 +153,8 @@ fn memory_that_is_no_whole_number_of_pages_is_refused() -> Outcome {
             "memory.size is 8M: memory of 8388608 bytes is too small, at least 16 MiB are needed",
         ),
     ] {
-        assert_eq!(ground.vm("run=hello").memory(memory).refused()?, expected);
+        let message = ground.vm("run=hello").memory(memory).misconfigured()?;
+        assert_eq!(message, expected);
     }
     Ok(())
 }

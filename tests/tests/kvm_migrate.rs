@@ -10,7 +10,7 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tests::harness::ground::Ground;
 use tests::harness::image::{self, qemu_img, try_qemu_img};
-use tests::harness::moving::{Place, migrate, repetitions};
+use tests::harness::moving::{Place, migrate, repetitions, try_migrate};
 use tests::harness::vm::{LATER, SOON, Vm};
 use tests::harness::watch::Watch;
 
@@ -134,6 +134,28 @@ fn page_and_object_tell_of_the_same_move() -> Outcome {
         ensure!(page.contains(&text), "{text} is missing in {page}");
     }
     Ok(())
+}
+
+#[test]
+fn a_page_that_cannot_be_written_in_the_end_does_not_hide_the_move() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let mut vm = ground.vm("run=heartbeat").name("vm").start_controlled()?;
+    vm.ready()?;
+    let place = Place::new(&ground, "there").start()?;
+    let finished = try_migrate(vm.control(), &place.url, &["--report", "/dev/full"])?;
+    assert_eq!(finished.code(), Some(8), "{finished:?}");
+    // After the rounds.
+    let said = finished.stderr.lines().last().unwrap_or_default();
+    let expected = "drover: VM vm HAS moved; only the report /dev/full could not be written: ";
+    ensure!(said.starts_with(expected), "{said}");
+    ensure!(
+        finished.stdout.starts_with("vm has moved to "),
+        "{finished:?}"
+    );
+    vm.wait_exit(SOON)?;
+    place.vm.memory()?.wait_beat(SOON).map(drop)
 }
 
 #[test]

@@ -217,7 +217,7 @@ fn who_is_not_trusted_is_told_so_and_the_place_waits_on() -> Outcome {
     let plain = place.url.replace("tls://", "tcp://");
     let reason = reason_not_moved(&try_migrate(vm.control(), &plain, &[])?, "vm")?;
     ensure!(
-        reason.starts_with("connection to the destination: "),
+        reason.starts_with(&format!("{plain}: what answers there is not Drover: ")),
         "{reason}"
     );
     assert_eq!(place.vm.control().state()?, "receiving");

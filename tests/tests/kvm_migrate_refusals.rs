@@ -70,10 +70,6 @@ fn nobody_listens() -> Outcome {
              {missing}: no connection: No such file or directory (os error 2)"
         )
     );
-    assert_eq!(
-        refused(&vm, "tls://127.0.0.1:1", &[])?,
-        "tls://127.0.0.1:1 needs a certificate, its key and the certificate of the peer's authority"
-    );
     // An address that is kept for documentation: it leads off this host.
     assert_eq!(
         refused(&vm, "tcp://192.0.2.1:4444", &[])?,
@@ -89,24 +85,38 @@ fn requests_that_make_no_sense_are_refused_before_anything_happens() -> Outcome 
         return Ok(());
     };
     let vm = started(&ground.vm("run=heartbeat"))?;
-    let url = "tcp://127.0.0.1:1";
-    for (arguments, message) in [
+    for (field, message) in [
+        (r#""streams":0"#, "0 streams; 1 to 16 are possible"),
+        (r#""streams":17"#, "17 streams; 1 to 16 are possible"),
         (
-            ["--streams", "0"],
-            "VM vm: the migration cannot be started: 0 streams; 1 to 16 are possible",
+            r#""max-downtime-us":0"#,
+            "a downtime or bandwidth of 0 lets nothing move",
         ),
         (
-            ["--streams", "17"],
-            "VM vm: the migration cannot be started: 17 streams; 1 to 16 are possible",
-        ),
-        (
-            ["--max-downtime", "0s"],
-            "VM vm: the migration cannot be started: a downtime or bandwidth of 0 lets nothing move",
+            r#""urls":["tcp://127.0.0.1:0"]"#,
+            "tcp://127.0.0.1:0: nobody listens on port 0; `drover receive` says which port it has \
+             chosen",
         ),
     ] {
-        let finished = try_migrate(vm.control(), url, &arguments)?;
-        assert_eq!(failure(&finished, 1)?, message);
+        let url = match field.contains("urls") {
+            true => "",
+            false => r#""urls":["tcp://127.0.0.1:1"],"#,
+        };
+        let body = format!("{{{url}{field}}}");
+        let answer = vm
+            .control()
+            .curl_with("POST", "/v1/migration", &["--json", &body])?;
+        assert_eq!(answer.status, 400, "{answer:?}");
+        let message = format!("the migration cannot be started: {message}");
+        assert_eq!(answer.json()?, serde_json::json!({ "error": message }));
     }
+    // A page that cannot be written is told before anything moves.
+    let page = ground.scratch().join("no/where.html").display().to_string();
+    let finished = try_migrate(vm.control(), "tcp://127.0.0.1:1", &["--report", &page])?;
+    assert_eq!(
+        failure(&finished, 1)?,
+        format!("--report {page} cannot be written: No such file or directory (os error 2)")
+    );
     for (command, arguments) in [
         ("status", &[][..]),
         ("cancel", &[]),
@@ -118,6 +128,35 @@ fn requests_that_make_no_sense_are_refused_before_anything_happens() -> Outcome 
         assert_eq!(failure(&finished, 1)?, "VM vm: the VM is not being moved");
     }
     assert_eq!(vm.control().event_names()?, ["started"]);
+    Ok(())
+}
+
+#[test]
+fn what_answers_and_is_not_drover_is_named() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let vm = started(&ground.vm("run=heartbeat"))?;
+    for banner in [
+        "SSH-2.0-OpenSSH_9.2p1\r\n",
+        "HTTP/1.1 400 Bad Request\r\n\r\n",
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let url = format!("tcp://{}", listener.local_addr()?);
+        let server = std::thread::spawn(move || -> std::io::Result<()> {
+            let (mut stream, _) = listener.accept()?;
+            stream.write_all(banner.as_bytes())?;
+            // Until the other side has had enough.
+            std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
+        });
+        let reason = refused(&vm, &url, &[])?;
+        let expected = format!("{url}: what answers there is not Drover: ");
+        ensure!(reason.starts_with(&expected), "{reason}");
+        // It may hear of the end by a reset.
+        let _ = server.join();
+    }
+    let status = vm.control().curl("GET", "/v1/migration")?.json()?;
+    ensure!(status["report"]["bottleneck"].is_null(), "{status}");
     Ok(())
 }
 

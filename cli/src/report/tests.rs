@@ -56,7 +56,7 @@ pub(crate) fn good() -> MigrationReport {
         memory_bytes: 2 << 30,
         cache_bytes: 512 << 20,
         streams: 4,
-        bottleneck: Bottleneck::Link,
+        bottleneck: Some(Bottleneck::Link),
     }
 }
 
@@ -73,6 +73,7 @@ fn failed() -> MigrationReport {
         wire_bytes: 0,
         cache_bytes: 0,
         streams: 0,
+        bottleneck: None,
         ..good()
     }
 }
@@ -298,7 +299,7 @@ fn every_bottleneck_has_its_advice() {
         (Bottleneck::DirtyRate, "writes</strong> held it up"),
     ] {
         let report = MigrationReport {
-            bottleneck,
+            bottleneck: Some(bottleneck),
             ..good()
         };
         let page = page(&report);
@@ -328,6 +329,18 @@ fn postcopy_is_a_card_with_how_long_the_guest_waited() {
                 1.25 s. The guest waited for 1,043 of them: 870 µs on average, 14.2 ms at most. The connection was cut meanwhile, and made \
                 again: 2 times.";
     assert!(page.contains("<h2>Post-copy</h2>") && page.contains(text));
+}
+
+#[test]
+fn a_post_copy_that_was_not_needed_is_told() {
+    let report = MigrationReport {
+        postcopy: Some(Postcopy::default()),
+        ..good()
+    };
+    let page = page(&report);
+    let text = "It was not needed: no page was left for it.";
+    assert!(page.contains("<h2>Post-copy</h2>") && page.contains(text));
+    assert!(!page.contains("missing when the VM started"));
 }
 
 /// For looking at: `DROVER_REPORT_DIR=/tmp cargo test -p drover report`.

@@ -167,19 +167,29 @@ impl<'a> VmSpec<'a> {
     pub fn refused(&self) -> anyhow::Result<String> {
         let mut command = self.ground.drover();
         let finished = process::run(command.args(self.arguments()), SOON)?;
-        refusal(&finished, self.ground)
+        refusal(&finished, 1, self.ground)
+    }
+
+    /// The same for a configuration that cannot be, whatever the host is like: exit code 2.
+    ///
+    /// # Errors
+    /// When it does anything else.
+    pub fn misconfigured(&self) -> anyhow::Result<String> {
+        let mut command = self.ground.drover();
+        let finished = process::run(command.args(self.arguments()), SOON)?;
+        refusal(&finished, 2, self.ground)
     }
 }
 
-/// The message of a command that has refused as it should, see [`VmSpec::refused`].
+/// The message of a command that has refused as it should with `code`, see [`VmSpec::refused`].
 ///
 /// # Errors
 /// When it did anything else.
-pub fn refusal(finished: &Finished, ground: &Ground) -> anyhow::Result<String> {
+pub fn refusal(finished: &Finished, code: i32, ground: &Ground) -> anyhow::Result<String> {
     let message = finished.stderr.trim_end().to_owned();
-    if finished.code() != Some(1) {
+    if finished.code() != Some(code) {
         let end = describe(finished.status);
-        bail!("expected exit status 1, got {end}; it said: {message}");
+        bail!("expected exit status {code}, got {end}; it said: {message}");
     }
     if message.lines().count() != 1 || message.contains("panicked") {
         bail!("expected one message, got: {message:?}");

@@ -3,8 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::keyvalue::KeyValueError;
-
 /// A configuration was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -25,17 +23,6 @@ pub enum ConfigError {
         /// The parser's words.
         #[source]
         source: Box<toml::de::Error>,
-    },
-    /// A `key=value` list on the command line is wrong.
-    #[error("{flag} {text}")]
-    Flag {
-        /// The flag.
-        flag: &'static str,
-        /// What was given.
-        text: String,
-        /// What is wrong with it.
-        #[source]
-        source: KeyValueError,
     },
     /// A value is impossible.
     #[error("{field} is {value}: {why}")]

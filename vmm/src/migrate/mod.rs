@@ -26,10 +26,9 @@ pub(crate) use lazy_ram::LazyRam;
 pub use migration::progress;
 pub use migration::source::{EncodingChoice, OnTimeout};
 pub use page_store::RamPages;
-pub(crate) use report::MAX_STREAMS;
 pub use report::{
-    Bottleneck, MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus,
-    MigrationTuning, default_max_downtime_us, default_timeout_s,
+    Bottleneck, MAX_STREAMS, MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus,
+    MigrationTuning, default_max_downtime_us, default_timeout_ms,
 };
 pub(crate) use session::Session;
 pub use skeleton::Skeleton;

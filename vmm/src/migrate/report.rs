@@ -2,14 +2,14 @@
 
 use migration::handoff::{Doubt, Outcome};
 use migration::progress::{Blackout, PageMix, Postcopy, Progress, RoundReport};
-use migration::source::{EncodingChoice, OnTimeout, SourceReport};
+use migration::source::{EncodingChoice, OnTimeout, SourceError, SourceReport};
 use serde::{Deserialize, Serialize};
 
 use crate::control::errors::chain;
 use crate::host::link::{LinkUrl, Security};
 
 /// Data connections of one migration at most, on either side.
-pub(crate) const MAX_STREAMS: u16 = 16;
+pub const MAX_STREAMS: u16 = 16;
 
 /// What is asked of a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -32,9 +32,9 @@ pub struct MigrationRequest {
     /// Limit of all connections together; as fast as it goes when absent.
     #[serde(default)]
     pub bandwidth_bytes_per_s: Option<u64>,
-    /// How long memory may be copied before the VM is stopped.
-    #[serde(default = "default_timeout_s")]
-    pub timeout_s: u64,
+    /// How long memory may be copied before the VM is stopped, in milliseconds.
+    #[serde(default = "default_timeout_ms")]
+    pub timeout_ms: u64,
     /// What happens then.
     #[serde(default)]
     pub on_timeout: OnTimeout,
@@ -58,7 +58,7 @@ impl MigrationRequest {
             encoding: EncodingChoice::default(),
             max_downtime_us: default_max_downtime_us(),
             bandwidth_bytes_per_s: None,
-            timeout_s: default_timeout_s(),
+            timeout_ms: default_timeout_ms(),
             on_timeout: OnTimeout::default(),
             cache_bytes: None,
             security: Security::default(),
@@ -72,10 +72,10 @@ pub fn default_max_downtime_us() -> u64 {
     20_000
 }
 
-/// The default of [`MigrationRequest::timeout_s`].
+/// The default of [`MigrationRequest::timeout_ms`].
 #[must_use]
-pub fn default_timeout_s() -> u64 {
-    600
+pub fn default_timeout_ms() -> u64 {
+    600_000
 }
 
 /// What may be changed while a migration runs; what is absent stays.
@@ -139,7 +139,8 @@ pub struct MigrationReport {
     pub total_ms: u64,
     /// How long the VM stood still, part by part; absent when it did not.
     pub blackout: Option<Blackout>,
-    /// What came after the VM had started at the destination, if anything.
+    /// What came after the VM had started at the destination: no pages when post-copy was asked for
+    /// and none was left for it; null when it was not asked for, or the VM has not moved.
     #[serde(default)]
     pub postcopy: Option<Postcopy>,
     /// What was expected right before, in microseconds.
@@ -156,8 +157,8 @@ pub struct MigrationReport {
     pub cache_bytes: u64,
     /// Data connections.
     pub streams: u16,
-    /// What held it up.
-    pub bottleneck: Bottleneck,
+    /// What held it up; null when no page was sent.
+    pub bottleneck: Option<Bottleneck>,
 }
 
 impl MigrationReport {
@@ -169,6 +170,11 @@ impl MigrationReport {
         report: SourceReport,
     ) -> Self {
         let mut error = report.error.as_ref().map(|error| chain(error));
+        if let (Some(text), Some(to), Some(SourceError::NotDrover(_))) =
+            (&mut error, &to, &report.error)
+        {
+            *text = format!("{to}: {text}");
+        }
         if let Outcome::InDoubt(doubt) = report.outcome {
             error = Some(format!(
                 "{}: {}",
@@ -219,7 +225,7 @@ impl MigrationReport {
             memory_bytes,
             cache_bytes: 0,
             streams: 0,
-            bottleneck: Bottleneck::Link,
+            bottleneck: None,
         }
     }
 }
@@ -241,17 +247,20 @@ fn doubt_text(doubt: Doubt) -> &'static str {
 }
 
 /// Rounds beyond the first few mean that the guest kept up; connections without room mean that
-/// this host waited.
-fn bottleneck(report: &SourceReport) -> Bottleneck {
+/// this host waited. Where nothing was sent there was nothing to hold up.
+fn bottleneck(report: &SourceReport) -> Option<Bottleneck> {
+    if report.pages.total() == 0 {
+        return None;
+    }
     let resent: u64 = report.rounds.iter().skip(1).map(|r| r.pages.total()).sum();
     let first = report.rounds.first().map_or(0, |r| r.pages.total());
-    if resent > first / 2 && report.rounds.len() > 3 {
+    Some(if resent > first / 2 && report.rounds.len() > 3 {
         Bottleneck::DirtyRate
     } else if report.congested_percent >= 50 {
         Bottleneck::Link
     } else {
         Bottleneck::SourceCpu
-    }
+    })
 }
 
 /// The migration that runs, or the last one.
@@ -267,4 +276,59 @@ pub struct MigrationStatus {
     pub rounds: Vec<RoundReport>,
     /// What came of it, once it is over.
     pub report: Option<MigrationReport>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::time::Duration;
+
+    use migration::handoff::Reason;
+    use migration::wire::FrameError;
+
+    use super::*;
+
+    /// One that has failed for `error`, with so many pages sent.
+    fn failed(error: SourceError, zero: u64) -> MigrationReport {
+        let report = SourceReport {
+            outcome: Outcome::Resumed(Reason::LinkLost),
+            error: Some(error),
+            total: Duration::ZERO,
+            predicted_blackout: None,
+            blackout: None,
+            postcopy: None,
+            rounds: Vec::new(),
+            pages: PageMix {
+                zero,
+                ..PageMix::default()
+            },
+            wire_bytes: 0,
+            streams: 1,
+            congested_percent: 0,
+            cache_bytes: 0,
+        };
+        let to = Some("tcp://host:22".to_owned());
+        MigrationReport::new("web", to, 4096, 1, report)
+    }
+
+    #[test]
+    fn what_is_not_drover_is_named_by_its_address() {
+        let source = FrameError::Io(io::ErrorKind::UnexpectedEof.into());
+        let text = failed(SourceError::NotDrover(source), 0).error.unwrap();
+        let start = "tcp://host:22: what answers there is not Drover: ";
+        assert!(text.starts_with(start), "{text}");
+        let text = failed(SourceError::Cancelled, 0).error.unwrap();
+        assert_eq!(text, "it was cancelled");
+    }
+
+    #[test]
+    fn nothing_held_up_what_never_began() {
+        let never = MigrationReport::not_connected("web", 4096, 1, "refused".to_owned());
+        assert_eq!(never.bottleneck, None);
+        assert_eq!(failed(SourceError::Cancelled, 0).bottleneck, None);
+        let begun = failed(SourceError::Cancelled, 1).bottleneck;
+        assert_eq!(begun, Some(Bottleneck::SourceCpu));
+        let json = serde_json::to_value(never).unwrap();
+        assert!(json["bottleneck"].is_null() && json.get("bottleneck").is_some());
+    }
 }

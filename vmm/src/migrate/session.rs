@@ -111,7 +111,7 @@ fn options(request: &MigrationRequest, memory_bytes: u64) -> SourceOptions {
         streams: request.streams.unwrap_or(auto),
         encoding: request.encoding,
         cache_bytes: request.cache_bytes.unwrap_or(cache),
-        timeout: Duration::from_secs(request.timeout_s),
+        timeout: Duration::from_millis(request.timeout_ms),
         on_timeout: request.on_timeout,
         patience: PATIENCE,
         prepare_patience: PREPARE_PATIENCE,
