@@ -6,7 +6,7 @@ use vmm::config::VmName;
 use vmm::migrate::progress::Postcopy;
 use vmm::migrate::{MigrationOutcome, MigrationReport};
 
-use crate::units::{several, size, time};
+use crate::units::{count, several, size, time};
 
 /// The report with what scripts ask for first, and what follows from its numbers.
 pub(super) fn final_object(report: &MigrationReport) -> Result<Value> {
@@ -72,15 +72,19 @@ fn lines(report: &MigrationReport) -> Vec<String> {
     }
     if report.wire_bytes > 0 {
         let mix = report.pages;
+        let rounds = match report.rounds.len() as u64 {
+            // The first was not finished.
+            0 => String::new(),
+            rounds => format!(" in {}", several(rounds, "round")),
+        };
         lines.push(format!(
-            "{} sent in {} over {}: {}, {} raw, {} lz4, {} delta",
+            "{} sent{rounds} over {}: {}, {} raw, {} lz4, {} delta",
             size(report.wire_bytes),
-            several(report.rounds.len() as u64, "round"),
             several(report.streams.into(), "connection"),
             several(mix.zero, "zero page"),
-            mix.raw,
-            mix.lz4,
-            mix.delta,
+            count(mix.raw),
+            count(mix.lz4),
+            count(mix.delta),
         ));
     }
     lines
@@ -112,7 +116,8 @@ fn postcopy(later: &Postcopy) -> String {
     let waited = match later.faults {
         0 => "the guest waited for none".to_owned(),
         faults => format!(
-            "the guest waited for {faults}, {} on average, {} at most",
+            "the guest waited for {}, {} on average, {} at most",
+            count(faults),
             time(later.mean_fault_us),
             time(later.longest_fault_us)
         ),
@@ -169,6 +174,12 @@ mod tests {
             last,
             "2 KiB sent in 1 round over 1 connection: 1 zero page, 2 raw, 0 lz4, 0 delta"
         );
+        let unfinished = MigrationReport {
+            rounds: Vec::new(),
+            ..report
+        };
+        let last = lines(&unfinished).pop().unwrap();
+        assert!(last.starts_with("2 KiB sent over 1 connection: "), "{last}");
         let more = lines(&crate::report::tests::good()).pop().unwrap();
         assert!(more.contains(" in 7 rounds over 4 connections: "), "{more}");
     }

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 
 use vmm::migrate::progress::{Phase, Progress, RoundReport};
 
-use crate::units::{rate, several, size, time};
+use crate::units::{count, rate, several, size, time};
 
 /// One line per round, where there is no terminal to draw on.
 pub(super) struct Display {
@@ -36,10 +36,10 @@ fn describe_round(round: &RoundReport) -> String {
          meanwhile, {}",
         round.number,
         several(mix.total(), "page"),
-        mix.zero,
-        mix.raw,
-        mix.lz4,
-        mix.delta,
+        count(mix.zero),
+        count(mix.raw),
+        count(mix.lz4),
+        count(mix.delta),
         size(round.wire_bytes),
         time(round.duration_us),
         rate(round.link_bytes_per_s()),

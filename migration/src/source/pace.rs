@@ -39,10 +39,10 @@ impl fmt::Display for Pace {
         let rate = mib(self.wire_bytes) / self.took.as_secs_f64().max(1e-6);
         write!(
             f,
-            "{:.0} of {:.0} MiB went in {:.1?}, at {rate:.1} MiB/s over the connections",
+            "{:.0} of {:.0} MiB went in {:.2} s, at {rate:.1} MiB/s over the connections",
             mib(self.done_bytes),
             mib(self.memory_bytes),
-            self.took
+            self.took.as_secs_f64()
         )
     }
 }
