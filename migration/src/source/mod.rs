@@ -12,6 +12,7 @@
 //! | `pacer` | the bandwidth limit |
 //! | `rounds`, `handover` | pre-copy, and what a blackout takes whatever is dirty |
 //! | `workers` | the data connections' threads, as their coordinator sees them |
+//! | `mend` | data connections that break in pre-copy are opened again |
 //! | `relink` | post-copy: a new link after the first was cut |
 //! | `serve` | post-copy: pages that the destination waits for |
 //! | `postcopy` | the destination runs the machine and is served its pages |
@@ -21,6 +22,7 @@ mod connect;
 mod control;
 mod frames;
 mod handover;
+mod mend;
 mod migrate;
 pub mod options;
 mod pace;

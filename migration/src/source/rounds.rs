@@ -16,18 +16,14 @@ use crate::convergence::{Decision, decide, predicted_blackout};
 use crate::handoff::Mode;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::progress::{MigrationHandle, Observation, PageMix, Phase, RoundReport};
+use crate::wire::Message;
 use crate::wire::message::Round;
-use crate::wire::{FrameError, Message};
-use crate::words;
 
 /// How often the peer gets a sign of life.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// How long a failed stream's peer may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-
-/// How often each connection may break on average and be opened again.
-const REOPENED_MAX: usize = 2;
 
 /// How often watchers get new figures.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -48,16 +44,16 @@ pub(super) struct Rounds<'a> {
     pub(super) shared: &'a Shared<'a>,
     pub(super) reports: Vec<RoundReport>,
     pub(super) predicted: Option<Duration>,
-    workers: Workers,
+    pub(super) workers: Workers,
     handover: Handover,
     options: &'a SourceOptions,
     handle: &'a MigrationHandle,
-    regions: Vec<PageRun>,
+    pub(super) regions: Vec<PageRun>,
     began: Instant,
     cpu_percent: u8,
     number: u32,
     /// How many connections were opened again.
-    reopened: usize,
+    pub(super) reopened: usize,
     /// For the link's speed as watchers see it.
     refreshed: Tally,
     sign_of_life: Instant,
@@ -150,49 +146,6 @@ impl<'a> Rounds<'a> {
                 return Ok((dirty, mode));
             }
             parts.machine.throttle(self.cpu_percent)?;
-        }
-    }
-
-    /// Opens a connection again that broke. What of its pages has come nobody knows: they are all
-    /// to be sent once more.
-    fn reopen(
-        &mut self,
-        control: &mut Control,
-        (index, error): (u64, SourceError),
-        reopen: &mut Reopen<'_>,
-    ) -> Result<(), SourceError> {
-        let is_broken = matches!(error, SourceError::Link(FrameError::Io(_)));
-        if !is_broken || self.reopened >= REOPENED_MAX * self.workers.count() {
-            return Err(error);
-        }
-        // A peer that has given up breaks its connections off, too.
-        match listen(control, Duration::ZERO) {
-            Ok(()) => {}
-            Err(words @ SourceError::Peer(_)) => return Err(words),
-            Err(_) => return Err(error),
-        }
-        self.reopened += 1;
-        match reopen(index) {
-            Ok(order) => {
-                log::warn!(index, error:% = words::chain(&error); "a data connection broke and was opened again");
-                self.workers.replace(index, order);
-                Ok(())
-            }
-            Err(failed) => {
-                log::warn!(index, error:% = words::chain(&failed); "a data connection broke and cannot be opened again");
-                Err(error)
-            }
-        }
-    }
-
-    /// Marks all pages that travel on these connections.
-    fn mark_shares(&self, connections: &[u64], dirty: &mut [DirtyBitmap]) {
-        for index in connections {
-            for (region, chunk) in self.shared.share_of(*index, &self.regions) {
-                if let Some(bitmap) = dirty.get_mut(region) {
-                    bitmap.insert(chunk);
-                }
-            }
         }
     }
 
@@ -495,7 +448,7 @@ pub(super) fn micros(duration: Duration) -> u64 {
 }
 
 /// Whether the peer has given up meanwhile.
-fn listen(control: &mut Control, time: Duration) -> Result<(), SourceError> {
+pub(super) fn listen(control: &mut Control, time: Duration) -> Result<(), SourceError> {
     match control.poll(time)? {
         None => Ok(()),
         Some(Message::Abort(reasons)) => Err(SourceError::Peer(reasons.reasons.join("; "))),
