@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::Scope;
 use std::time::Duration;
 
 use super::attach::Door;
@@ -38,42 +39,17 @@ pub(super) fn transfer(
     let fetcher = priority.map(|stream| Fetcher::new(stream, stopped.clone(), control.patience));
     std::thread::scope(|scope| {
         let (results, inbox) = channel();
-        let mut orders = Vec::new();
-        let mut others = Vec::new();
-        let spawn = |name: String, work, later| {
-            let thread = std::thread::Builder::new().name(name);
-            let results = results.clone();
-            let spawned = thread.spawn_scoped(scope, move || match work {
-                Work::Carry(stream, index, pages) => {
-                    carry(stream, index, (regions, pages), (&results, &later));
-                }
-                Work::Fetch(fetcher) => fetch(fetcher, &results, &later),
-            });
-            spawned.map(drop).inspect_err(|_| {
-                breakers.iter().for_each(|breaker| breaker.break_off());
-            })
-        };
-        for (stream, index) in streams.into_iter().zip(0..) {
-            let (order, later) = channel();
-            orders.push(order);
-            let (other, next) = channel();
-            others.push(other);
-            let work = Work::Carry(Line { stream, next }, index, &*pages);
-            spawn(format!("mig-{index}"), work, later)?;
-        }
         let has_fetcher = fetcher.is_some();
-        if let Some(fetcher) = fetcher {
-            let (order, later) = channel();
-            orders.push(order);
-            spawn("mig-fault".to_owned(), Work::Fetch(fetcher), later)?;
-        }
+        let break_off = || breakers.iter().for_each(|breaker| breaker.break_off());
+        let threads = start(scope, (streams, fetcher), (regions, &*pages), &results);
+        let Threads { mut orders, places } = threads.inspect_err(|_| break_off())?;
         // The threads have theirs: once they have ended, nothing more comes.
         drop(results);
         let mut ended = Ended {
             inbox,
             running: expected,
         };
-        let mender = Mender::new(&mut door, &mut breakers, others);
+        let mender = Mender::new(&mut door, &mut breakers, places);
         let gathered = gather(control, (&mut ended, mender), regions, has_fetcher);
         let gathered = gathered.map_err(|error| explain(control, error));
         let result = gathered.and_then(|(sections, later)| {
@@ -101,10 +77,41 @@ pub(super) fn transfer(
     })
 }
 
-/// What a thread does.
-enum Work<'a> {
-    Carry(Line, u16, &'a dyn PageStore),
-    Fetch(Fetcher),
+/// Ways to the threads.
+#[derive(Default)]
+struct Threads {
+    /// To all: begin with the pages that come later.
+    orders: Vec<Sender<Arc<Missing>>>,
+    /// To those that carry pages: go on with another connection.
+    places: Vec<Sender<Stream>>,
+}
+
+/// A thread per data connection.
+fn start<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    (streams, fetcher): (Vec<Stream>, Option<Fetcher>),
+    memory: (&'scope [PageRun], &'scope dyn PageStore),
+    results: &Sender<StreamResult>,
+) -> std::io::Result<Threads> {
+    let mut threads = Threads::default();
+    let builder = |name: String| std::thread::Builder::new().name(name);
+    for (stream, index) in streams.into_iter().zip(0..) {
+        let ((order, later), (place, next)) = (channel(), channel());
+        threads.orders.push(order);
+        threads.places.push(place);
+        let (line, results) = (Line { stream, next }, results.clone());
+        builder(format!("mig-{index}")).spawn_scoped(scope, move || {
+            carry(line, index, memory, (&results, &later))
+        })?;
+    }
+    if let Some(fetcher) = fetcher {
+        let (order, later) = channel();
+        threads.orders.push(order);
+        let results = results.clone();
+        builder("mig-fault".to_owned())
+            .spawn_scoped(scope, move || fetch(fetcher, &results, &later))?;
+    }
+    Ok(threads)
 }
 
 /// Fetches pages that somebody waits for, once `later` says so.
