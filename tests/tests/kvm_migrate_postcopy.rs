@@ -40,7 +40,9 @@ fn guest_that_never_converges_moves_and_finds_every_page() -> Outcome {
     for cpus in ["1", "2"] {
         let mut vm = writer(&ground, cpus)?;
         let mut place = Place::new(&ground, "there").start()?;
-        let report = migrate(vm.control(), &place.url, &POSTCOPY)?;
+        // Else all may have come before the guest has its first CPU time there.
+        let arguments = [&POSTCOPY[..], &["--bandwidth", "100M"]].concat();
+        let report = migrate(vm.control(), &place.url, &arguments)?;
         vm.wait_exit(SOON)?;
         let later = &report["postcopy"];
         println!("{cpus} vCPUs: {later}, blackout {}", report["blackout"]);
