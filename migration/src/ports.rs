@@ -179,6 +179,10 @@ pub trait Machine: Send {
     /// [`PortError::Machine`].
     fn save(&self) -> Result<Vec<Section>, PortError>;
 
+    /// How long saving that state and restoring it elsewhere takes: an estimate for the downtime's
+    /// budget, made while the machine runs.
+    fn state_time(&self) -> Duration;
+
     /// Slows those vCPUs down to `percent` of their time, 1 to 100, that write to memory, and lets
     /// the others run at full speed, which is 100. Called before the first round and after each,
     /// so that it can see who has written since the last call.

@@ -127,9 +127,10 @@ fn restore_speed(parts: &mut Parts<'_>, outcome: Outcome) -> Outcome {
 
 fn cause(error: &SourceError) -> Cause {
     match error {
-        SourceError::Timeout(_) | SourceError::FirstRound { .. } | SourceError::Distance { .. } => {
-            Cause::Deadline
-        }
+        SourceError::Timeout(_)
+        | SourceError::FirstRound { .. }
+        | SourceError::Distance { .. }
+        | SourceError::State { .. } => Cause::Deadline,
         SourceError::Unexpected(_) | SourceError::NotDrover(_) | SourceError::Version { .. } => {
             Cause::Protocol
         }
@@ -160,7 +161,7 @@ fn attempt(
     }
     let mut links = connect::connect(control, dial, parts, options, handle)?;
     let channels = links.data.iter().chain(&links.priority);
-    let handover = Handover::over(links.round_trip);
+    let handover = Handover::over(links.round_trip, parts.machine.state_time());
     log::debug!(round_trip_us = micros(links.round_trip); "connected");
     let pacer = Pacer::new(handle);
     let breakers = Breakers {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use super::{Copies, FakeDisk, FakeLazy, FakeMemory, FakeTracker, Side};
 use crate::bitmap::DirtyBitmap;
@@ -115,6 +116,8 @@ pub struct FakeMachine {
     pub blockers: Vec<String>,
     /// Its devices.
     pub sections: Vec<Section>,
+    /// How long these take, as it says.
+    pub state_time: Duration,
     /// Changes of its speed that were asked for.
     pub throttled: Vec<u8>,
     disk: FakeDisk,
@@ -136,6 +139,7 @@ impl FakeMachine {
             },
             blockers: Vec::new(),
             sections: Vec::new(),
+            state_time: Duration::ZERO,
             throttled: Vec::new(),
             disk: disk.clone(),
             copies: copies.clone(),
@@ -170,6 +174,10 @@ impl Machine for FakeMachine {
         self.failures.check(Step::Resume)?;
         self.set_running(true);
         Ok(())
+    }
+
+    fn state_time(&self) -> Duration {
+        self.state_time
     }
 
     fn save(&self) -> Result<Vec<Section>, PortError> {

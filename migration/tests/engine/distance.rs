@@ -1,4 +1,4 @@
-//! A destination that is far away.
+//! A destination that is far away, and a state that takes its time.
 
 use std::time::Duration;
 
@@ -70,4 +70,38 @@ fn a_forced_switchover_takes_place_however_far_it_is() {
     world.check(&end, "forced, far away");
     assert_eq!(end.report.outcome, Outcome::Surrendered);
     assert!(world.machine.throttled.is_empty());
+}
+
+#[test]
+fn the_predicted_blackout_counts_the_state() {
+    for state_time in [Duration::ZERO, Duration::from_millis(150)] {
+        let mut world = World::small(true);
+        world.machine.state_time = state_time;
+        let end = world.migrate(&Wiring::clean());
+        world.check(&end, "a large state");
+        assert_eq!(end.report.outcome, Outcome::Surrendered);
+        let predicted = end.report.predicted_blackout.expect("a prediction");
+        let beyond = predicted.checked_sub(state_time).expect("it is counted");
+        assert!(beyond < Duration::from_millis(100), "{predicted:?}");
+    }
+}
+
+#[test]
+fn a_downtime_below_the_states_time_is_refused_with_that_reason() {
+    let mut world = World::small(true);
+    world.machine.state_time = Duration::from_millis(40);
+    world.handle = new_handle(Duration::from_millis(20));
+    write_at_every_harvest(world.guest());
+    let end = world.migrate(&Wiring::clean());
+    world.check(&end, "a large state");
+    let error = end.report.error.unwrap();
+    assert!(matches!(error, SourceError::State { .. }), "{error}");
+    let words = error.to_string();
+    assert!(
+        words.starts_with("a downtime of 20 ms cannot be kept: saving and restoring"),
+        "{words}"
+    );
+    assert!(world.machine.throttled.is_empty());
+    world.machine.state_time = Duration::ZERO;
+    world.retry("a large state");
 }

@@ -27,6 +27,7 @@ mod fake;
 mod migration;
 mod postcopy;
 mod snapshot;
+mod state_time;
 mod views;
 mod waiting;
 pub use client::{CommandError, ControllerClient};

@@ -159,6 +159,12 @@ impl Machine for LinkedMachine {
         Self::flat("the VM cannot be resumed", resumed)
     }
 
+    fn state_time(&self) -> Duration {
+        let found = self.0.call(|controller| controller.state_time());
+        // A controller that is gone is noticed by the next call.
+        found.unwrap_or_default()
+    }
+
     fn save(&self) -> Result<Vec<Section>, PortError> {
         let saved = self.0.call(|controller| controller.save_for_migration());
         Self::flat("the VM's state cannot be saved", saved)

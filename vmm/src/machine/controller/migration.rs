@@ -1,6 +1,7 @@
 //! Migrations as the controller sees them: one at a time, on a thread of its own that asks the
 //! controller for whatever concerns the machine.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use migration::ports::Reclaim;
 use migration::progress::{MigrationHandle, Observation, Phase, RoundReport, Tuning};
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::state_time::estimate;
 use super::{CommandError, Controller};
 use crate::host::disk::{HandoverError, TakenBack};
 use crate::host::link::LinkUrl;
@@ -287,6 +289,16 @@ impl Controller {
             self.machine.tsc_khz,
             (devices.collect(), self.machine.state_versions()),
             self.state == VmState::Paused,
+        )
+    }
+
+    /// How long saving the machine's state and restoring it takes, about.
+    pub(crate) fn state_time(&self) -> Duration {
+        let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        estimate(
+            self.machine.vcpus.len(),
+            self.machine.device_infos().len(),
+            cpus,
         )
     }
 
