@@ -33,6 +33,10 @@ const SLOW_INTERVAL: u32 = 64;
 const MIN_INTERVAL: u32 = 256;
 const MAX_INTERVAL: u32 = 4096;
 
+/// The same after a change: it may have been the hosts' other work that made one way look better,
+/// and the wrong way may be many times slower.
+const CONFIRM_INTERVAL: u32 = 16;
+
 /// Spans that a way is tried for.
 const TRIAL_SPANS: u32 = 2;
 
@@ -40,7 +44,7 @@ const TRIAL_SPANS: u32 = 2;
 const BACK_OFF: u32 = 4;
 
 /// Spans after a change that still fill, or empty, what the connection holds.
-const SETTLE_SPANS: u32 = 4;
+const SETTLE_SPANS: u32 = 2;
 
 /// The other way must be better by this factor.
 const MARGIN: f64 = 1.05;
@@ -206,7 +210,7 @@ impl Adaptive {
             }
             let before = (*self.rate(way.other())).unwrap_or(0.0);
             if mixed > before * MARGIN {
-                self.interval = MIN_INTERVAL;
+                self.interval = CONFIRM_INTERVAL;
             } else {
                 self.way = way.other();
                 self.settle = SETTLE_SPANS;
@@ -270,11 +274,12 @@ mod tests {
             let (mut now, mut backlog) = (0.0_f64, 0.0_f64);
             let mut adaptive = Adaptive::default();
             for _ in 0..16_384 {
-                // A connection holds 16 batches, or is full when the destination starves.
-                let is_full = backlog > 16.0 * BATCH / self.link || self.shared.is_some();
+                // A connection is full long before it holds all that it can, 2 batches; or when
+                // the destination starves.
+                let is_full = backlog > BATCH / 16.0 / self.link || self.shared.is_some();
                 let packed = adaptive.choose(is_full, false) == Encoding::Delta;
                 let (cpu, link) = self.costs(packed);
-                let room = 17.0 * BATCH / self.link;
+                let room = 2.0 * BATCH / self.link;
                 let wait = (backlog + link - room).max(0.0).max(cpu);
                 backlog = (backlog + link - wait).max(0.0);
                 now += wait;
@@ -340,6 +345,27 @@ mod tests {
             elapsed: Duration::from_secs_f64(262_144.0 / bytes_per_s),
         });
         encoding
+    }
+
+    /// Other work on the hosts slows the compressed way down for a while, right before the other is
+    /// tried.
+    #[test]
+    fn what_looked_better_by_chance_is_soon_given_up() {
+        let mut adaptive = Adaptive::default();
+        let (mut plain_bytes, mut was_plain) = (0, false);
+        for _ in 0..16_384 {
+            was_plain |= adaptive.way == Way::Plain;
+            let rate = match (adaptive.way, was_plain) {
+                (Way::Plain, _) => 125e6,
+                (Way::Balanced, false) => 90e6,
+                (Way::Balanced, true) => 300e6,
+            };
+            if noted(&mut adaptive, rate) == Encoding::Raw {
+                plain_bytes += 262_144;
+            }
+        }
+        assert!(was_plain && adaptive.way == Way::Balanced);
+        assert!(plain_bytes < 64 << 20, "{plain_bytes} bytes");
     }
 
     #[test]
