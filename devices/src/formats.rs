@@ -5,7 +5,7 @@ use crate::{acpi, irqchip, legacy, pci, virtio};
 
 /// What [`crate::Device::state_formats`] can tell, each kind once: what a peer or a snapshot may
 /// bring. A kind that is missing here is not accepted.
-pub const FORMATS: [StateFormat; 12] = [
+pub const FORMATS: [StateFormat; 13] = [
     acpi::FORMAT,
     irqchip::FORMAT,
     legacy::CMOS_FORMAT,
@@ -17,5 +17,6 @@ pub const FORMATS: [StateFormat; 12] = [
     virtio::console::FORMAT,
     virtio::net::FORMAT,
     virtio::rng::FORMAT,
+    virtio::vhost_user::FORMAT,
     virtio::vsock::FORMAT,
 ];

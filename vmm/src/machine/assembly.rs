@@ -202,6 +202,7 @@ impl Machine {
             tsc_khz,
             disks: DiskHandover::new(resources.peripherals.disks),
             nets: resources.peripherals.nets,
+            served: resources.peripherals.served,
             stopped: None,
             announce_due: false,
             has_run: false,

@@ -13,7 +13,7 @@ use devices::virtio::block::{Block, BlockOptions};
 use devices::virtio::console::{Console, ConsolePort};
 use devices::virtio::net::{Net, NetHandle};
 use devices::virtio::rng::Rng;
-use devices::virtio::vhost_user::VhostUser;
+use devices::virtio::vhost_user::{VhostUser, VhostUserHandle};
 use devices::virtio::vsock::{Vsock, VsockError, VsockOptions};
 
 use crate::config::{
@@ -83,6 +83,8 @@ pub(super) struct Peripherals {
     pub(super) disks: Vec<Disk>,
     /// Interfaces that can tell the network where they are.
     pub(super) nets: Vec<NetHandle>,
+    /// Devices that other processes work on.
+    pub(super) served: Vec<VhostUserHandle>,
 }
 
 /// Whether disks are locked when they are opened.
@@ -121,6 +123,7 @@ pub(super) fn open(
             console: None,
             disks: Vec::new(),
             nets: Vec::new(),
+            served: Vec::new(),
         },
         failed: Vec::new(),
     };
@@ -176,7 +179,7 @@ impl Opener<'_> {
     fn disk(&mut self, id: &DeviceId, config: &DiskConfig) -> Result<Opened, PeripheralError> {
         if let Some(socket) = &config.vhost_user {
             let device = vhost_user::open_block(socket, config, self.reporter(id))?;
-            return Ok(served("vhost-user-block", device));
+            return Ok(self.served("vhost-user-block", device));
         }
         let disk = match self.locks {
             DiskLocks::Take => disk::open(config, id)?,
@@ -199,7 +202,7 @@ impl Opener<'_> {
         if let Some(socket) = &config.vhost_user {
             let mac = MacAddress(options.mac);
             let device = vhost_user::open_net(socket, config, mac, self.reporter(id))?;
-            return Ok(served("vhost-user-net", device));
+            return Ok(self.served("vhost-user-net", device));
         }
         let device = Net::new(net::open(config)?, options, self.reporter(id));
         let counters = device.handle().counters();
@@ -209,7 +212,13 @@ impl Opener<'_> {
 
     fn fs(&mut self, id: &DeviceId, config: &FsConfig) -> Result<Opened, PeripheralError> {
         let device = vhost_user::open_fs(config, self.reporter(id))?;
-        Ok(served("vhost-user-fs", device))
+        Ok(self.served("vhost-user-fs", device))
+    }
+
+    fn served(&mut self, kind: &'static str, device: VhostUser) -> Opened {
+        let counters = device.counters();
+        self.found.served.push(device.handle());
+        (kind, Box::new(device), counters)
     }
 
     fn console(
@@ -244,11 +253,6 @@ impl Opener<'_> {
         let counters = device.counters();
         Ok(("virtio-vsock", Box::new(device), counters))
     }
-}
-
-fn served(kind: &'static str, device: VhostUser) -> Opened {
-    let counters = device.counters();
-    (kind, Box::new(device), counters)
 }
 
 /// The balloon of a guest with `ram_bytes`, and its handle. Memory goes back to the host through

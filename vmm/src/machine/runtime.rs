@@ -9,6 +9,7 @@ use devices::virtio::VirtioInterrupt;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::console::ConsolePort;
 use devices::virtio::net::NetHandle;
+use devices::virtio::vhost_user::VhostUserHandle;
 use devices::{Device, DeviceError, GuestRam, Migratability};
 
 use super::assembly::{self, BuildError};
@@ -71,6 +72,8 @@ pub struct Machine {
     pub(super) cpuid: CpuidTemplate,
     pub(super) disks: DiskHandover,
     pub(super) nets: Vec<NetHandle>,
+    /// Devices that vhost-user servers work on.
+    pub(super) served: Vec<VhostUserHandle>,
     /// Frequency of the time stamp counter, if the host tells.
     pub(super) tsc_khz: Option<u32>,
     /// When it was paused, or has been paused on the host that it comes from.

@@ -1,12 +1,16 @@
 //! KVM's dirty log as a tracker, and the union of several trackers.
 
 use std::io;
+use std::sync::Arc;
 
+use devices::GuestRam;
+use devices::virtio::vhost_user::VhostUserHandle;
 use migration::ports::{DirtyTracker, PortError};
 use migration::{DirtyBitmap, PAGE_BYTES, PageIndex, PageRun};
 use parking_lot::Mutex;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::{ServerLogTracker, WriteLogTracker};
 use crate::kvm::{DirtyLog, KvmError};
 
 /// Pages per word of the log.
@@ -149,6 +153,20 @@ pub struct UnionTracker {
 }
 
 impl UnionTracker {
+    /// Everybody who writes to `memory`: vCPUs, the VMM, and the vhost-user servers `servers`.
+    #[must_use]
+    pub fn of_machine(
+        log: DirtyLog,
+        memory: &Arc<GuestRam>,
+        servers: Vec<VhostUserHandle>,
+    ) -> Self {
+        Self::new(vec![
+            Box::new(KvmLogTracker::new(log)),
+            Box::new(WriteLogTracker::new(Arc::clone(memory))),
+            Box::new(ServerLogTracker::new(Arc::clone(memory), servers)),
+        ])
+    }
+
     /// The union of `trackers`.
     #[must_use]
     pub fn new(trackers: Vec<Box<dyn DirtyTracker>>) -> Self {

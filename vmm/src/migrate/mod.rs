@@ -3,7 +3,7 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `page_store` | guest RAM by pages |
-//! | `kvm_log`, `write_log` | who has written to it |
+//! | `kvm_log`, `write_log`, `server_log` | who has written to it |
 //! | `skeleton` | what a destination needs to build the machine |
 //! | `states` | versions of the states that will come, and whether this build reads them |
 //! | `session` | a migration's thread on the source |
@@ -15,6 +15,7 @@ mod kvm_log;
 mod lazy_ram;
 mod page_store;
 mod report;
+mod server_log;
 mod session;
 mod skeleton;
 mod snapshot;
@@ -30,6 +31,7 @@ pub use report::{
     Bottleneck, MAX_STREAMS, MigrationOutcome, MigrationReport, MigrationRequest, MigrationStatus,
     MigrationTuning, default_max_downtime_us, default_timeout_ms,
 };
+pub use server_log::ServerLogTracker;
 pub(crate) use session::Session;
 pub use skeleton::Skeleton;
 pub(crate) use snapshot::{LazyMemory, SnapshotMemory, SnapshotSession, open as open_snapshot};

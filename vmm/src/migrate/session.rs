@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::GuestRam;
+use devices::virtio::vhost_user::VhostUserHandle;
 use migration::Section;
 use migration::handoff::Mark;
 use migration::ports::{Machine, PortError, Reclaim};
@@ -13,7 +14,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::dialer::{CONNECT_TIME, Dialer};
 use super::report::{MigrationReport, MigrationRequest};
-use super::{KvmLogTracker, RamPages, UnionTracker, WriteLogTracker};
+use super::{RamPages, UnionTracker};
 use crate::control::errors::chain;
 use crate::host::link::connect_unless;
 use crate::kvm::DirtyLog;
@@ -42,6 +43,8 @@ pub(crate) struct Session {
     pub(crate) machine: MachineLink,
     pub(crate) memory: Arc<GuestRam>,
     pub(crate) log: DirtyLog,
+    /// vhost-user servers that share the memory.
+    pub(crate) servers: Vec<VhostUserHandle>,
 }
 
 impl Session {
@@ -63,6 +66,7 @@ impl Session {
             machine,
             memory,
             log,
+            servers,
         } = self;
         let memory_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
         let mut machine = LinkedMachine(machine);
@@ -86,10 +90,7 @@ impl Session {
             }
         };
         let mut dialer = Dialer::new(&request, &connected.url);
-        let tracker = UnionTracker::new(vec![
-            Box::new(KvmLogTracker::new(log)),
-            Box::new(WriteLogTracker::new(Arc::clone(&memory))),
-        ]);
+        let tracker = UnionTracker::of_machine(log, &memory, servers);
         let mut parts = Parts {
             machine: &mut machine,
             pages: &RamPages::new(memory),

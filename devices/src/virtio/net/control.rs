@@ -269,6 +269,6 @@ fn parse(input: &Input<'_>, features: u64, pairs: u16) -> Result<Command, Refusa
 }
 
 /// Whether `mac` can be the address of an interface.
-pub(super) fn is_unicast(mac: [u8; 6]) -> bool {
+pub(in crate::virtio) fn is_unicast(mac: [u8; 6]) -> bool {
     mac[0] & 1 == 0 && mac != [0; 6]
 }

@@ -37,6 +37,7 @@ mod used;
 mod worker;
 
 pub use backend::{HEADER_BYTES, MAX_PACKET_BYTES, NetBackend, NetInfo, NetQueue, Offloads};
+pub(super) use control::is_unicast;
 pub use counters::{DirectionCounters, NetCounters};
 pub(crate) use device::FORMAT;
 pub use device::{Net, NetOptions};

@@ -9,13 +9,17 @@ use virtio_bindings::virtio_blk::{
 use super::config;
 use super::kind::{UnfitPeer, has, mask};
 use super::peer::{PeerError, PeerOffer, VhostUserPeer};
+use super::state::{KIND, check_bytes};
+use crate::state::RestoreError;
 
 /// `struct virtio_blk_config` up to the write-zeroes fields. Peers give an error for a byte more
 /// than they have, and this much they all have.
 const CONFIG_BYTES: usize = 60;
 /// Offsets within it.
+const CAPACITY_AT: u64 = 0;
 const SEG_MAX_AT: u64 = 12;
-const WRITEBACK_AT: u64 = 32;
+pub(super) const WRITEBACK_AT: u64 = 32;
+const WRITEBACK_RANGE: std::ops::Range<usize> = 32..33;
 const NUM_QUEUES_AT: u64 = 34;
 
 /// Features whose configuration fields lie within [`CONFIG_BYTES`].
@@ -88,4 +92,32 @@ impl BlockKind {
     pub(super) fn is_writable(&self, offset: u64, data: &[u8]) -> bool {
         matches!((offset, data), (WRITEBACK_AT, [0 | 1]))
     }
+}
+
+/// Whether a disk that is as `ours` can go on as `theirs`, of the same length: all is the peer's but
+/// the cache mode.
+pub(super) fn check_config(ours: &[u8], theirs: &[u8]) -> Result<(), RestoreError> {
+    let sectors = |bytes| {
+        let mut sectors = [0; 8];
+        config::read(bytes, CAPACITY_AT, &mut sectors);
+        u64::from_le_bytes(sectors)
+    };
+    let (found, wanted) = (sectors(ours), sectors(theirs));
+    if found != wanted {
+        let why = format!("the vhost-user server here has a disk of {found} sectors");
+        return Err(RestoreError::field(KIND, "capacity", wanted, why));
+    }
+    let mode = writeback(theirs);
+    if mode > 1 {
+        return Err(RestoreError::field(KIND, "writeback", mode, "it is 0 or 1"));
+    }
+    check_bytes(ours, theirs, WRITEBACK_RANGE)
+}
+
+/// The cache mode within a configuration space.
+pub(super) fn writeback(bytes: &[u8]) -> u8 {
+    let mut mode = [0];
+    config::read(bytes, WRITEBACK_AT, &mut mode);
+    let [mode] = mode;
+    mode
 }

@@ -4,14 +4,18 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::block::{BlockKind, VhostUserBlockOptions};
+use parking_lot::Mutex;
+
+use super::block::{BlockKind, VhostUserBlockOptions, WRITEBACK_AT, writeback};
 use super::config;
 use super::counters::VhostUserCounters;
 use super::fs::{FsKind, VhostUserFsOptions};
-use super::kind::{Kind, UnfitPeer};
+use super::handle::{SharedPeer, VhostUserHandle};
+use super::kind::{Kind, UnfitPeer, has};
 use super::net::{NetKind, VhostUserNetOptions};
 use super::peer::{PeerError, PeerQueue, VhostUserPeer};
-use super::rings::{Call, drain, finish, first_unfinished};
+use super::rings::{Call, drain, finish, first_unfinished, mark_used_ring};
+use super::state::{FORMAT, KIND, VhostUserStateV1, check};
 use super::watch::{Shared, Watch};
 use crate::device::Migratability;
 use crate::events::Reporter;
@@ -22,12 +26,8 @@ use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::Worker;
 use crate::warn_limited;
 
-const KIND: &str = "virtio-vhost-user";
-
-/// Moving the state needs the peer's help: its dirty log (`VHOST_USER_PROTOCOL_F_LOG_SHMFD`),
-/// handed over in [`VhostUserPeer::start`] beside the memory and harvested with KVM's, and for
-/// file systems its own state (`VHOST_USER_PROTOCOL_F_DEVICE_STATE`).
-const BLOCKED: &str = "its vhost-user server keeps state that cannot be moved";
+/// `VHOST_F_LOG_ALL`: never the driver's business.
+const LOG_ALL: u32 = 26;
 
 /// How long requests may take before a peer is stopped, and once more afterwards.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -36,11 +36,10 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 pub struct VhostUser {
     kind: Kind,
     identity: DeviceIdentity,
-    peer: Box<dyn VhostUserPeer>,
+    peer: SharedPeer,
     shared: Arc<Shared>,
-    /// Configuration space as a driver finds it after a reset, and as it is now.
+    /// Configuration space as a driver finds it after a reset.
     initial_config: Vec<u8>,
-    config: Vec<u8>,
     /// The peer had requests in flight when it was last stopped and waited for.
     unfinished: bool,
     /// How long requests may take before the peer is stopped.
@@ -101,13 +100,17 @@ impl VhostUser {
     ) -> Result<Self, UnfitPeer> {
         let identity = kind.identity(&peer.offer())?;
         let config = kind.config(&mut *peer)?;
+        let profile = VhostUserStateV1 {
+            device_type: identity.device_type as u8,
+            features: identity.features | identity.ring_features,
+            config: config.clone(),
+        };
         Ok(Self {
             kind,
             identity,
-            peer,
-            shared: Arc::new(Shared::new(reporter)),
-            initial_config: config.clone(),
-            config,
+            peer: Arc::new(Mutex::new(peer)),
+            shared: Arc::new(Shared::new(reporter, profile)),
+            initial_config: config,
             unfinished: false,
             finish_limit: DRAIN_LIMIT,
             drain_limit: DRAIN_LIMIT,
@@ -121,12 +124,31 @@ impl VhostUser {
         Arc::clone(&self.shared.counters)
     }
 
+    /// The device for others than its transport.
+    #[must_use]
+    pub fn handle(&self) -> VhostUserHandle {
+        VhostUserHandle {
+            peer: Arc::clone(&self.peer),
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    /// The configuration space as it is now.
+    fn config(&self) -> Vec<u8> {
+        self.shared.profile.lock().config.clone()
+    }
+
+    fn set_config(&self, config: Vec<u8>) {
+        self.shared.profile.lock().config = config;
+    }
+
     /// Connects to the peer again; the new one must be as good as the old.
     fn renew(&mut self) -> Result<(), PeerError> {
-        self.peer.reconnect()?;
-        let config = self.examine().inspect_err(|_| self.peer.disconnect())?;
+        self.peer.lock().reconnect()?;
+        let config = self.examine();
+        let config = config.inspect_err(|_| self.peer.lock().disconnect())?;
         self.initial_config.clone_from(&config);
-        self.config = config;
+        self.set_config(config);
         self.unfinished = false;
         self.shared.set_found();
         self.shared.counters.reconnects.add(1);
@@ -136,13 +158,58 @@ impl VhostUser {
 
     /// Configuration of a newly connected peer that can take over.
     fn examine(&mut self) -> Result<Vec<u8>, UnfitPeer> {
-        let offered = self.kind.identity(&self.peer.offer())?;
+        let offered = self.kind.identity(&self.peer.lock().offer())?;
         let all = |identity: &DeviceIdentity| identity.features | identity.ring_features;
         let missing = all(&self.identity) & !all(&offered);
         if missing != 0 {
             return Err(UnfitPeer::FewerFeatures(missing));
         }
-        self.kind.config(&mut *self.peer)
+        self.kind.config(&mut **self.peer.lock())
+    }
+
+    /// Why the device cannot be moved as it is.
+    fn obstacle(&self) -> Option<String> {
+        if let Some(reason) = self.kind.stays() {
+            return Some(reason.to_owned());
+        }
+        if self.shared.is_lost() {
+            let reason =
+                "its vhost-user server is gone: start it, and have the guest reset the device";
+            return Some(reason.to_owned());
+        }
+        let offer = self.peer.lock().offer();
+        let wanted = [
+            (offer.log, "VHOST_USER_PROTOCOL_F_LOG_SHMFD"),
+            (has(offer.features, LOG_ALL), "VHOST_F_LOG_ALL"),
+        ];
+        let missing = wanted.iter().filter(|(offered, _)| !offered);
+        let missing: Vec<_> = missing.map(|(_, name)| *name).collect();
+        if !missing.is_empty() {
+            let missing = missing.join(" and ");
+            return Some(format!(
+                "its vhost-user server does not offer {missing}: what it writes to guest memory cannot \
+                 be followed"
+            ));
+        }
+        self.unfinished
+            .then(|| "its vhost-user server has requests in flight that do not end".to_owned())
+    }
+
+    /// Sets the cache mode that a driver has chosen elsewhere: the peer has its own default.
+    fn take_over_cache_mode(&self, wire: &VhostUserStateV1) -> Result<(), RestoreError> {
+        let mode = writeback(&wire.config);
+        if !matches!(self.kind, Kind::Block(_)) || mode == writeback(&self.config()) {
+            return Ok(());
+        }
+        let at = u32::try_from(WRITEBACK_AT).unwrap_or(u32::MAX);
+        let set = self.peer.lock().write_config(at, &[mode]);
+        set.map_err(|error| {
+            let why = format!(
+                "the vhost-user server does not take it: {}",
+                explain(&*error)
+            );
+            RestoreError::field(KIND, "writeback", mode, why)
+        })
     }
 
     fn start_peer(&mut self, activation: &Activation) -> Result<(), PeerError> {
@@ -165,8 +232,10 @@ impl VhostUser {
                 }
             })
             .collect();
-        let features = activation.features & self.peer.offer().features;
-        self.peer.start(&activation.memory, features, &setups)?;
+        let mut peer = self.peer.lock();
+        let features = activation.features & peer.offer().features;
+        peer.start(&activation.memory, features, &setups)?;
+        drop(peer);
         for queue in queues {
             // A ring starts with its first kick, and the driver may have filled it before.
             let _ = queue.doorbell().write(1);
@@ -192,8 +261,9 @@ impl VhostUser {
     /// Takes the queues back from the peer and moves them to where it has got to.
     fn stop_peer(&mut self, queues: &mut [Virtqueue]) -> Result<(), PeerError> {
         let indices: Vec<_> = queues.iter().map(Virtqueue::index).collect();
-        let positions = self.peer.stop(&indices)?;
+        let positions = self.peer.lock().stop(&indices)?;
         let deadline = Instant::now() + self.drain_limit;
+        self.unfinished = false;
         for (queue, next_avail) in queues.iter_mut().zip(positions) {
             if !drain(queue, next_avail, deadline) {
                 self.unfinished = true;
@@ -201,6 +271,7 @@ impl VhostUser {
                 warn_limited!(device:% = device, queue = queue.index(); "the vhost-user server has requests in flight that do not end");
             }
             queue.set_positions(next_avail, queue.used_index().unwrap_or(next_avail));
+            mark_used_ring(queue);
             // What ended after the stop was not signalled.
             queue.interrupt().signal();
         }
@@ -226,9 +297,9 @@ impl VirtioDevice for VhostUser {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         if self.shared.is_lost() {
-            config::read(&self.kind.without_peer(&self.config), offset, data);
+            config::read(&self.kind.without_peer(&self.config()), offset, data);
         } else {
-            config::read(&self.config, offset, data);
+            config::read(&self.shared.profile.lock().config, offset, data);
         }
     }
 
@@ -240,8 +311,9 @@ impl VirtioDevice for VhostUser {
         if self.shared.is_lost() {
             return;
         }
-        match self.peer.write_config(at, data) {
-            Ok(()) => config::write(&mut self.config, offset, data),
+        let written = self.peer.lock().write_config(at, data);
+        match written {
+            Ok(()) => config::write(&mut self.shared.profile.lock().config, offset, data),
             Err(error) => {
                 let (device, error) = (self.shared.reporter.device(), explain(&*error));
                 warn_limited!(device:% = device, error:% = error; "configuration not changed");
@@ -255,23 +327,24 @@ impl VirtioDevice for VhostUser {
             return Err(ActivationError::MissingQueue(0));
         }
         if self.shared.is_lost() {
-            let before = self.config.clone();
+            let before = self.config();
             let result = self.renew();
             result.map_err(peer("the vhost-user server could not be connected again"))?;
             if let Some(queue) = first_unfinished(&activation.queues) {
                 let why = "requests were in flight when the vhost-user server was lost".to_owned();
                 return Err(ActivationError::Queue { queue, why });
             }
-            if self.config != before {
+            if self.config() != before {
                 activation.interrupt.config_changed();
             }
         }
         if let Err(error) = self.start_peer(&activation) {
             self.shared.lose(&explain(&*error), None);
-            self.peer.disconnect();
+            self.peer.lock().disconnect();
             return Err(peer("the vhost-user server could not be started")(error));
         }
-        let watch = self.peer.connection().and_then(|connection| {
+        let connection = self.peer.lock().connection();
+        let watch = connection.and_then(|connection| {
             let watch = Watch {
                 connection,
                 interrupt: Arc::clone(&activation.interrupt),
@@ -314,7 +387,7 @@ impl VirtioDevice for VhostUser {
                 .lose(&explain(&*error), Some(&running.interrupt));
         }
         if self.shared.is_lost() {
-            self.peer.disconnect();
+            self.peer.lock().disconnect();
         }
         queues
     }
@@ -327,8 +400,11 @@ impl VirtioDevice for VhostUser {
                 let (device, error) = (self.shared.reporter.device(), explain(&*error));
                 warn_limited!(device:% = device, error:% = error; "vhost-user server not connected again");
             }
-        } else if self.config != self.initial_config {
-            let changes = self.config.iter().zip(&self.initial_config).zip(0..);
+            return;
+        }
+        let config = self.config();
+        if config != self.initial_config {
+            let changes = config.iter().zip(&self.initial_config).zip(0..);
             let changed = changes.filter(|((now, initial), _)| now != initial);
             let writes: Vec<(u64, u8)> = changed.map(|((_, initial), at)| (at, *initial)).collect();
             for (offset, byte) in writes {
@@ -338,22 +414,39 @@ impl VirtioDevice for VhostUser {
     }
 
     fn migratability(&self) -> Migratability {
-        Migratability::Blocked(BLOCKED.to_owned())
+        match self.obstacle() {
+            Some(reason) => Migratability::Blocked(reason),
+            None => Migratability::Supported,
+        }
     }
 
     fn state_format(&self) -> Option<StateFormat> {
-        None
+        self.kind.stays().is_none().then_some(FORMAT)
     }
 
     fn save(&self) -> Result<DeviceState, SaveError> {
-        Err(SaveError::Blocked {
-            device: self.shared.reporter.device().to_string(),
-            reason: BLOCKED.to_owned(),
-        })
+        if let Some(reason) = self.obstacle() {
+            let device = self.shared.reporter.device().to_string();
+            return Err(SaveError::Blocked { device, reason });
+        }
+        FORMAT.encode(&*self.shared.profile.lock())
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let why = format!("no state can be restored here, {BLOCKED}");
-        Err(RestoreError::field(KIND, "kind", &state.kind, why))
+        if let Some(why) = self.kind.stays() {
+            return Err(RestoreError::field(KIND, "kind", &state.kind, why));
+        }
+        let wire: VhostUserStateV1 = FORMAT.decode(state)?;
+        check(&self.shared.profile.lock(), &wire)?;
+        self.take_over_cache_mode(&wire)?;
+        // What the driver was not offered before it shall not find after its next reset either.
+        self.identity.features &= wire.features;
+        self.identity.ring_features &= wire.features;
+        self.kind.take_over(&wire);
+        if let Kind::Net(net) = &self.kind {
+            self.initial_config = net.config();
+        }
+        *self.shared.profile.lock() = wire;
+        Ok(())
     }
 }

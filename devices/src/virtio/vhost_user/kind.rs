@@ -6,6 +6,7 @@ use super::block::BlockKind;
 use super::fs::FsKind;
 use super::net::NetKind;
 use super::peer::{PeerError, PeerOffer, VhostUserPeer};
+use super::state::VhostUserStateV1;
 use crate::virtio::device::{DeviceIdentity, DeviceType, RING_FEATURES};
 
 /// A peer cannot serve the device that it was meant for.
@@ -78,6 +79,25 @@ impl Kind {
             Self::Block(block) => block.config(peer).map_err(UnfitPeer::Config),
             Self::Net(net) => Ok(net.config()),
             Self::Fs(fs) => Ok(fs.config()),
+        }
+    }
+
+    /// Why a device of this kind never moves, whatever its peer offers.
+    pub(super) fn stays(&self) -> Option<&'static str> {
+        match self {
+            Self::Block(_) | Self::Net(_) => None,
+            Self::Fs(_) => Some(
+                "its vhost-user server keeps state of its own: moving it takes \
+                 VHOST_USER_PROTOCOL_F_DEVICE_STATE, which Drover does not use",
+            ),
+        }
+    }
+
+    /// Takes over what a state, which was checked, says beyond what the peer decides.
+    pub(super) fn take_over(&mut self, state: &VhostUserStateV1) {
+        match self {
+            Self::Net(net) => net.take_address(&state.config),
+            Self::Block(_) | Self::Fs(_) => {}
         }
     }
 

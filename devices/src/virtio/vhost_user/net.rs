@@ -15,6 +15,9 @@ use zerocopy::{Immutable, IntoBytes, KnownLayout};
 
 use super::kind::{UnfitPeer, mask};
 use super::peer::PeerOffer;
+use super::state::{KIND, check_bytes};
+use crate::state::RestoreError;
+use crate::virtio::net::is_unicast;
 
 /// Checksum and segmentation offloads of both directions.
 const OFFLOADS: [u32; 13] = [
@@ -58,6 +61,9 @@ struct ConfigSpace {
     mtu: U16,
 }
 
+/// Length of the address, which the configuration space begins with.
+const MAC_BYTES: usize = 6;
+
 pub(super) struct NetKind {
     options: VhostUserNetOptions,
 }
@@ -82,6 +88,14 @@ impl NetKind {
         mask(&own) | offer.features & peers
     }
 
+    /// Takes the address of a configuration space that was checked: a driver keeps the one it has
+    /// been told.
+    pub(super) fn take_address(&mut self, config: &[u8]) {
+        if let Some(mac) = config.first_chunk() {
+            self.options.mac = *mac;
+        }
+    }
+
     pub(super) fn queue_sizes(&self) -> Vec<u16> {
         vec![self.options.queue_size; 2]
     }
@@ -103,4 +117,16 @@ impl NetKind {
         };
         config.as_bytes().to_vec()
     }
+}
+
+/// Whether an interface that is as `ours` can go on as `theirs`, of the same length: with its
+/// address.
+pub(super) fn check_config(ours: &[u8], theirs: &[u8]) -> Result<(), RestoreError> {
+    let mac: [u8; MAC_BYTES] = theirs.first_chunk().copied().unwrap_or_default();
+    if !is_unicast(mac) {
+        let value = format!("{mac:02x?}");
+        let why = "not a unicast address";
+        return Err(RestoreError::field(KIND, "mac", value, why));
+    }
+    check_bytes(ours, theirs, 0..MAC_BYTES)
 }

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::handle::PeerLog;
 use crate::GuestRam;
 
 /// Why a peer could not do what it was asked. The words are for operators; to the device every
@@ -20,6 +21,9 @@ pub struct PeerOffer {
     pub queues: u16,
     /// Whether it answers for the device's configuration space.
     pub config: bool,
+    /// Whether it takes a log of its writes (`VHOST_USER_PROTOCOL_F_LOG_SHMFD`), which
+    /// `VHOST_F_LOG_ALL` among its features switches on.
+    pub log: bool,
 }
 
 /// One queue as a peer is given it.
@@ -89,6 +93,13 @@ pub trait VhostUserPeer: Send {
     /// # Errors
     /// [`PeerError`].
     fn stop(&mut self, queues: &[u16]) -> Result<Vec<u16>, PeerError>;
+
+    /// Has the process mark what it writes in `log`, or no longer; at once if it works, and whenever
+    /// it is started, also after a new connection.
+    ///
+    /// # Errors
+    /// [`PeerError`], among other things when it has not offered that.
+    fn set_log(&mut self, log: Option<&PeerLog>) -> Result<(), PeerError>;
 
     /// A descriptor that hangs up (`EPOLLRDHUP` or `EPOLLHUP`) when the process is gone.
     ///

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::interrupt::MsiRoute;
@@ -44,6 +46,17 @@ pub(super) fn drain(queue: &Virtqueue, next_avail: u16, deadline: Instant) -> bo
             Ok(count) if count > queue.size() || Instant::now() >= deadline => return false,
             Ok(_) => thread::sleep(DRAIN_INTERVAL),
         }
+    }
+}
+
+/// Marks the used ring as written. Peers log the entries and the index that they write there; QEMU's
+/// libvhost-user (7.2 for one) does not log the event index behind them.
+pub(super) fn mark_used_ring(queue: &Virtqueue) {
+    // Section 2.7.8: flags, index and event index of 2 bytes, entries of 8.
+    let bytes = 6 + 8 * usize::from(queue.size());
+    let at = GuestAddress(queue.state().used_ring);
+    for slice in queue.memory().get_slices(at, bytes).flatten() {
+        slice.bitmap().mark_dirty(0, slice.len());
     }
 }
 

@@ -7,7 +7,10 @@ use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events};
 
+use parking_lot::Mutex;
+
 use super::counters::VhostUserCounters;
+use super::state::VhostUserStateV1;
 use crate::events::{DeviceEvent, Reporter};
 use crate::rate_log::RateLimit;
 use crate::virtio::interrupt::VirtioInterrupt;
@@ -24,15 +27,18 @@ struct PeerGone;
 pub(super) struct Shared {
     pub(super) reporter: Reporter,
     pub(super) counters: Arc<VhostUserCounters>,
+    /// What the device is to its driver. No lock is taken after it.
+    pub(super) profile: Mutex<VhostUserStateV1>,
     lost: AtomicBool,
     reports: RateLimit,
 }
 
 impl Shared {
-    pub(super) fn new(reporter: Reporter) -> Self {
+    pub(super) fn new(reporter: Reporter, profile: VhostUserStateV1) -> Self {
         Self {
             reporter,
             counters: Arc::default(),
+            profile: Mutex::new(profile),
             lost: AtomicBool::new(false),
             reports: RateLimit::new(),
         }

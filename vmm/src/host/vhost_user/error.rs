@@ -89,6 +89,14 @@ pub enum RequestFailure {
     /// Guest memory cannot be shared.
     #[error("guest memory has no file behind it that the server could map")]
     NotShared,
+    /// The server can be given no log of its writes.
+    #[error(
+        "the server offers no log of what it writes (VHOST_USER_PROTOCOL_F_LOG_SHMFD, VHOST_F_LOG_ALL)"
+    )]
+    NoLog,
+    /// The connection failed.
+    #[error("the connection failed")]
+    Socket(#[source] io::Error),
     /// Anything else.
     #[error("the request could not be made")]
     Other(#[source] vhost::Error),

@@ -6,11 +6,13 @@
 
 mod deadline;
 mod error;
+mod log;
 mod open;
 mod peer;
 mod session;
 
 pub use error::{RequestFailure, VhostUserError};
+pub use log::ServerLog;
 pub use open::{open_block, open_fs, open_net};
 pub use peer::{Limits, Peer, connect};
 

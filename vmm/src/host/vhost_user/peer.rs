@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use devices::GuestRam;
 use devices::virtio::DeviceType;
-use devices::virtio::vhost_user::{PeerError, PeerOffer, PeerQueue, VhostUserPeer};
+use devices::virtio::vhost_user::{PeerError, PeerLog, PeerOffer, PeerQueue, VhostUserPeer};
 use socket2::{Domain, SockAddr, Socket, Type};
 use vhost::vhost_user::Frontend;
 
@@ -60,6 +60,8 @@ pub struct Peer {
     limits: Limits,
     /// What the server has offered last.
     offer: PeerOffer,
+    /// In which the server marks its writes, as long as somebody wants to know of them.
+    log: Option<PeerLog>,
     link: Option<Link>,
 }
 
@@ -93,6 +95,7 @@ impl Peer {
             device_type,
             limits,
             offer: link.session.offer,
+            log: None,
             link: Some(link),
         })
     }
@@ -123,7 +126,7 @@ fn is_refusal(error: &VhostUserError) -> bool {
     let VhostUserError::Request { source, .. } = error else {
         return false;
     };
-    matches!(source, RequestFailure::Refused)
+    matches!(source, RequestFailure::Refused | RequestFailure::NoLog)
 }
 
 /// Runs an exchange within `limit` and puts the path to its error.
@@ -194,12 +197,10 @@ impl Link {
             source,
         })?;
         let frontend = Frontend::from_stream(stream, u64::from(MAX_QUEUES));
-        let negotiate = || Session::negotiate(frontend, device_type);
+        let socket = Arc::new(socket);
+        let negotiate = || Session::negotiate(frontend, &socket, device_type);
         let session = bounded(path, limit, &socket, negotiate)?;
-        Ok(Self {
-            socket: Arc::new(socket),
-            session,
-        })
+        Ok(Self { session, socket })
     }
 }
 
@@ -239,12 +240,25 @@ impl VhostUserPeer for Peer {
         queues: &[PeerQueue<'_>],
     ) -> Result<(), PeerError> {
         let limit = self.limits.start;
-        Ok(self.exchange(limit, |session| session.start(memory, features, queues))?)
+        let log = self.log.clone();
+        Ok(self.exchange(limit, |session| {
+            session.start(memory, features, queues, log.as_ref())
+        })?)
     }
 
     fn stop(&mut self, queues: &[u16]) -> Result<Vec<u16>, PeerError> {
         let limit = self.limits.stop;
         Ok(self.exchange(limit, |session| session.stop(queues))?)
+    }
+
+    fn set_log(&mut self, log: Option<&PeerLog>) -> Result<(), PeerError> {
+        self.log = log.cloned();
+        if self.link.is_none() {
+            // The next one hears of it when it is started.
+            return Ok(());
+        }
+        let limit = self.limits.start;
+        Ok(self.exchange(limit, |session| session.set_log(log))?)
     }
 
     fn connection(&self) -> io::Result<OwnedFd> {

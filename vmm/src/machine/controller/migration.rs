@@ -159,6 +159,7 @@ impl Controller {
             machine: link,
             memory: Arc::clone(self.machine.memory()),
             log: self.machine.vm.dirty_log().map_err(MachineError::from)?,
+            servers: self.machine.served.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("mig".to_owned())

@@ -44,6 +44,7 @@ impl Controller {
             machine: MachineLink::new(self.jobs_sender.clone()),
             memory: Arc::clone(self.machine.memory()),
             log: self.machine.vm.dirty_log().map_err(MachineError::from)?,
+            servers: self.machine.served.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("snapshot".to_owned())

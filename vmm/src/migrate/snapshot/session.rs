@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use devices::GuestRam;
+use devices::virtio::vhost_user::VhostUserHandle;
 use migration::ports::PortError;
 use migration::snapshot::{
     DiskRecord, Manifest, ManifestError, MemoryImage, TakeError, TakeOptions, Taken, take,
@@ -21,7 +22,7 @@ use crate::control::errors::chain;
 use crate::kvm::DirtyLog;
 use crate::machine::{MachineLink, MigrationMachineError};
 use crate::migrate::session::LinkedMachine;
-use crate::migrate::{KvmLogTracker, RamPages, UnionTracker, WriteLogTracker};
+use crate::migrate::{RamPages, UnionTracker};
 
 /// How long memory is copied before the VM is stopped all the same.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -53,6 +54,8 @@ pub(crate) struct SnapshotSession {
     pub(crate) machine: MachineLink,
     pub(crate) memory: Arc<GuestRam>,
     pub(crate) log: DirtyLog,
+    /// vhost-user servers that share the memory.
+    pub(crate) servers: Vec<VhostUserHandle>,
 }
 
 impl SnapshotSession {
@@ -92,10 +95,7 @@ impl SnapshotSession {
         let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
         let mut image = ImageFile(staging.create_memory(bytes)?);
         self.sync_disks()?;
-        let tracker = UnionTracker::new(vec![
-            Box::new(KvmLogTracker::new(self.log)),
-            Box::new(WriteLogTracker::new(Arc::clone(&self.memory))),
-        ]);
+        let tracker = UnionTracker::of_machine(self.log, &self.memory, self.servers);
         let mut parts = Parts {
             machine: &mut LinkedMachine(self.machine.clone()),
             pages: &RamPages::new(Arc::clone(&self.memory)),

@@ -50,6 +50,7 @@ fn everything() -> PeerOffer {
         features: u64::MAX,
         queues: 256,
         config: true,
+        log: true,
     }
 }
 

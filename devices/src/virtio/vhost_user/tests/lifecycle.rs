@@ -3,8 +3,6 @@
 use std::thread;
 
 use super::*;
-use crate::device::Migratability;
-use crate::state::{DeviceState, RestoreError, SaveError};
 use crate::virtio::ActivationError;
 
 #[test]
@@ -230,28 +228,4 @@ fn driver_changes_the_cache_mode_through_the_peer() {
     rig.device.reset();
     assert_eq!(rig.peer.calls(), ["write_config"]);
     assert_eq!(read(&rig.device), 0);
-}
-
-#[test]
-fn state_stays_where_it_is() {
-    let mut rig = Rig::new();
-    let blocked = rig.device.migratability();
-    assert!(
-        matches!(&blocked, Migratability::Blocked(why) if why.contains("vhost-user server")),
-        "{blocked:?}"
-    );
-    let error = rig.device.save().unwrap_err();
-    assert!(matches!(error, SaveError::Blocked { .. }), "{error}");
-    for (kind, version) in [("virtio-vhost-user", 1), ("virtio-block", 1), ("", 0)] {
-        let state = DeviceState {
-            kind: kind.to_owned(),
-            version,
-            bytes: vec![0xf6],
-        };
-        let error = rig.device.restore(&state).unwrap_err();
-        assert!(
-            matches!(error, RestoreError::InvalidField { .. }),
-            "{error}"
-        );
-    }
 }

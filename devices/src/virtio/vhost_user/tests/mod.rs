@@ -5,6 +5,7 @@
 mod kinds;
 mod lifecycle;
 mod loss;
+mod moving;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,6 +30,9 @@ use crate::events::{DeviceEvent, EventSink, Reporter};
 use crate::testing::{DriverQueue, FakeRoute, ram};
 use crate::virtio::{Activation, VirtioDevice, Virtqueue};
 
+/// `VHOST_F_LOG_ALL`.
+const LOG_ALL: u32 = 26;
+
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// A queue as the peer was given it.
@@ -48,6 +52,8 @@ struct PeerState {
     failing: Option<(&'static str, &'static str)>,
     calls: Vec<&'static str>,
     features: u64,
+    /// Bytes of the log that it marks its writes in.
+    log: Option<u64>,
     given: Vec<GivenQueue>,
     /// What `stop` answers.
     positions: Vec<u16>,
@@ -89,9 +95,11 @@ fn offer() -> PeerOffer {
             VIRTIO_BLK_F_FLUSH,
             VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_BLK_F_MQ,
+            LOG_ALL,
         ]),
         queues: 4,
         config: true,
+        log: true,
     }
 }
 
@@ -110,6 +118,7 @@ impl FakePeer {
             failing: None,
             calls: Vec::new(),
             features: 0,
+            log: None,
             given: Vec::new(),
             positions: vec![0; 4],
             on_stop: None,
@@ -209,6 +218,14 @@ impl VhostUserPeer for FakePeer {
         }
         let positions = self.with(|state| state.positions.clone());
         Ok(positions.into_iter().take(queues.len()).collect())
+    }
+
+    fn set_log(&mut self, log: Option<&PeerLog>) -> Result<(), PeerError> {
+        self.with(|state| {
+            state.enter("set_log")?;
+            state.log = log.map(|log| log.bytes);
+            Ok(())
+        })
     }
 
     fn connection(&self) -> io::Result<OwnedFd> {

@@ -17,26 +17,26 @@ use crate::config::DiskConfig;
 use crate::host::testing::skip;
 
 /// Request types (virtio 1.2 section 5.2.6).
-const IN: u32 = 0;
-const OUT: u32 = 1;
+pub(super) const IN: u32 = 0;
+pub(super) const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const WRITE_ZEROES: u32 = 13;
 /// Status bytes.
-const OK: u8 = 0;
+pub(super) const OK: u8 = 0;
 const IOERR: u8 = 1;
 
 const VIRTIO_BLK_F_RO: u64 = 1 << 5;
 
 /// Where requests lie in guest RAM: each slot has a header, a status byte and data.
-const HEADERS: u64 = 0x10_0000;
-const DATA: u64 = 0x20_0000;
+pub(super) const HEADERS: u64 = 0x10_0000;
+pub(super) const DATA: u64 = 0x20_0000;
 const SLOT_BYTES: u64 = 0x1_0000;
 
 const IMAGE_BYTES: u64 = 4 << 20;
 const QUEUES: u16 = 2;
 
 /// The daemon with an image that it exports.
-struct Daemon {
+pub(super) struct Daemon {
     server: Server,
     image: PathBuf,
     socket: PathBuf,
@@ -45,7 +45,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn new(writable: bool) -> Option<Self> {
+    pub(super) fn new(writable: bool) -> Option<Self> {
         let directory = directory();
         let image = directory.as_path().join("disk.img");
         let socket = directory.as_path().join("disk.sock");
@@ -62,7 +62,7 @@ impl Daemon {
         })
     }
 
-    fn kill_and_restart(&mut self) {
+    pub(super) fn kill_and_restart(&mut self) {
         self.kill();
         self.server = start(&self.image, &self.socket, self.writable).unwrap();
     }
@@ -73,7 +73,7 @@ impl Daemon {
         let _ = fs::remove_file(&self.socket);
     }
 
-    fn disk(&self) -> (Guest<VhostUser>, Receiver<DeviceEvent>) {
+    pub(super) fn disk(&self) -> (Guest<VhostUser>, Receiver<DeviceEvent>) {
         let (reporter, events) = reporter();
         let disk = open_block(&self.socket, &config(QUEUES), reporter).unwrap();
         (Guest::new(disk), events)
@@ -114,7 +114,13 @@ fn config(queues: u16) -> DiskConfig {
 }
 
 /// Offers a request on a queue without ringing the doorbell.
-fn offer(disk: &mut Guest<VhostUser>, queue: usize, slot: u64, op: (u32, u64), len: u32) {
+pub(super) fn offer(
+    disk: &mut Guest<VhostUser>,
+    queue: usize,
+    slot: u64,
+    op: (u32, u64),
+    len: u32,
+) {
     let (kind, sector) = op;
     let header = HEADERS + slot * 64;
     let (status, data) = (header + 32, DATA + slot * SLOT_BYTES);
@@ -132,31 +138,31 @@ fn offer(disk: &mut Guest<VhostUser>, queue: usize, slot: u64, op: (u32, u64), l
     disk.lines[queue].driver.offer(&chain);
 }
 
-fn status(disk: &Guest<VhostUser>, slot: u64) -> u8 {
+pub(super) fn status(disk: &Guest<VhostUser>, slot: u64) -> u8 {
     disk.read(HEADERS + slot * 64 + 32, 1)[0]
 }
 
 /// Runs one request in slot 0; its status.
-fn run(disk: &mut Guest<VhostUser>, queue: usize, op: (u32, u64), len: u32) -> u8 {
+pub(super) fn run(disk: &mut Guest<VhostUser>, queue: usize, op: (u32, u64), len: u32) -> u8 {
     offer(disk, queue, 0, op, len);
     disk.lines[queue].ring();
     disk.lines[queue].wait();
     status(disk, 0)
 }
 
-fn write(disk: &mut Guest<VhostUser>, queue: usize, sector: u64, data: &[u8]) -> u8 {
+pub(super) fn write(disk: &mut Guest<VhostUser>, queue: usize, sector: u64, data: &[u8]) -> u8 {
     disk.write(DATA, data);
     run(disk, queue, (OUT, sector), data.len() as u32)
 }
 
-fn read(disk: &mut Guest<VhostUser>, queue: usize, sector: u64, len: usize) -> Vec<u8> {
+pub(super) fn read(disk: &mut Guest<VhostUser>, queue: usize, sector: u64, len: usize) -> Vec<u8> {
     disk.write(DATA, &vec![0xee; len]);
     assert_eq!(run(disk, queue, (IN, sector), len as u32), OK);
     disk.read(DATA, len)
 }
 
 /// Bytes that differ from sector to sector and from `seed` to `seed`.
-fn pattern(seed: u64, len: usize) -> Vec<u8> {
+pub(super) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let word = |index: usize| (seed << 32 | index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (0..len / 8)
         .flat_map(|index| word(index).to_le_bytes())

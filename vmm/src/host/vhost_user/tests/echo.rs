@@ -26,6 +26,12 @@ const DESC_NEXT: u16 = 1;
 pub(super) const ECHO_FEATURES: u64 = 1 << 30 | 1 << 32 | 1 << 15 | 1 << 0 | 1 << 11;
 /// `REPLY_ACK`.
 const ECHO_PROTOCOL_FEATURES: u64 = 1 << 3;
+/// `VHOST_F_LOG_ALL` among features, `LOG_SHMFD` among the protocol's.
+const LOG_ALL: u64 = 1 << 26;
+const LOG_SHMFD: u64 = 1 << 1;
+/// `VHOST_VRING_F_LOG`.
+const RING_LOG: u32 = 1;
+const PAGE_BYTES: u64 = 4096;
 
 /// A running server.
 pub(super) struct Echo {
@@ -36,12 +42,21 @@ pub(super) struct Echo {
 impl Echo {
     /// Serves one connection on `socket`.
     pub(super) fn listen(socket: &Path) -> Self {
+        Self::serve(socket, None)
+    }
+
+    /// The same with a log of its writes; it answers a request that brings one with `answer`.
+    pub(super) fn listen_with_log(socket: &Path, answer: &[u8]) -> Self {
+        Self::serve(socket, Some(answer.to_vec()))
+    }
+
+    fn serve(socket: &Path, log_answer: Option<Vec<u8>>) -> Self {
         let listener = UnixListener::bind(socket).unwrap();
         let (sender, connections) = channel();
         let thread = thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
             sender.send(stream.try_clone().unwrap()).unwrap();
-            let mut server = Server::new(stream);
+            let mut server = Server::new(stream, log_answer);
             let end = server.serve().unwrap_err();
             assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof, "{end}");
             server.features
@@ -73,6 +88,7 @@ struct Ring {
     next_avail: u16,
     next_used: u16,
     enabled: bool,
+    is_logged: bool,
     kick: Option<File>,
     call: Option<File>,
 }
@@ -85,10 +101,13 @@ struct Server {
     /// Guest-physical address, bytes and address in the front-end.
     regions: Vec<[u64; 3]>,
     rings: [Ring; 2],
+    /// What the request for a log is answered with, if one is offered, and the log.
+    log_answer: Option<Vec<u8>>,
+    log: Option<(File, u64)>,
 }
 
 impl Server {
-    fn new(stream: UnixStream) -> Self {
+    fn new(stream: UnixStream, log_answer: Option<Vec<u8>>) -> Self {
         let epoll = Epoll::new().unwrap();
         let readable = EpollEvent::new(EventSet::IN, u64::MAX);
         epoll
@@ -101,6 +120,8 @@ impl Server {
             memory: GuestMemoryMmap::new(),
             regions: Vec::new(),
             rings: [Ring::default(), Ring::default()],
+            log_answer,
+            log: None,
         }
     }
 
@@ -153,8 +174,18 @@ impl Server {
         let number = |value: u64| Some(value.to_le_bytes().to_vec());
         match request {
             SET_OWNER | SET_PROTOCOL_FEATURES => {}
+            GET_FEATURES if self.log_answer.is_some() => return number(ECHO_FEATURES | LOG_ALL),
             GET_FEATURES => return number(ECHO_FEATURES),
+            GET_PROTOCOL_FEATURES if self.log_answer.is_some() => {
+                return number(ECHO_PROTOCOL_FEATURES | LOG_SHMFD);
+            }
             GET_PROTOCOL_FEATURES => return number(ECHO_PROTOCOL_FEATURES),
+            SET_LOG_BASE => {
+                let [bytes, offset] = [0, 8].map(u64_at);
+                assert_eq!(offset, 0);
+                self.log = Some((file.expect("the log's memory"), bytes));
+                return self.log_answer.clone();
+            }
             SET_FEATURES => self.features = u64_at(0),
             SET_MEM_TABLE => {
                 assert_eq!(u32_at(0), 1, "one region, so one descriptor");
@@ -171,8 +202,11 @@ impl Server {
                 let addresses = [8, 24, 16].map(|at| self.guest_address(u64_at(at)));
                 let used = addresses[2];
                 let next_used = self.memory.read_obj(GuestAddress(used + 2)).unwrap();
+                let logged = (u32_at(4) & RING_LOG != 0).then(|| u64_at(32));
+                assert!(logged.is_none_or(|at| at == used), "{logged:x?}");
                 let ring = self.ring(u32_at(0));
                 (ring.addresses, ring.next_used) = (addresses, next_used);
+                ring.is_logged = logged.is_some();
             }
             SET_VRING_CALL => self.ring(u32_at(0) & 0xff).call = file,
             SET_VRING_KICK => {
@@ -236,6 +270,7 @@ impl Server {
             for (addr, len) in pieces {
                 let (now, later) = rest.split_at(len.min(rest.len()));
                 self.memory.write_slice(now, GuestAddress(addr)).unwrap();
+                self.mark(addr, now.len() as u64);
                 rest = later;
             }
             assert!(rest.is_empty(), "the driver's buffers are too small");
@@ -290,8 +325,32 @@ impl Server {
         self.memory
             .store(ring.next_used, GuestAddress(used + 2), order)
             .unwrap();
-        if let Some(call) = &mut ring.call {
+        let entry = used + 4 + 8 * u64::from((ring.next_used.wrapping_sub(1)) % ring.size);
+        if ring.is_logged {
+            self.mark(entry, 8);
+            self.mark(used + 2, 2);
+        }
+        if let Some(call) = &mut self.rings[index].call {
             call.write_all(&1_u64.to_ne_bytes()).unwrap();
+        }
+    }
+
+    /// Marks what was written in the log, if that is on.
+    fn mark(&self, at: u64, len: u64) {
+        use std::os::unix::fs::FileExt;
+        let Some((file, bytes)) = &self.log else {
+            return;
+        };
+        if self.features & LOG_ALL == 0 || len == 0 {
+            return;
+        }
+        for page in at / PAGE_BYTES..=(at + len - 1) / PAGE_BYTES {
+            assert!(page / 8 < *bytes, "page {page} lies behind the log");
+            // Nobody else marks anything meanwhile.
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, page / 8).unwrap();
+            byte[0] |= 1 << (page % 8);
+            file.write_all_at(&byte, page / 8).unwrap();
         }
     }
 }

@@ -6,6 +6,7 @@ mod disk;
 mod echo;
 mod fs;
 mod hostile;
+mod log;
 mod net;
 mod rig;
 mod script;

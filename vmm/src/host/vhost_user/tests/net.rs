@@ -19,16 +19,16 @@ const HEADER_BYTES: usize = 12;
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const LINK_UP: u16 = 1;
 
-const RECEIVED: u64 = 0x10_0000;
-const SENT: u64 = 0x20_0000;
+pub(super) const RECEIVED: u64 = 0x10_0000;
+pub(super) const SENT: u64 = 0x20_0000;
 const BUFFER_BYTES: u64 = 0x4000;
 
-fn config() -> NetConfig {
+pub(super) fn config() -> NetConfig {
     let toml = "queue-size = 64\nmtu = 9000\n";
     toml::from_str(toml).unwrap()
 }
 
-fn interface(
+pub(super) fn interface(
     socket: &Path,
     config: &NetConfig,
 ) -> (Result<VhostUser, VhostUserError>, Receiver<DeviceEvent>) {
@@ -72,7 +72,7 @@ fn expect(guest: &mut Guest<VhostUser>, slot: usize, sent: &[u8]) {
     guest.lines[TX].wait();
 }
 
-fn echoes(guest: &mut Guest<VhostUser>, number: usize, len: usize) {
+pub(super) fn echoes(guest: &mut Guest<VhostUser>, number: usize, len: usize) {
     let sent = frame(number, len);
     offer_room(guest, 0);
     send(guest, 0, &sent);

@@ -11,6 +11,7 @@ pub(super) const GET_FEATURES: u32 = 1;
 pub(super) const SET_FEATURES: u32 = 2;
 pub(super) const SET_OWNER: u32 = 3;
 pub(super) const SET_MEM_TABLE: u32 = 5;
+pub(super) const SET_LOG_BASE: u32 = 6;
 pub(super) const SET_VRING_NUM: u32 = 8;
 pub(super) const SET_VRING_ADDR: u32 = 9;
 pub(super) const SET_VRING_BASE: u32 = 10;
@@ -130,7 +131,7 @@ impl Script {
             GET_PROTOCOL_FEATURES => number(self.protocol_features),
             GET_QUEUE_NUM => number(self.queues),
             // The request's own: index and position, or offset, size, flags and zeroes.
-            GET_VRING_BASE | GET_CONFIG => Some(payload.to_vec()),
+            GET_VRING_BASE | GET_CONFIG | SET_LOG_BASE => Some(payload.to_vec()),
             _ if flags & NEED_REPLY != 0 => number(0),
             _ => None,
         }
