@@ -339,6 +339,9 @@ pub(crate) struct ArrivalArgs {
     /// An interface's TAP here: net0=tap7.
     #[arg(long, value_name = "ID=NAME", value_parser = values::tap_here)]
     pub(crate) tap: Vec<(String, String)>,
+    /// The socket of a device's vhost-user server here: disk1=/run/vub.sock.
+    #[arg(long, value_name = "ID=SOCKET", value_parser = values::server_here)]
+    pub(crate) vhost_user: Vec<(String, PathBuf)>,
     /// Socket of vsock here.
     #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<PathBuf>,

@@ -70,6 +70,7 @@ pub(crate) fn arrival(args: ArrivalArgs, allowed: Option<Vec<PathBuf>>) -> Arriv
         console: args.console,
         disks: args.disk,
         taps: args.tap,
+        served: args.vhost_user,
         vsock: args.vsock,
         allowed_paths: allowed,
     }

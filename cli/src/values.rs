@@ -178,6 +178,12 @@ pub(crate) fn tap_here(text: &str) -> Result<(String, String), String> {
     pair(text, "ID=NAME, such as net0=tap7")
 }
 
+/// `--vhost-user` of a VM that comes.
+pub(crate) fn server_here(text: &str) -> Result<(String, PathBuf), String> {
+    let (id, socket) = pair(text, "ID=SOCKET, such as disk1=/run/vub.sock")?;
+    Ok((id, socket.into()))
+}
+
 fn pair(text: &str, expected: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((id, value)) if !id.is_empty() && !value.is_empty() => {

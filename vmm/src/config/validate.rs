@@ -79,6 +79,14 @@ impl VmConfig {
         ids("disk", self.disk.iter().map(|disk| disk.id.as_deref()))
     }
 
+    /// Ids of disks that are opened here, in order: those without a vhost-user server.
+    #[must_use]
+    pub fn image_ids(&self) -> Vec<String> {
+        let disks = self.disk_ids().into_iter().zip(&self.disk);
+        let images = disks.filter(|(_, disk)| disk.vhost_user.is_none());
+        images.map(|(id, _)| id).collect()
+    }
+
     /// Ids of network interfaces, in order.
     #[must_use]
     pub fn net_ids(&self) -> Vec<String> {

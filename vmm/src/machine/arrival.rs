@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use devices::virtio::vhost_user::VhostUserStateV1;
 use migration::handoff::Mark;
 use migration::ports::{Host, Incoming, LazyMemory, PageStore, PortError};
 use migration::{DirtyBitmap, Section};
@@ -42,6 +43,8 @@ pub struct ArrivalOptions {
     pub disks: Vec<(String, PathBuf)>,
     /// Network interfaces by id and the name of their TAP here.
     pub taps: Vec<(String, String)>,
+    /// vhost-user devices by id and their servers' sockets here.
+    pub served: Vec<(String, PathBuf)>,
     /// The socket of vsock, if the machine has one.
     pub vsock: Option<PathBuf>,
     /// Directories below which the source may name files, and then no TAP; `None`: anywhere, unless
@@ -182,6 +185,7 @@ fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
             reasons.push(format!("the source's VM has no {kind} named {id}"));
         }
     }
+    reasons.extend(unfit_servers(skeleton, machine));
     if let (Some(wanted), Some(found)) = (skeleton.tsc_khz, machine.tsc_khz)
         && !machine.vm.can_scale_tsc()
         && !is_same_frequency(wanted, found)
@@ -195,6 +199,17 @@ fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
         true => Ok(()),
         false => Err(reasons),
     }
+}
+
+/// vhost-user servers here that cannot go on where those of the source are.
+fn unfit_servers(skeleton: &Skeleton, machine: &Machine) -> Vec<String> {
+    let reason = |(id, state): &(String, VhostUserStateV1)| {
+        let mut served = machine.served.iter();
+        let device = served.find(|device| device.device().as_str() == id)?;
+        let error = device.check(state).err()?;
+        Some(format!("{id}: {error}"))
+    };
+    skeleton.served.iter().filter_map(reason).collect()
 }
 
 impl Host for ArrivalHost {

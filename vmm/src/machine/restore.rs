@@ -205,7 +205,8 @@ fn fill(
 
 /// Disks that are written look as they did.
 fn check_disks(records: &[DiskRecord], arrived: &Arrived) -> Result<(), RestoreError> {
-    let ids = arrived.config.disk_ids();
+    let config = &arrived.config;
+    let ids = config.image_ids();
     let mut reasons = Vec::new();
     for found in arrived.machine.disks.marks()? {
         let id = ids.get(found.index).map_or("", String::as_str);
@@ -219,6 +220,15 @@ fn check_disks(records: &[DiskRecord], arrived: &Arrived) -> Result<(), RestoreE
             _ => reasons.push(format!(
                 "{id}: nothing tells whether {path} has changed since the snapshot was taken"
             )),
+        }
+    }
+    for (disk, id) in config.disk.iter().zip(config.disk_ids()) {
+        if let Some(socket) = &disk.vhost_user {
+            reasons.push(format!(
+                "{id}: nothing tells whether the disk of the vhost-user server at {} has changed since \
+                 the snapshot was taken",
+                socket.display()
+            ));
         }
     }
     match reasons.is_empty() {

@@ -1,5 +1,6 @@
 //! What a destination needs to build the machine that is about to come, in JSON.
 
+use devices::virtio::vhost_user::VhostUserStateV1;
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,10 @@ pub struct Skeleton {
     /// Every state that will be sent. Empty: unknown, as in version 1.
     #[serde(default)]
     pub states: Vec<StateVersion>,
+    /// What vhost-user servers at the destination must be like, by device. Empty: there are
+    /// none, or the source does not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub served: Vec<(String, VhostUserStateV1)>,
 }
 
 impl Skeleton {
@@ -65,7 +70,14 @@ impl Skeleton {
             devices,
             paused,
             states,
+            served: Vec::new(),
         }
+    }
+
+    /// The same with what vhost-user servers are like.
+    #[must_use]
+    pub fn with_served(self, served: Vec<(String, VhostUserStateV1)>) -> Self {
+        Self { served, ..self }
     }
 
     /// As sent.

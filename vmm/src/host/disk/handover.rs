@@ -59,7 +59,7 @@ pub enum TakenBack {
 /// What a disk that is written looks like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskMark {
-    /// Its number among all disks.
+    /// Its number among all disks that are opened here.
     pub index: usize,
     /// The image.
     pub path: PathBuf,

@@ -52,6 +52,7 @@ fn redirect(config: &mut VmConfig, options: &ArrivalOptions) -> Vec<String> {
             None => reasons.push(format!("the VM has no interface {id} (it has {net_ids:?})")),
         }
     }
+    reasons.extend(redirect_served(config, options));
     if let Some(serial) = &options.serial {
         config.serial = serial.clone();
     }
@@ -62,6 +63,36 @@ fn redirect(config: &mut VmConfig, options: &ArrivalOptions) -> Vec<String> {
         vsock.socket = socket.clone();
     }
     reasons
+}
+
+/// Puts the operator's servers in place of the source's.
+fn redirect_served(config: &mut VmConfig, options: &ArrivalOptions) -> Vec<String> {
+    let mut reasons = Vec::new();
+    for (id, socket) in &options.served {
+        let mut sockets = served(config);
+        match sockets.iter_mut().find(|(known, _)| known == id) {
+            Some((_, old)) => socket.clone_into(old),
+            None => {
+                let ids: Vec<_> = sockets.into_iter().map(|(id, _)| id).collect();
+                reasons.push(format!(
+                    "the VM has no vhost-user device {id} (it has {ids:?})"
+                ));
+            }
+        }
+    }
+    reasons
+}
+
+/// Devices of vhost-user servers, and the servers' sockets.
+fn served(config: &mut VmConfig) -> Vec<(String, &mut PathBuf)> {
+    let (disk_ids, net_ids, fs_ids) = (config.disk_ids(), config.net_ids(), config.fs_ids());
+    let disks = config.disk.iter_mut().map(|disk| disk.vhost_user.as_mut());
+    let nets = config.net.iter_mut().map(|net| net.vhost_user.as_mut());
+    let served = disk_ids.into_iter().zip(disks);
+    let served = served.chain(net_ids.into_iter().zip(nets));
+    let served = served.filter_map(|(id, socket)| Some((id, socket?)));
+    let fs = config.fs.iter_mut().map(|fs| &mut fs.socket);
+    served.chain(fs_ids.into_iter().zip(fs)).collect()
 }
 
 /// Descriptors are numbers of the process where the VM was: here they are others, or none.
@@ -161,25 +192,22 @@ fn named_files<'a>(config: &'a VmConfig, options: &ArrivalOptions) -> Vec<(Strin
     {
         named.push(("rng".to_owned(), &rng.source));
     }
-    // Devices of other processes do not move, but who describes a machine may not know that.
-    let served = config
-        .disk
-        .iter()
-        .filter_map(|disk| disk.vhost_user.as_deref());
-    let served = served.chain(
-        config
-            .net
-            .iter()
-            .filter_map(|net| net.vhost_user.as_deref()),
-    );
-    let served = served.chain(config.fs.iter().map(|fs| fs.socket.as_path()));
-    named.extend(served.map(|path| ("vhost-user".to_owned(), path)));
+    let own_server = |id: &String| options.served.iter().any(|(own, _)| own == id);
+    let disks = config.disk.iter().map(|disk| disk.vhost_user.as_deref());
+    let nets = config.net.iter().map(|net| net.vhost_user.as_deref());
+    let served = config.disk_ids().into_iter().zip(disks);
+    let served = served.chain(config.net_ids().into_iter().zip(nets));
+    let served = served.filter_map(|(id, socket)| Some((id, socket?)));
+    let fs = config.fs.iter().map(|fs| fs.socket.as_path());
+    let served = served.chain(config.fs_ids().into_iter().zip(fs));
+    named.extend(served.filter(|(id, _)| !own_server(id)));
     named
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DiskConfig;
 
     fn name() -> VmName {
         "there".parse().unwrap()
@@ -250,5 +278,49 @@ mod tests {
             assert_eq!(config.net[0].tap.as_deref(), Some("tap7"));
             assert!(config.net[0].fd.is_empty());
         }
+    }
+
+    #[test]
+    fn servers_are_where_an_option_says_and_else_where_files_may_be() {
+        let config = || VmConfig {
+            disk: vec![DiskConfig {
+                vhost_user: Some("/run/disk.sock".into()),
+                queues: 1,
+                queue_size: 64,
+                ..DiskConfig::default()
+            }],
+            ..with_net(NetConfig {
+                vhost_user: Some("/run/net.sock".into()),
+                ..NetConfig::default()
+            })
+        };
+        let with = |served: &[(&str, &str)], options| ArrivalOptions {
+            served: served
+                .iter()
+                .map(|(id, socket)| ((*id).to_owned(), PathBuf::from(socket)))
+                .collect(),
+            ..options
+        };
+        assert_eq!(
+            adapt(&mut config(), &name(), &with(&[("disk0", "/a")], nowhere())),
+            ["net0: /run/net.sock is not below a directory given by --allow-path"]
+        );
+        let mut moved = config();
+        let both = [("disk0", "/a"), ("net0", "/b")];
+        assert_eq!(adapt(&mut moved, &name(), &with(&both, nowhere())), [""; 0]);
+        assert_eq!(moved.disk[0].vhost_user.as_deref(), Some(Path::new("/a")));
+        assert_eq!(moved.net[0].vhost_user.as_deref(), Some(Path::new("/b")));
+        let options = with(&[("disk7", "/a")], ArrivalOptions::default());
+        assert_eq!(
+            adapt(&mut config(), &name(), &options),
+            ["the VM has no vhost-user device disk7 (it has [\"disk0\", \"net0\"])"]
+        );
+        // A disk of this process has no server that could be elsewhere.
+        let mut plain = tap();
+        let options = with(&[("net0", "/a")], ArrivalOptions::default());
+        assert_eq!(
+            adapt(&mut plain, &name(), &options),
+            ["the VM has no vhost-user device net0 (it has [])"]
+        );
     }
 }

@@ -284,6 +284,8 @@ impl Controller {
     pub(crate) fn skeleton(&self) -> Skeleton {
         let devices = self.machine.device_infos().into_iter();
         let devices = devices.map(|device| (device.id, device.kind));
+        let served = self.machine.served.iter();
+        let served = served.map(|device| (device.device().to_string(), device.state()));
         Skeleton::new(
             (*self.config).clone(),
             self.machine.cpuid.entries(),
@@ -291,6 +293,7 @@ impl Controller {
             (devices.collect(), self.machine.state_versions()),
             self.state == VmState::Paused,
         )
+        .with_served(served.collect())
     }
 
     /// How long saving the machine's state and restoring it takes, about.

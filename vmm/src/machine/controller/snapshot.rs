@@ -105,7 +105,7 @@ impl Controller {
     /// Makes disks durable while the machine stands still, and tells what they look like.
     pub(crate) fn settle_disks(&self) -> Result<Vec<DiskRecord>, MigrationMachineError> {
         let marks = self.machine.disks.settle()?;
-        let ids = self.config.disk_ids();
+        let ids = self.config.image_ids();
         let record = |mark: crate::host::disk::DiskMark| DiskRecord {
             id: ids.get(mark.index).cloned().unwrap_or_default(),
             path: mark.path.display().to_string(),
