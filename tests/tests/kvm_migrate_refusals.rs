@@ -11,7 +11,6 @@ use tests::harness::image;
 use tests::harness::moving::{Place, failure, migrate, reason_not_moved, try_migrate};
 use tests::harness::process;
 use tests::harness::relay::Relay;
-use tests::harness::vhost_user::Server;
 use tests::harness::vm::{SOON, Vm, VmSpec};
 
 type Outcome = anyhow::Result<()>;
@@ -409,31 +408,6 @@ fn name_is_taken_at_the_destination() -> Outcome {
         taken,
         format!("VM elsewhere: {url}: another process listens there")
     );
-    Ok(())
-}
-
-#[test]
-fn vm_with_a_device_of_another_process_says_which() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
-        return Ok(());
-    };
-    let (path, socket) = (
-        ground.scratch().join("disk"),
-        ground.scratch().join("server"),
-    );
-    image::new_raw(&path, 1 << 20)?;
-    let _server = Server::start(&path, &socket)?;
-    let disk = format!("vhost-user={}", socket.display());
-    let spec = ground.vm("run=heartbeat").args(&["--disk", &disk]);
-    let vm = started(&spec)?;
-    let place = Place::new(&ground, "there").start()?;
-    let reason = refused(&vm, &place.url, &[])?;
-    ensure!(
-        reason.starts_with("the VM cannot be moved: disk0: "),
-        "{reason}"
-    );
-    // Nothing was sent: the place still waits.
-    assert_eq!(place.vm.control().state()?, "receiving");
     Ok(())
 }
 
