@@ -13,6 +13,7 @@ pub mod qcow2;
 pub mod restore;
 pub mod serial;
 pub mod snapshot;
+pub mod vhost_user;
 pub mod virtio_balloon;
 pub mod virtio_block;
 pub mod virtio_console;

@@ -11,9 +11,10 @@ use devices::pci::PciFunction;
 use devices::testing::{
     FakeLine, FakeRequests, FakeRouter, ram, run_workers, workers_on_this_thread,
 };
-use devices::virtio::VirtioPci;
+use devices::virtio::{VirtioDevice, VirtioPci};
 use devices::{Device, DeviceId, DeviceState, IoHandler};
 
+use super::vhost_user;
 use super::virtio_balloon::Host as BalloonHost;
 use super::virtio_block::Disk;
 use super::virtio_console::Terminal;
@@ -120,6 +121,31 @@ impl Restored for Virtio {
     }
 }
 
+/// A virtio device whose server does not exist.
+struct Served(VirtioPci);
+
+impl Restored for Served {
+    fn kind(&self) -> u8 {
+        KINDS - 1
+    }
+    fn device(&self) -> &dyn Device {
+        &self.0
+    }
+    /// Looks at all registers; without a server it does not start, and says so.
+    fn exercise(&self) {
+        for offset in (0..0x40).chain(0x2000..0x2040) {
+            self.0.read_bar(0, offset, &mut [0; 4]);
+        }
+        for offset in 0..256 {
+            self.0.read_config(offset, &mut [0; 4]);
+        }
+        if let Err(error) = self.0.start() {
+            assert!(!crate::chain(&error).is_empty());
+        }
+        self.0.pause().expect("nothing is at work");
+    }
+}
+
 fn id(name: &str) -> DeviceId {
     DeviceId::new(name).expect("a good name")
 }
@@ -136,7 +162,7 @@ where
 }
 
 /// Number of devices below.
-const KINDS: u8 = 10;
+const KINDS: u8 = 11;
 
 /// Devices by number. A virtio device is one line.
 fn subject(kind: u8) -> Box<dyn Restored> {
@@ -166,14 +192,18 @@ fn subject(kind: u8) -> Box<dyn Restored> {
         6 => virtio::<Terminal>(6),
         7 => virtio::<Source>(7),
         8 => virtio::<BalloonHost>(8),
-        _ => virtio::<Sockets>(9),
+        9 => virtio::<Sockets>(9),
+        _ => Box::new(Served(function(Box::new(vhost_user::disk())))),
     }
 }
 
-fn virtio<S: Subject>(kind: u8) -> Box<dyn Restored> {
+fn function(device: Box<dyn VirtioDevice>) -> VirtioPci {
     let router = FakeRouter::default();
-    let device = S::new().device();
-    let pci = VirtioPci::new(id("subject"), device, ram(0x1_0000), &router).expect("a fake");
+    VirtioPci::new(id("subject"), device, ram(0x1_0000), &router).expect("a fake")
+}
+
+fn virtio<S: Subject>(kind: u8) -> Box<dyn Restored> {
+    let pci = function(S::new().device());
     Box::new(Virtio { kind, pci })
 }
 
