@@ -170,6 +170,32 @@ fn frames_on_both_sides_of_a_pause_arrive_once_and_in_order() {
 }
 
 #[test]
+fn interface_goes_on_at_another_server_with_what_was_left_in_its_queues() {
+    let directory = directory();
+    let sockets = ["here", "there"].map(|name| directory.as_path().join(name));
+    let _servers = sockets
+        .each_ref()
+        .map(|socket| Echo::listen_with_log(socket, &[]));
+    let mut guest = Guest::new(interface(&sockets[0], &config()).0.unwrap());
+    for number in 0..70 {
+        echoes(&mut guest, number, 100 + number);
+    }
+    // Room that the first server has, and a frame that only the second one sees.
+    offer_room(&mut guest, 0);
+    guest.lines[RX].ring();
+    let queues = guest.pause();
+    let sent = frame(71, 1514);
+    send(&mut guest, 0, &sent);
+    let state = guest.device.save().unwrap();
+    let mut there = interface(&sockets[1], &config()).0.unwrap();
+    there.restore(&state).unwrap();
+    guest.device = there;
+    guest.resume(queues);
+    expect(&mut guest, 0, &sent);
+    echoes(&mut guest, 72, 8000);
+}
+
+#[test]
 fn lost_server_takes_the_link_down_until_the_next_one_is_there() {
     let directory = directory();
     let socket = directory.as_path().join("net.sock");
