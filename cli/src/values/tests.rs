@@ -95,6 +95,11 @@ fn values_that_cannot_be_are_refused_beside_their_flag() {
             "ID=NAME, such as net0=tap7",
         ),
         (
+            "receive --name a --vhost-user disk1",
+            "--vhost-user <ID=SOCKET>",
+            "ID=SOCKET, such as disk1=/run/vub.sock",
+        ),
+        (
             "receive --name a --serial tty",
             "--serial <TARGET>",
             "stdio, null, pty, file=PATH",

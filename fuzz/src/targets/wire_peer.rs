@@ -9,12 +9,12 @@ use migration::handoff::{Cause, Outcome};
 use migration::progress::{MigrationHandle, Phase, Tuning};
 use migration::source::{EncodingChoice, OnTimeout, Parts, SourceOptions, migrate};
 use migration::testing::{Copies, Failures, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side};
-use migration::wire::{Message, Versions};
 use migration::wire::frame::HEADER_BYTES;
 use migration::wire::message::{
     Attach, Commit, Complete, Hello, MAGIC, Missing, Offer, Prepare, Prepared, Reasons, Round,
     Welcome,
 };
+use migration::wire::{Message, Versions};
 use migration::{PageIndex, PageRun, Section};
 
 use crate::input::{Input, Script};
