@@ -4,12 +4,14 @@
 //! here goes on with what it knows of memory.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use super::attach::Door;
 use super::stream::Stream;
 use crate::ports::Breaker;
+use crate::wire::REOPENED_MAX;
 
 /// How long a look at the door takes.
 const GLANCE: Duration = Duration::from_millis(1);
@@ -22,19 +24,30 @@ pub(super) struct Mender<'m, 'd> {
     breakers: &'m mut [Arc<dyn Breaker>],
     /// To the threads of those for pages.
     threads: Vec<Sender<Stream>>,
+    /// How many of these wait for another connection.
+    waiting: Arc<AtomicUsize>,
+    /// How many connections may still be replaced.
+    left: usize,
 }
 
 impl<'m, 'd> Mender<'m, 'd> {
     pub(super) fn new(
         door: &'m mut Door<'d>,
         breakers: &'m mut [Arc<dyn Breaker>],
-        threads: Vec<Sender<Stream>>,
+        (threads, waiting): (Vec<Sender<Stream>>, Arc<AtomicUsize>),
     ) -> Self {
         Self {
+            left: REOPENED_MAX * threads.len(),
             door,
             breakers,
             threads,
+            waiting,
         }
+    }
+
+    /// Whether a thread waits for another connection.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) > 0
     }
 
     /// Takes in a connection that has come, if there is one.
@@ -49,6 +62,12 @@ impl<'m, 'd> Mender<'m, 'd> {
         let Some((thread, breaker)) = known else {
             return self.door.complain("its number is too high");
         };
+        if self.left == 0 {
+            return self
+                .door
+                .complain("connections were opened again too often");
+        }
+        self.left -= 1;
         log::info!(index; "a data connection was opened again");
         // It may not have noticed.
         let old = std::mem::replace(breaker, stream.channel.breaker());

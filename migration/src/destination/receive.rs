@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::attach::{Door, attach};
-use super::control::{Control, TICK};
+use super::control::Control;
 use super::mend::Mender;
 use super::options::{DestinationError, DestinationOptions, Received};
 use super::transfer::{Ended, transfer};
@@ -14,7 +14,13 @@ use crate::page::{PageIndex, PageRun};
 use crate::ports::{Accept, Channel, Host, Incoming};
 use crate::section::Section;
 use crate::wire::message::{Hello, MAGIC, Offer, Reasons, Welcome};
-use crate::wire::{FrameReader, Message, Versions, missing};
+use crate::wire::{FrameReader, MENDING_VERSION, Message, Versions, missing};
+
+/// How long a connection that was opened again right before [`Message::Prepare`] may be on its way.
+const LATE_CONNECTION: Duration = Duration::from_millis(100);
+
+/// How long a look at the data connections takes then.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// How long a source whose data connection failed may take to say why.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -78,7 +84,7 @@ fn take(
     host: &mut dyn Host,
     options: &DestinationOptions,
 ) -> Result<Received, DestinationError> {
-    greet(control, accept, options)?;
+    let version = greet(control, accept, options)?;
     let offer = match control.receive(|| Ok(()))? {
         Message::Offer(offer) => offer,
         other => return Err(unexpected(&other)),
@@ -92,14 +98,15 @@ fn take(
     let mut streams = attach(control, &mut door, &offer)?;
     // The last one.
     let priority = if offer.postcopy { streams.pop() } else { None };
-    transfer(control, door, (streams, priority), machine)
+    let mends = version >= MENDING_VERSION;
+    transfer(control, (door, mends), (streams, priority), machine)
 }
 
 fn greet(
     control: &mut Control<'_>,
     accept: &dyn Accept,
     options: &DestinationOptions,
-) -> Result<(), DestinationError> {
+) -> Result<u16, DestinationError> {
     let Hello {
         magic,
         oldest,
@@ -119,7 +126,7 @@ fn greet(
         token: options.token.clone(),
         data_url: accept.url(),
     }))?;
-    Ok(())
+    Ok(version)
 }
 
 /// Has the machine built, and compares its memory with the source's.
@@ -165,7 +172,7 @@ pub(super) type Gathered = (Vec<Section>, Option<Vec<DirtyBitmap>>);
 /// Everything until [`Message::Prepare`], and all pages that come before it.
 pub(super) fn gather(
     control: &mut Control<'_>,
-    (ended, mut mender): (&mut Ended, Mender<'_, '_>),
+    (ended, mut mender): (&mut Ended, Option<Mender<'_, '_>>),
     regions: &[PageRun],
     postcopy: bool,
 ) -> Result<Gathered, DestinationError> {
@@ -173,11 +180,17 @@ pub(super) fn gather(
     let mut later = None;
     let mut bytes = 0;
     let expected = loop {
+        let is_running = sections.is_empty() && later.is_none();
         let check = || {
-            mender.look();
+            if let Some(mender) = &mut mender
+                && (is_running || mender.is_waited_for())
+            {
+                mender.look();
+            }
             ended.check(Duration::ZERO)
         };
-        match control.receive(check)? {
+        let received = control.receive(check);
+        match received.map_err(|error| explain(control, error))? {
             Message::Round(round) => {
                 log::debug!(round = round.number, pages = round.pages; "round of pre-copy");
             }
@@ -197,15 +210,22 @@ pub(super) fn gather(
             other => return Err(unexpected(&other)),
         }
     };
-    drop(mender);
     if usize::try_from(expected) != Ok(sections.len()) {
         let found = sections.len();
         let text = format!("{found} device states have come, {expected} were sent");
         return Err(DestinationError::Protocol(text));
     }
-    let deadline = Instant::now() + control.patience;
+    let prepared = Instant::now();
+    let deadline = prepared + control.patience;
     while ended.running > 0 {
-        ended.check(TICK)?;
+        ended.check(GLANCE)?;
+        // The VM stands still: after this a thread that waits for another connection gives up.
+        mender = mender.filter(|_| prepared.elapsed() < LATE_CONNECTION);
+        if let Some(mender) = &mut mender
+            && ended.running > 0
+        {
+            mender.look();
+        }
         if Instant::now() > deadline {
             let silent = std::io::Error::from(std::io::ErrorKind::TimedOut);
             return Err(silent.into());

@@ -1,7 +1,7 @@
 //! The data connections' threads.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::mend::Mender;
 use super::missing::Missing;
 use super::options::{DestinationError, Received};
 use super::pull::{Fetcher, Puller};
-use super::receive::{explain, gather};
+use super::receive::gather;
 use super::relink::NewLinks;
 use super::stream::Stream;
 use super::takeover::{Later, Takeover};
@@ -23,10 +23,10 @@ use crate::ports::{Incoming, PageStore};
 pub(super) type StreamResult = (u16, Result<(), DecodeError>);
 
 /// Takes pages and sections, then the hand-off. In a post-copy, connections of a new link come
-/// through `door`.
+/// through `door`; with `mends` those of before, too.
 pub(super) fn transfer(
     control: &mut Control<'_>,
-    mut door: Door<'_>,
+    (mut door, mends): (Door<'_>, bool),
     (streams, priority): (Vec<Stream>, Option<Stream>),
     machine: Box<dyn Incoming>,
 ) -> Result<Received, DestinationError> {
@@ -42,16 +42,19 @@ pub(super) fn transfer(
         let has_fetcher = fetcher.is_some();
         let break_off = || breakers.iter().for_each(|breaker| breaker.break_off());
         let threads = start(scope, (streams, fetcher), (regions, &*pages), &results);
-        let Threads { mut orders, places } = threads.inspect_err(|_| break_off())?;
+        let Threads {
+            mut orders,
+            places,
+            waiting,
+        } = threads.inspect_err(|_| break_off())?;
         // The threads have theirs: once they have ended, nothing more comes.
         drop(results);
         let mut ended = Ended {
             inbox,
             running: expected,
         };
-        let mender = Mender::new(&mut door, &mut breakers, places);
+        let mender = mends.then(|| Mender::new(&mut door, &mut breakers, (places, waiting)));
         let gathered = gather(control, (&mut ended, mender), regions, has_fetcher);
-        let gathered = gathered.map_err(|error| explain(control, error));
         let result = gathered.and_then(|(sections, later)| {
             let puller = later.map(|later| Puller {
                 orders: std::mem::take(&mut orders),
@@ -84,6 +87,8 @@ struct Threads {
     orders: Vec<Sender<Arc<Missing>>>,
     /// To those that carry pages: go on with another connection.
     places: Vec<Sender<Stream>>,
+    /// How many wait for that.
+    waiting: Arc<AtomicUsize>,
 }
 
 /// A thread per data connection.
@@ -99,7 +104,12 @@ fn start<'scope>(
         let ((order, later), (place, next)) = (channel(), channel());
         threads.orders.push(order);
         threads.places.push(place);
-        let (line, results) = (Line { stream, next }, results.clone());
+        let line = Line {
+            stream,
+            next,
+            waiting: Arc::clone(&threads.waiting),
+        };
+        let results = results.clone();
         builder(format!("mig-{index}")).spawn_scoped(scope, move || {
             carry(line, index, memory, (&results, &later))
         })?;
@@ -129,6 +139,8 @@ pub(super) const PRIORITY: u16 = u16::MAX;
 struct Line {
     stream: Stream,
     next: Receiver<Stream>,
+    /// Lines that wait for another.
+    waiting: Arc<AtomicUsize>,
 }
 
 impl Line {
@@ -138,11 +150,18 @@ impl Line {
         let mut decoder = Decoder::new(regions);
         loop {
             match self.stream.drain(&mut decoder, pages) {
-                Err(error) if error.is_broken_link() => match self.next.recv() {
-                    Ok(next) => self.stream = next,
-                    // Too late for another.
-                    Err(_) => return Err(error),
-                },
+                Err(error) if error.is_broken_link() => {
+                    // The source may not have noticed.
+                    self.stream.channel.breaker().break_off();
+                    self.waiting.fetch_add(1, Ordering::SeqCst);
+                    let next = self.next.recv();
+                    self.waiting.fetch_sub(1, Ordering::SeqCst);
+                    match next {
+                        Ok(next) => self.stream = next,
+                        // Too late for another.
+                        Err(_) => return Err(error),
+                    }
+                }
                 result => return result,
             }
         }

@@ -46,7 +46,8 @@ impl Handover {
     /// Whether the answers or the state alone take longer than that: then slowing the guest down
     /// does not help.
     pub(super) fn is_beyond(self, max_downtime: Duration) -> bool {
-        self.is_far(max_downtime) || self.state_time > max_downtime
+        let here = FIXED.saturating_add(self.state_time);
+        self.is_far(max_downtime) || here > max_downtime
     }
 
     fn is_far(self, max_downtime: Duration) -> bool {
@@ -63,7 +64,7 @@ impl Handover {
         }
         SourceError::State {
             max_downtime,
-            state_time: self.state_time,
+            needed: FIXED.saturating_add(self.state_time),
         }
     }
 

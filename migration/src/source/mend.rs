@@ -7,11 +7,8 @@ use super::options::SourceError;
 use super::rounds::{Rounds, listen};
 use super::workers::Reopen;
 use crate::bitmap::DirtyBitmap;
-use crate::wire::FrameError;
+use crate::wire::{FrameError, REOPENED_MAX};
 use crate::words;
-
-/// How often each connection may break on average and be opened again.
-const REOPENED_MAX: usize = 2;
 
 impl Rounds<'_> {
     /// Opens a connection again that broke. What of its pages has come nobody knows: they are all

@@ -142,15 +142,15 @@ pub enum SourceError {
     },
     /// The machine's state takes too long.
     #[error(
-        "a downtime of {} ms cannot be kept: saving and restoring the state of the VM's vCPUs and devices takes \
-         some {} ms on these CPUs; a larger --max-downtime helps",
-        .max_downtime.as_secs_f64() * 1e3, .state_time.as_micros() as f64 / 1e3
+        "a downtime of {} ms cannot be kept: stopping the VM, and saving and restoring the state of its vCPUs and \
+         devices, takes some {} ms on these CPUs; a larger --max-downtime helps",
+        .max_downtime.as_secs_f64() * 1e3, .needed.as_micros() as f64 / 1e3
     )]
     State {
         /// What was asked for.
         max_downtime: Duration,
         /// What is expected.
-        state_time: Duration,
+        needed: Duration,
     },
     /// A post-copy was cut, and somebody has ended the wait for a new link.
     #[error("its missing pages were given up here: it cannot go on at its destination")]

@@ -54,6 +54,9 @@ pub(super) struct Rounds<'a> {
     number: u32,
     /// How many connections were opened again.
     pub(super) reopened: usize,
+    /// The first report that convergence is judged by: those before are of a round in which a
+    /// connection broke, and earlier.
+    judged_from: usize,
     /// For the link's speed as watchers see it.
     refreshed: Tally,
     sign_of_life: Instant,
@@ -88,6 +91,7 @@ impl<'a> Rounds<'a> {
             cpu_percent: 100,
             number: 0,
             reopened: 0,
+            judged_from: 0,
             refreshed: Tally {
                 at: now,
                 wire_bytes: 0,
@@ -135,13 +139,17 @@ impl<'a> Rounds<'a> {
             dirty = self.harvest();
             plan.cut.merge_into(&mut dirty);
             drop(plan);
-            self.mark_shares(&lost, &mut dirty);
             let dirty_pages = dirty.iter().map(DirtyBitmap::count).sum();
             self.reports.push(RoundReport {
                 dirty_pages,
                 cpu_percent: self.cpu_percent,
                 ..report
             });
+            if !lost.is_empty() {
+                // The guest is not to blame for pages that are sent once more.
+                self.mark_shares(&lost, &mut dirty);
+                self.judged_from = self.reports.len();
+            }
             if let Some(mode) = self.after_round()? {
                 return Ok((dirty, mode));
             }
@@ -153,10 +161,11 @@ impl<'a> Rounds<'a> {
     fn after_round(&mut self) -> Result<Option<Mode>, SourceError> {
         let max_downtime = self.handle.tuning().max_downtime;
         let limits = self.handover.limits(max_downtime);
-        let predicted = predicted_blackout(&self.reports, limits.fixed);
+        let judged = self.reports.get(self.judged_from..).unwrap_or_default();
+        let predicted = predicted_blackout(judged, limits.fixed);
+        let mut decision = decide(judged, &limits);
         self.predicted = Some(predicted);
         self.publish(predicted);
-        let mut decision = decide(&self.reports, &limits);
         if self.handover.is_beyond(max_downtime) && matches!(decision, Decision::Throttle(_)) {
             decision = Decision::Diverges;
         }
@@ -180,7 +189,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// Why it did not come to a switchover.
-    fn too_late(&self) -> SourceError {
+    pub(super) fn too_late(&self) -> SourceError {
         let max_downtime = self.handle.tuning().max_downtime;
         let timeout = self.options.timeout;
         match (self.handover.is_beyond(max_downtime), self.number) {
@@ -194,7 +203,7 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    fn is_late(&self) -> bool {
+    pub(super) fn is_late(&self) -> bool {
         self.began.elapsed() > self.options.timeout
     }
 
@@ -221,8 +230,7 @@ impl<'a> Rounds<'a> {
         self.number += 1;
         let pages = dirty.iter().map(DirtyBitmap::count).sum();
         let number = self.number;
-        control.tell(&Message::Round(Round { number, pages }))?;
-        self.sign_of_life = Instant::now();
+        self.tell_round(control, pages)?;
         self.handle.update(|progress| progress.round = number);
         let begin = self.tally();
         let plan = self.order(RoundPlan {
@@ -238,6 +246,9 @@ impl<'a> Rounds<'a> {
         while left > 0 {
             match self.workers.next()? {
                 Some((index, Err(error))) => {
+                    self.check_wanted()?;
+                    // It may take a while.
+                    self.tell_round(control, pages)?;
                     mend(self, control, (index, error))?;
                     left -= 1;
                 }
@@ -316,20 +327,26 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
+    /// Whether it is still to go on.
+    fn check_wanted(&self) -> Result<(), SourceError> {
+        if self.handle.is_cancelled() {
+            return Err(SourceError::Cancelled);
+        }
+        match self.options.on_timeout {
+            OnTimeout::Cancel if self.is_late() => Err(self.too_late()),
+            OnTimeout::Cancel | OnTimeout::Force | OnTimeout::Postcopy => Ok(()),
+        }
+    }
+
     fn watch(
         &mut self,
         control: &mut Control,
         pages: u64,
         plan: &RoundPlan,
     ) -> Result<(), SourceError> {
-        if self.handle.is_cancelled() {
-            return Err(SourceError::Cancelled);
-        }
+        self.check_wanted()?;
         if self.is_late() {
-            match self.options.on_timeout {
-                OnTimeout::Cancel => return Err(self.too_late()),
-                OnTimeout::Force | OnTimeout::Postcopy => plan.cut.make(),
-            }
+            plan.cut.make();
         }
         listen(control, Duration::ZERO)?;
         self.show_life(control, pages)?;
@@ -344,10 +361,20 @@ impl<'a> Rounds<'a> {
         pages: u64,
     ) -> Result<(), SourceError> {
         if self.sign_of_life.elapsed() >= SIGN_OF_LIFE {
-            let number = self.number;
-            control.tell(&Message::Round(Round { number, pages }))?;
-            self.sign_of_life = Instant::now();
+            self.tell_round(control, pages)?;
         }
+        Ok(())
+    }
+
+    /// Tells the peer which round this is.
+    pub(super) fn tell_round(
+        &mut self,
+        control: &mut Control,
+        pages: u64,
+    ) -> Result<(), SourceError> {
+        let number = self.number;
+        control.tell(&Message::Round(Round { number, pages }))?;
+        self.sign_of_life = Instant::now();
         Ok(())
     }
 

@@ -336,14 +336,15 @@ impl<'a> Stream<'a> {
             .shared
             .direct
             .filter(|_| self.channel.socket().is_some());
-        let counts = match direct {
+        let sent = match direct {
             Some(direct) if self.goes_live(encoding, is_known) => {
-                self.send_live(direct, base, (pages, zeroes))?
+                self.send_live(direct, base, (pages, zeroes))
             }
-            _ => self.send_copied(encoding, (base, &runs), zeroes)?,
+            _ => self.send_copied(encoding, (base, &runs), zeroes),
         };
         let totals = &self.shared.totals;
         totals.note_cache(cached, self.encoder.cache_bytes());
+        let counts = sent?;
         totals.count(&counts);
         let page_bytes = |pages: u64| pages * crate::PAGE_BYTES;
         self.adaptive.note(&BatchFacts {

@@ -21,6 +21,7 @@ mod version;
 pub use batch::{Batch, BatchRun, PageKind};
 pub use frame::{FrameError, FrameHeader, FrameKind, FrameReader};
 pub use message::Message;
+pub(crate) use version::REOPENED_MAX;
 pub use version::{
     LIVE_PAGES_VERSION, MENDING_VERSION, NoCommonVersion, OLDEST_VERSION, VERSION, Versions,
 };

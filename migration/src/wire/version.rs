@@ -13,6 +13,9 @@ pub const LIVE_PAGES_VERSION: u16 = 2;
 /// First version in which a data connection that breaks before the last pages may be opened again.
 pub const MENDING_VERSION: u16 = 2;
 
+/// How often each data connection may break on average and be opened again.
+pub(crate) const REOPENED_MAX: usize = 2;
+
 /// Versions that a build speaks, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Versions {

@@ -98,7 +98,7 @@ fn a_downtime_below_the_states_time_is_refused_with_that_reason() {
     assert!(matches!(error, SourceError::State { .. }), "{error}");
     let words = error.to_string();
     assert!(
-        words.starts_with("a downtime of 20 ms cannot be kept: saving and restoring"),
+        words.starts_with("a downtime of 20 ms cannot be kept: stopping the VM, and saving"),
         "{words}"
     );
     assert!(world.machine.throttled.is_empty());

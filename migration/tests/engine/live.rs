@@ -198,33 +198,40 @@ fn pages_arrive_intact_beside_a_guest_that_writes() {
 }
 
 /// 313 batches of up to 64 pages, by two streams.
-fn world_of_20_000_pages() -> World {
+fn world_of_20_000_pages() -> (World, Vec<u64>) {
     let mut world = World::new(&[run(0, 20_000)], true);
     world.options.encoding = EncodingChoice::Raw;
     let guest = world.guest();
-    for page in 0..20_000 {
-        guest.write(PageIndex(page), |bytes| bytes[9] = 1);
+    let touched: Vec<_> = (0..20_000).collect();
+    for page in &touched {
+        guest.write(PageIndex(*page), |bytes| noise(bytes, *page));
     }
-    world
+    (world, touched)
 }
 
 #[test]
 fn sockets_that_break_are_opened_again() {
-    // None when one of them may have done its part of a round: it would not notice before the last.
-    for break_at in [&[1][..], &[2], &[100], &[150], &[50, 190]] {
-        let mut world = world_of_20_000_pages();
+    // Early enough that neither has done its part of a round: it would not notice before the last.
+    for break_at in [&[1][..], &[2], &[30], &[90], &[20, 90]] {
+        let (mut world, touched) = world_of_20_000_pages();
         let guest = world.guest();
-        let (report, _received) = move_over_sockets(&mut world, Versions::OURS, break_at);
+        let (report, _received) =
+            beside_a_guest(&guest, &touched, Duration::from_micros(100), || {
+                move_over_sockets(&mut world, Versions::OURS, break_at)
+            });
         let what = format!("batch {break_at:?}: {:?}", report.error);
         assert_eq!(report.outcome, Outcome::Surrendered, "{what}");
         assert!(guest.memory.live_batches() > 313, "{what}");
         world.check_arrived(&what);
+        // What is sent once more is no reason to slow the guest down.
+        let mut speeds = world.machine.throttled.iter();
+        assert!(speeds.all(|percent| *percent == 100), "{what}");
     }
 }
 
 #[test]
 fn sockets_that_break_again_and_again_leave_the_source_running() {
-    let mut world = world_of_20_000_pages();
+    let (mut world, _) = world_of_20_000_pages();
     let guest = world.guest();
     let break_at: Vec<_> = (1..10_000).step_by(20).collect();
     let (report, _received) = move_over_sockets(&mut world, Versions::OURS, &break_at);
@@ -236,7 +243,7 @@ fn sockets_that_break_again_and_again_leave_the_source_running() {
 
 #[test]
 fn sockets_to_an_older_build_are_not_opened_again() {
-    let mut world = world_of_20_000_pages();
+    let (mut world, _) = world_of_20_000_pages();
     let older = Versions {
         oldest: MENDING_VERSION - 1,
         newest: MENDING_VERSION - 1,

@@ -157,3 +157,19 @@ fn a_cut_among_the_last_pages_leaves_the_machine_running() {
     assert!(matches!(end.report.outcome, Outcome::Resumed(_)));
     world.retry("last pages");
 }
+
+/// The encoder has grown with the batch that broke the connection.
+#[test]
+fn memory_of_a_broken_connection_is_counted_as_given_back() {
+    for frame in [2, 9, 15] {
+        let mut world = world(EncodingChoice::Delta);
+        world.options.streams = 1;
+        let (mut wiring, faults) = (Wiring::clean(), Arc::default());
+        wiring.data[0].0 = broken(frame, 17, FaultKind::Cut, &faults);
+        let end = world.migrate(&wiring);
+        assert_eq!(end.report.outcome, Outcome::Surrendered);
+        assert_eq!(faults.load(Ordering::SeqCst), 1);
+        let (most, limit) = (end.report.cache_bytes, world.options.cache_bytes);
+        assert!((1..=limit).contains(&most), "{most} of {limit}");
+    }
+}

@@ -49,6 +49,14 @@ impl Affinity {
         }
     }
 
+    /// How many CPUs it has.
+    #[must_use]
+    pub fn cpus(&self) -> usize {
+        // SAFETY: the set is initialized.
+        let count = unsafe { libc::CPU_COUNT(&self.0) };
+        usize::try_from(count).unwrap_or(0)
+    }
+
     /// Gives it to the calling thread, and to threads that it starts later.
     ///
     /// # Errors

@@ -176,6 +176,7 @@ impl Machine {
             }
         }
         let context = board.vcpu_context(notices);
+        let vcpu_cpus = placement.vcpu_cpus();
         let vcpus = VcpuSet::spawn(vcpus, &context, move |vcpu| placement.bind_vcpu(vcpu))?;
         let mut pumps = vec![pump("serial", serial, resources.serial, notices)?];
         let mut console = None;
@@ -185,6 +186,7 @@ impl Machine {
         }
         Ok(Self {
             vcpus,
+            vcpu_cpus,
             pumps,
             balloon,
             console,

@@ -1,6 +1,7 @@
 //! On which host CPUs the VM's threads run.
 
 use std::io;
+use std::num::NonZeroUsize;
 
 use crate::config::{CpusConfig, HostCpus};
 use crate::host::pin::{Affinity, pin_current_thread};
@@ -59,6 +60,23 @@ impl Placement {
             pin: cpus.pin.clone(),
             unpinned,
         })
+    }
+
+    /// How many host CPUs the vCPU threads have between them.
+    pub(super) fn vcpu_cpus(&self) -> usize {
+        let pinned = self.pin.as_ref().map(|pin| {
+            let mut cpus = pin.numbers().to_vec();
+            cpus.sort_unstable();
+            cpus.dedup();
+            cpus.len()
+        });
+        let inherited = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let unpinned = || {
+            self.unpinned
+                .as_ref()
+                .map_or_else(inherited, Affinity::cpus)
+        };
+        pinned.unwrap_or_else(unpinned)
     }
 
     /// Runs first on the thread of vCPU `vcpu`. A host CPU that went away since the check costs the

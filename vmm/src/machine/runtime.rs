@@ -54,6 +54,8 @@ pub(super) struct DeviceEntry {
 /// Fields are dropped in this order: first nobody runs, then nobody prints, then the rest.
 pub struct Machine {
     pub(super) vcpus: VcpuSet,
+    /// How many host CPUs their threads have between them.
+    pub(super) vcpu_cpus: usize,
     pub(super) pumps: Vec<CharPump>,
     pub(super) devices: Vec<DeviceEntry>,
     pub(super) balloon: Option<BalloonHandle>,

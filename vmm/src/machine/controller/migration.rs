@@ -1,7 +1,6 @@
 //! Migrations as the controller sees them: one at a time, on a thread of its own that asks the
 //! controller for whatever concerns the machine.
 
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -298,11 +297,10 @@ impl Controller {
 
     /// How long saving the machine's state and restoring it takes, about.
     pub(crate) fn state_time(&self) -> Duration {
-        let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         estimate(
             self.machine.vcpus.len(),
             self.machine.device_infos().len(),
-            cpus,
+            self.machine.vcpu_cpus,
         )
     }
 
