@@ -33,8 +33,8 @@ const SLOW_INTERVAL: u32 = 64;
 const MIN_INTERVAL: u32 = 256;
 const MAX_INTERVAL: u32 = 4096;
 
-/// The same after a change: it may have been the hosts' other work that made one way look better,
-/// and the wrong way may be many times slower.
+/// The same after a change on a slow connection: it may have been the hosts' other work that made
+/// one way look better, and there the wrong one may be many times slower.
 const CONFIRM_INTERVAL: u32 = 16;
 
 /// Spans that a way is tried for.
@@ -210,7 +210,10 @@ impl Adaptive {
             }
             let before = (*self.rate(way.other())).unwrap_or(0.0);
             if mixed > before * MARGIN {
-                self.interval = CONFIRM_INTERVAL;
+                self.interval = match mixed < FAST_BYTES_PER_S {
+                    true => CONFIRM_INTERVAL,
+                    false => MIN_INTERVAL,
+                };
             } else {
                 self.way = way.other();
                 self.settle = SETTLE_SPANS;
