@@ -211,7 +211,7 @@ fn guest_that_writes_too_fast_is_given_up_or_stopped_as_asked() -> Outcome {
         "--bandwidth",
         "40M",
         "--max-downtime",
-        "1ms",
+        "4ms",
     ];
     let finished = try_migrate(vm.control(), &place.url, &hurry)?;
     assert_eq!(
@@ -220,6 +220,11 @@ fn guest_that_writes_too_fast_is_given_up_or_stopped_as_asked() -> Outcome {
          larger --max-downtime, more bandwidth, --on-timeout force or postcopy help"
     );
     vm.memory()?.wait_beat(SOON)?;
+    let place = Place::new(&ground, "at-once").start()?;
+    let finished = try_migrate(vm.control(), &place.url, &["--max-downtime", "1ms"])?;
+    let reason = reason_not_moved(&finished, "vm")?;
+    let start = "a downtime of 1 ms cannot be kept: stopping the VM, and saving and restoring";
+    ensure!(reason.starts_with(start), "{reason}");
     let place = Place::new(&ground, "forced").start()?;
     let force = [&hurry[..], &["--on-timeout", "force"]].concat();
     let report = migrate(vm.control(), &place.url, &force)?;

@@ -13,11 +13,12 @@ use migration::destination::{DestinationError, DestinationOptions, Received, rec
 use migration::handoff::Outcome;
 use migration::ports::{Accept, Breaker, Channel, Dial};
 use migration::source::{EncodingChoice, Parts, SourceReport, migrate};
+use migration::testing::machine::Guest;
 use migration::testing::pair;
 use migration::wire::{LIVE_PAGES_VERSION, MENDING_VERSION, Versions};
 
 use crate::good::beside_a_guest;
-use crate::world::{PATIENCE, World, run};
+use crate::world::{PATIENCE, World, new_handle, run};
 
 struct Socket(UnixStream);
 
@@ -227,6 +228,45 @@ fn sockets_that_break_are_opened_again() {
         let mut speeds = world.machine.throttled.iter();
         assert!(speeds.all(|percent| *percent == 100), "{what}");
     }
+}
+
+/// After each round the guest writes so many pages, the last number first.
+fn write_before_harvests(guest: Guest, mut counts: Vec<u64>) {
+    let tracker = Arc::clone(&guest.tracker);
+    tracker.before_harvest(move || {
+        if let Some(count) = counts.pop() {
+            for page in 0..count {
+                guest.write(PageIndex(page), |bytes| bytes[7] ^= 1);
+            }
+            write_before_harvests(guest, counts);
+        }
+    });
+}
+
+/// The guest writes less each time, and too much for a switchover, when the connection breaks in the
+/// third round: it is not its fault that all pages go once more.
+#[test]
+fn a_late_break_does_not_slow_the_guest_down() {
+    let (mut world, _) = world_of_20_000_pages();
+    world.options.streams = 1;
+    world.handle = new_handle(Duration::from_millis(2));
+    write_before_harvests(world.guest(), vec![700, 1500, 3000]);
+    // 313 and 47 batches before it.
+    let (report, _received) = move_over_sockets(&mut world, Versions::OURS, &[370]);
+    let what = format!("{:?}", report.error);
+    assert_eq!(report.outcome, Outcome::Surrendered, "{what}");
+    world.check_arrived(&what);
+    let rounds: Vec<_> = report
+        .rounds
+        .iter()
+        .map(|round| round.dirty_pages)
+        .collect();
+    assert_eq!(rounds, [3000, 1500, 700, 0]);
+    let throttled = &world.machine.throttled;
+    assert!(
+        throttled.iter().all(|percent| *percent == 100),
+        "{throttled:?}"
+    );
 }
 
 #[test]
