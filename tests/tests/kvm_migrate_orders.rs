@@ -221,7 +221,8 @@ fn guest_that_writes_too_fast_is_given_up_or_stopped_as_asked() -> Outcome {
     );
     vm.memory()?.wait_beat(SOON)?;
     let place = Place::new(&ground, "at-once").start()?;
-    let finished = try_migrate(vm.control(), &place.url, &["--max-downtime", "1ms"])?;
+    let slowly = ["--bandwidth", "40M", "--max-downtime", "1ms"];
+    let finished = try_migrate(vm.control(), &place.url, &slowly)?;
     let reason = reason_not_moved(&finished, "vm")?;
     let start = "a downtime of 1 ms cannot be kept: stopping the VM, and saving and restoring";
     ensure!(reason.starts_with(start), "{reason}");
