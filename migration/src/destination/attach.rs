@@ -23,8 +23,10 @@ const ATTACH_BYTES: usize = 4096;
 /// Connections that have not shown it yet at most; for one more the oldest goes.
 const MAX_CANDIDATES: usize = 16;
 
-/// How long a look at one of them takes.
+/// How long a look at one of them takes, and how many are looked at in turn each time: in a
+/// blackout, too, nobody waits longer for strangers.
 const GLANCE: Duration = Duration::from_millis(1);
+const GLANCES: usize = 4;
 
 /// How often strangers are told of.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(1);
@@ -121,7 +123,7 @@ impl<'a> Door<'a> {
             Err(error) if error.kind() == ErrorKind::TimedOut => {}
             Err(error) => return Err(error),
         }
-        for _ in 0..self.candidates.len() {
+        for _ in 0..self.candidates.len().min(GLANCES) {
             let Some(mut candidate) = self.candidates.pop_front() else {
                 break;
             };

@@ -4,7 +4,6 @@
 //! here goes on with what it knows of memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -24,8 +23,6 @@ pub(super) struct Mender<'m, 'd> {
     breakers: &'m mut [Arc<dyn Breaker>],
     /// To the threads of those for pages.
     threads: Vec<Sender<Stream>>,
-    /// How many of these wait for another connection.
-    waiting: Arc<AtomicUsize>,
     /// How many connections may still be replaced.
     left: usize,
 }
@@ -34,20 +31,14 @@ impl<'m, 'd> Mender<'m, 'd> {
     pub(super) fn new(
         door: &'m mut Door<'d>,
         breakers: &'m mut [Arc<dyn Breaker>],
-        (threads, waiting): (Vec<Sender<Stream>>, Arc<AtomicUsize>),
+        threads: Vec<Sender<Stream>>,
     ) -> Self {
         Self {
             left: REOPENED_MAX * threads.len(),
             door,
             breakers,
             threads,
-            waiting,
         }
-    }
-
-    /// Whether a thread waits for another connection.
-    pub(super) fn is_waited_for(&self) -> bool {
-        self.waiting.load(Ordering::SeqCst) > 0
     }
 
     /// Takes in a connection that has come, if there is one.

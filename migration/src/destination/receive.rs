@@ -180,11 +180,8 @@ pub(super) fn gather(
     let mut later = None;
     let mut bytes = 0;
     let expected = loop {
-        let is_running = sections.is_empty() && later.is_none();
         let check = || {
-            if let Some(mender) = &mut mender
-                && (is_running || mender.is_waited_for())
-            {
+            if let Some(mender) = &mut mender {
                 mender.look();
             }
             ended.check(Duration::ZERO)

@@ -1,7 +1,7 @@
 //! The data connections' threads.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 use std::time::Duration;
@@ -42,18 +42,14 @@ pub(super) fn transfer(
         let has_fetcher = fetcher.is_some();
         let break_off = || breakers.iter().for_each(|breaker| breaker.break_off());
         let threads = start(scope, (streams, fetcher), (regions, &*pages), &results);
-        let Threads {
-            mut orders,
-            places,
-            waiting,
-        } = threads.inspect_err(|_| break_off())?;
+        let Threads { mut orders, places } = threads.inspect_err(|_| break_off())?;
         // The threads have theirs: once they have ended, nothing more comes.
         drop(results);
         let mut ended = Ended {
             inbox,
             running: expected,
         };
-        let mender = mends.then(|| Mender::new(&mut door, &mut breakers, (places, waiting)));
+        let mender = mends.then(|| Mender::new(&mut door, &mut breakers, places));
         let gathered = gather(control, (&mut ended, mender), regions, has_fetcher);
         let result = gathered.and_then(|(sections, later)| {
             let puller = later.map(|later| Puller {
@@ -87,8 +83,6 @@ struct Threads {
     orders: Vec<Sender<Arc<Missing>>>,
     /// To those that carry pages: go on with another connection.
     places: Vec<Sender<Stream>>,
-    /// How many wait for that.
-    waiting: Arc<AtomicUsize>,
 }
 
 /// A thread per data connection.
@@ -104,12 +98,7 @@ fn start<'scope>(
         let ((order, later), (place, next)) = (channel(), channel());
         threads.orders.push(order);
         threads.places.push(place);
-        let line = Line {
-            stream,
-            next,
-            waiting: Arc::clone(&threads.waiting),
-        };
-        let results = results.clone();
+        let (line, results) = (Line { stream, next }, results.clone());
         builder(format!("mig-{index}")).spawn_scoped(scope, move || {
             carry(line, index, memory, (&results, &later))
         })?;
@@ -139,8 +128,6 @@ pub(super) const PRIORITY: u16 = u16::MAX;
 struct Line {
     stream: Stream,
     next: Receiver<Stream>,
-    /// Lines that wait for another.
-    waiting: Arc<AtomicUsize>,
 }
 
 impl Line {
@@ -153,10 +140,7 @@ impl Line {
                 Err(error) if error.is_broken_link() => {
                     // The source may not have noticed.
                     self.stream.channel.breaker().break_off();
-                    self.waiting.fetch_add(1, Ordering::SeqCst);
-                    let next = self.next.recv();
-                    self.waiting.fetch_sub(1, Ordering::SeqCst);
-                    match next {
+                    match self.next.recv() {
                         Ok(next) => self.stream = next,
                         // Too late for another.
                         Err(_) => return Err(error),

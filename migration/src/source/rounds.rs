@@ -39,6 +39,14 @@ struct Tally {
     pages: PageMix,
 }
 
+/// A round that is over.
+struct Sent {
+    report: RoundReport,
+    plan: Arc<RoundPlan>,
+    /// Connections that broke and were opened again.
+    lost: Vec<u64>,
+}
+
 /// The coordinator of a migration.
 pub(super) struct Rounds<'a> {
     pub(super) shared: &'a Shared<'a>,
@@ -127,12 +135,9 @@ impl<'a> Rounds<'a> {
         parts.machine.throttle(self.cpu_percent)?;
         let mut dirty = self.bitmaps(true);
         loop {
-            let mut lost = Vec::new();
-            let round = self.round(dirty, control, |rounds, control, (index, error)| {
-                lost.push(index);
-                rounds.reopen(control, (index, error), reopen)
-            });
-            let (report, plan) = round.map_err(|error| Self::explain(control, error))?;
+            let round = self.round(dirty, control, reopen);
+            let Sent { report, plan, lost } =
+                round.map_err(|error| Self::explain(control, error))?;
             if self.handle.is_cancelled() {
                 return Err(SourceError::Cancelled);
             }
@@ -189,7 +194,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// Why it did not come to a switchover.
-    pub(super) fn too_late(&self) -> SourceError {
+    fn too_late(&self) -> SourceError {
         let max_downtime = self.handle.tuning().max_downtime;
         let timeout = self.options.timeout;
         match (self.handover.is_beyond(max_downtime), self.number) {
@@ -203,7 +208,7 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    pub(super) fn is_late(&self) -> bool {
+    fn is_late(&self) -> bool {
         self.began.elapsed() > self.options.timeout
     }
 
@@ -220,13 +225,13 @@ impl<'a> Rounds<'a> {
     }
 
     /// Sends pages while the guest runs, all of them unless the time is up, or those of a
-    /// connection that breaks: `mend` is told which.
+    /// connection that breaks.
     fn round(
         &mut self,
         dirty: Vec<DirtyBitmap>,
         control: &mut Control,
-        mut mend: impl FnMut(&mut Self, &mut Control, (u64, SourceError)) -> Result<(), SourceError>,
-    ) -> Result<(RoundReport, Arc<RoundPlan>), SourceError> {
+        reopen: &mut Reopen<'_>,
+    ) -> Result<Sent, SourceError> {
         self.number += 1;
         let pages = dirty.iter().map(DirtyBitmap::count).sum();
         let number = self.number;
@@ -242,21 +247,23 @@ impl<'a> Rounds<'a> {
             whole: false,
             cut: Cut::default(),
         });
-        let mut left = self.workers.count();
+        let (mut left, mut lost) = (self.workers.count(), Vec::new());
         while left > 0 {
             match self.workers.next()? {
                 Some((index, Err(error))) => {
                     self.check_wanted()?;
                     // It may take a while.
                     self.tell_round(control, pages)?;
-                    mend(self, control, (index, error))?;
+                    self.reopen(control, (index, error), reopen)?;
+                    lost.push(index);
                     left -= 1;
                 }
                 Some((_, Ok(()))) => left -= 1,
                 None => self.watch(control, pages, &plan)?,
             }
         }
-        Ok((self.report_since(begin), plan))
+        let report = self.report_since(begin);
+        Ok(Sent { report, plan, lost })
     }
 
     /// Sends the last pages; the guest stands still.

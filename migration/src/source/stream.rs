@@ -20,7 +20,6 @@ use crate::wire::batch::BATCH_PAGES;
 
 /// Pages that are re-armed at once, and always travel on the same connection.
 pub(super) const CHUNK_PAGES: u64 = 512;
-const CHUNK_STEP: usize = 512;
 
 /// Frames are collected up to this size before they are written.
 const FLUSH_BYTES: usize = 128 << 10;
@@ -168,8 +167,8 @@ impl Shared<'_> {
     ) -> impl Iterator<Item = (usize, PageRun)> {
         let chunks = regions.iter().enumerate().flat_map(|(region, run)| {
             let (start, end) = (run.start.0, run.end().0);
-            let starts = (start..end).step_by(CHUNK_STEP);
-            starts.map(move |start| {
+            (0..run.count.div_ceil(CHUNK_PAGES)).map(move |number| {
+                let start = start + number * CHUNK_PAGES;
                 let count = CHUNK_PAGES.min(end - start);
                 let start = PageIndex(start);
                 (region, PageRun { start, count })

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use migration::PageIndex;
 use migration::handoff::Outcome;
-use migration::source::EncodingChoice;
+use migration::source::{EncodingChoice, OnTimeout};
 use migration::testing::{Fault, FaultKind, Wire};
 
 use crate::good::beside_a_guest;
@@ -139,6 +139,24 @@ fn a_connection_that_carries_nothing_any_more_is_replaced() {
     let end = world.migrate(&wiring);
     assert_eq!(faults.load(Ordering::SeqCst), 1);
     world.check(&end, "silence");
+    let error = &end.report.error;
+    assert_eq!(end.report.outcome, Outcome::Surrendered, "{error:?}");
+}
+
+/// The time is up when the source gives up a connection that the destination takes for a good one:
+/// the new one comes when the guest stands still already.
+#[test]
+fn a_connection_that_is_replaced_right_before_a_forced_switchover_is_let_in() {
+    let mut world = world(EncodingChoice::Raw);
+    world.set_patience(Duration::from_millis(2500));
+    world.options.on_timeout = OnTimeout::Force;
+    world.options.timeout = Duration::from_millis(500);
+    let (mut wiring, faults) = (Wiring::clean(), Arc::default());
+    wiring.data[1].0 = broken(5, 0, FaultKind::Stall, &faults);
+    wiring.data[STREAMS].0.capacity = 20_000;
+    let end = world.migrate(&wiring);
+    assert_eq!(faults.load(Ordering::SeqCst), 1);
+    world.check(&end, "forced");
     let error = &end.report.error;
     assert_eq!(end.report.outcome, Outcome::Surrendered, "{error:?}");
 }
