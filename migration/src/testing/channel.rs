@@ -16,6 +16,9 @@ pub enum FaultKind {
     Cut,
     /// Nothing arrives any more in this direction, not even that the connection has ended.
     Stall,
+    /// Whoever reads gets an error from there on, as when TLS finds that a record is not what was
+    /// sent; whoever writes does not hear of it.
+    Reject,
     /// One bit turns.
     Flip,
     /// The rest comes so much later.
@@ -65,6 +68,7 @@ struct Flow {
     delay: Duration,
     counter: FrameCounter,
     stalled: bool,
+    rejected: bool,
     faulted: bool,
     closed_by_writer: bool,
     closed_by_reader: bool,
@@ -136,6 +140,7 @@ impl Pipe {
                     self.changed.notify_all();
                     return Ok(count);
                 }
+                None if flow.rejected => return Err(ErrorKind::InvalidData.into()),
                 None if flow.closed_by_writer && !flow.stalled => return Ok(0),
                 Some(arrival) if arrival < deadline => {
                     // Whoever closes it wakes this up.
@@ -202,6 +207,7 @@ impl Flow {
             match fault.kind {
                 FaultKind::Cut => passage.cut = true,
                 FaultKind::Stall => self.stalled = true,
+                FaultKind::Reject => self.rejected = true,
                 FaultKind::Delay(time) => self.delay = time,
                 FaultKind::Flip => {
                     byte ^= if self.faulted { 0 } else { 0x10 };
@@ -210,7 +216,7 @@ impl Flow {
             passage.fault |= !self.faulted;
             self.faulted = true;
         }
-        if !passage.cut && !self.stalled {
+        if !passage.cut && !self.stalled && !self.rejected {
             passage.arriving.push_back(byte);
         }
     }

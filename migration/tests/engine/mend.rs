@@ -1,34 +1,89 @@
 //! Data connections that break while the guest runs are opened again, and nothing is lost.
 
+use std::io::Read;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use migration::PageIndex;
-use migration::handoff::Outcome;
+use migration::destination::{DestinationError, DestinationOptions, receive};
+use migration::handoff::{Cause, Outcome};
+use migration::ports::{Channel, Dial};
 use migration::source::{EncodingChoice, OnTimeout};
-use migration::testing::{Fault, FaultKind, Wire};
+use migration::testing::{FakeChannel, Fault, FaultKind, Wire, network, pair};
+use migration::wire::message::{Attach, Hello, MAGIC, Offer, Reasons};
+use migration::wire::{FrameReader, Message, Versions};
 
 use crate::good::beside_a_guest;
-use crate::world::{Wiring, World, assert_holes, fill, run};
+use crate::world::{End, PATIENCE, Wiring, World, assert_holes, fill, run};
 
 /// Connections opened at first; a wiring has wires for as many again.
 const STREAMS: usize = 2;
 
-/// A wire with a fault that counts.
-fn broken(frame: u32, offset: usize, kind: FaultKind, faults: &Arc<AtomicU32>) -> Wire {
-    let faults = Arc::clone(faults);
-    Wire {
-        fault: Some(Fault {
-            frame,
-            offset,
-            kind,
-        }),
-        on_fault: Some(Arc::new(move || {
-            faults.fetch_add(1, Ordering::SeqCst);
-        })),
-        capacity: 20_000,
-        ..Wire::default()
+/// Wires of which some are to break, and how many have.
+struct Broken {
+    wiring: Wiring,
+    came: Arc<AtomicU32>,
+    expected: u32,
+}
+
+impl Broken {
+    /// The first connection breaks at this byte of this frame.
+    fn new(frame: u32, offset: usize, kind: FaultKind) -> Self {
+        let mut broken = Self {
+            wiring: Wiring::clean(),
+            came: Arc::default(),
+            expected: 0,
+        };
+        broken.also(0, (frame, offset), kind);
+        broken
+    }
+
+    /// So does another.
+    fn also(&mut self, connection: usize, (frame, offset): (u32, usize), kind: FaultKind) {
+        let came = Arc::clone(&self.came);
+        self.expected += 1;
+        self.wiring.data[connection].0 = Wire {
+            fault: Some(Fault {
+                frame,
+                offset,
+                kind,
+            }),
+            on_fault: Some(Arc::new(move || {
+                came.fetch_add(1, Ordering::SeqCst);
+            })),
+            capacity: 20_000,
+            ..Wire::default()
+        };
+    }
+
+    /// Moves the machine; all faults come.
+    fn migrate(&self, world: &mut World, what: &str) -> End {
+        let end = world.migrate(&self.wiring);
+        assert_eq!(self.came.load(Ordering::SeqCst), self.expected, "{what}");
+        world.check(&end, what);
+        end
+    }
+
+    /// Moves the machine, which arrives.
+    fn survive(&self, world: &mut World, what: &str) -> End {
+        let end = self.migrate(world, what);
+        let error = &end.report.error;
+        assert_eq!(
+            end.report.outcome,
+            Outcome::Surrendered,
+            "{what}: {error:?}"
+        );
+        end
+    }
+
+    /// The same beside a guest that writes; holes stay holes.
+    fn survive_beside_a_guest(&self, world: &mut World, what: &str) {
+        let guest = world.guest();
+        beside_a_guest(&guest, &pages(), Duration::from_micros(50), || {
+            self.survive(world, what)
+        });
+        assert_holes(world, |page| page.0 % 5 != 0);
     }
 }
 
@@ -58,23 +113,8 @@ fn a_cut_in_the_first_round_costs_some_pages_and_nothing_else() {
     ] {
         for (frame, offset) in [(1, 0), (2, 3), (9, 40), (15, 0)] {
             let what = format!("{encoding:?}, frame {frame}, byte {offset}");
-            let mut world = world(encoding);
-            let (mut wiring, faults) = (Wiring::clean(), Arc::default());
-            wiring.data[0].0 = broken(frame, offset, FaultKind::Cut, &faults);
-            let all = pages();
-            let guest = world.guest();
-            let end = beside_a_guest(&guest, &all, Duration::from_micros(50), || {
-                world.migrate(&wiring)
-            });
-            assert_eq!(faults.load(Ordering::SeqCst), 1, "{what}");
-            world.check(&end, &what);
-            let error = &end.report.error;
-            assert_eq!(
-                end.report.outcome,
-                Outcome::Surrendered,
-                "{what}: {error:?}"
-            );
-            assert_holes(&world, |page| page.0 % 5 != 0);
+            let broken = Broken::new(frame, offset, FaultKind::Cut);
+            broken.survive_beside_a_guest(&mut world(encoding), &what);
         }
     }
 }
@@ -83,28 +123,12 @@ fn a_cut_in_the_first_round_costs_some_pages_and_nothing_else() {
 #[test]
 fn several_cuts_are_survived() {
     for seed in 0..30 {
-        let what = format!("seed {seed}");
+        let place = |factor: u32| (1 + (seed * factor) % 13, 17);
+        let mut broken = Broken::new(place(3).0, 17, FaultKind::Cut);
+        broken.also(1, place(5), FaultKind::Cut);
+        broken.also(STREAMS, place(7), FaultKind::Cut);
         let mut world = world(EncodingChoice::Delta);
-        let (mut wiring, faults) = (Wiring::clean(), Arc::default());
-        let wires = wiring.data.iter_mut().zip([3, 5, 7, 11]);
-        for (wire, factor) in wires.take(STREAMS + 1) {
-            let frame = 1 + (seed * factor) % 13;
-            wire.0 = broken(frame, 17, FaultKind::Cut, &faults);
-        }
-        let all = pages();
-        let guest = world.guest();
-        let end = beside_a_guest(&guest, &all, Duration::from_micros(50), || {
-            world.migrate(&wiring)
-        });
-        assert_eq!(faults.load(Ordering::SeqCst), 3, "{what}");
-        world.check(&end, &what);
-        let error = &end.report.error;
-        assert_eq!(
-            end.report.outcome,
-            Outcome::Surrendered,
-            "{what}: {error:?}"
-        );
-        assert_holes(&world, |page| page.0 % 5 != 0);
+        broken.survive_beside_a_guest(&mut world, &format!("seed {seed}"));
     }
 }
 
@@ -112,21 +136,23 @@ fn several_cuts_are_survived() {
 #[test]
 fn pages_that_are_zeroes_by_then_arrive_as_such() {
     let mut world = world(EncodingChoice::Raw);
-    let (mut wiring, faults) = (Wiring::clean(), Arc::default());
-    wiring.data[0].0 = broken(15, 0, FaultKind::Cut, &faults);
-    let guest = world.guest();
     let changed = world.guest();
-    guest.tracker.before_harvest(move || {
+    world.guest().tracker.before_harvest(move || {
         for page in (1..300).step_by(10) {
             changed.write(PageIndex(page), |bytes| bytes.fill(0));
             changed.discard(PageIndex(page + 1));
         }
     });
-    let end = world.migrate(&wiring);
-    assert_eq!(faults.load(Ordering::SeqCst), 1);
-    world.check(&end, "zeroes");
-    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    let end = Broken::new(15, 0, FaultKind::Cut).survive(&mut world, "zeroes");
     assert!(end.report.pages.zero > 0);
+}
+
+/// The source hears of it at once, not when its patience is at an end.
+#[test]
+fn a_break_that_only_the_destination_sees_is_mended_soon() {
+    let mut world = world(EncodingChoice::Raw);
+    let end = Broken::new(5, 0, FaultKind::Reject).survive(&mut world, "rejected");
+    assert!(end.took < PATIENCE, "{:?}", end.took);
 }
 
 #[test]
@@ -134,13 +160,7 @@ fn a_connection_that_carries_nothing_any_more_is_replaced() {
     let mut world = world(EncodingChoice::Raw);
     // Longer than the source takes between two signs of life.
     world.set_patience(Duration::from_millis(2500));
-    let (mut wiring, faults) = (Wiring::clean(), Arc::default());
-    wiring.data[1].0 = broken(5, 0, FaultKind::Stall, &faults);
-    let end = world.migrate(&wiring);
-    assert_eq!(faults.load(Ordering::SeqCst), 1);
-    world.check(&end, "silence");
-    let error = &end.report.error;
-    assert_eq!(end.report.outcome, Outcome::Surrendered, "{error:?}");
+    Broken::new(5, 0, FaultKind::Stall).survive(&mut world, "silence");
 }
 
 /// The time is up when the source gives up a connection that the destination takes for a good one:
@@ -151,14 +171,18 @@ fn a_connection_that_is_replaced_right_before_a_forced_switchover_is_let_in() {
     world.set_patience(Duration::from_millis(2500));
     world.options.on_timeout = OnTimeout::Force;
     world.options.timeout = Duration::from_millis(500);
-    let (mut wiring, faults) = (Wiring::clean(), Arc::default());
-    wiring.data[1].0 = broken(5, 0, FaultKind::Stall, &faults);
-    wiring.data[STREAMS].0.capacity = 20_000;
-    let end = world.migrate(&wiring);
-    assert_eq!(faults.load(Ordering::SeqCst), 1);
-    world.check(&end, "forced");
-    let error = &end.report.error;
-    assert_eq!(end.report.outcome, Outcome::Surrendered, "{error:?}");
+    let mut broken = Broken::new(5, 0, FaultKind::Stall);
+    broken.wiring.data[STREAMS].0.capacity = 20_000;
+    broken.survive(&mut world, "forced");
+}
+
+/// A machine that stands still when the new connection's first bytes arrive.
+#[test]
+fn a_new_connection_may_arrive_after_the_last_word() {
+    // Attach, then the pages of the only round.
+    let mut broken = Broken::new(1, 0, FaultKind::Cut);
+    broken.wiring.data[STREAMS].0.latency = Duration::from_millis(30);
+    broken.survive(&mut World::small(true), "late");
 }
 
 /// It is the guest's blackout that a new connection would cost then.
@@ -166,12 +190,8 @@ fn a_connection_that_is_replaced_right_before_a_forced_switchover_is_let_in() {
 fn a_cut_among_the_last_pages_leaves_the_machine_running() {
     let mut world = World::small(true);
     world.write_at_first_harvest();
-    let (mut wiring, faults) = (Wiring::clean(), Arc::default());
     // Attach, the pages of the first round, then the last ones.
-    wiring.data[0].0 = broken(3, 0, FaultKind::Cut, &faults);
-    let end = world.migrate(&wiring);
-    assert_eq!(faults.load(Ordering::SeqCst), 1);
-    world.check(&end, "last pages");
+    let end = Broken::new(3, 0, FaultKind::Cut).migrate(&mut world, "last pages");
     assert!(matches!(end.report.outcome, Outcome::Resumed(_)));
     world.retry("last pages");
 }
@@ -182,12 +202,77 @@ fn memory_of_a_broken_connection_is_counted_as_given_back() {
     for frame in [2, 9, 15] {
         let mut world = world(EncodingChoice::Delta);
         world.options.streams = 1;
-        let (mut wiring, faults) = (Wiring::clean(), Arc::default());
-        wiring.data[0].0 = broken(frame, 17, FaultKind::Cut, &faults);
-        let end = world.migrate(&wiring);
-        assert_eq!(end.report.outcome, Outcome::Surrendered);
-        assert_eq!(faults.load(Ordering::SeqCst), 1);
+        let end = Broken::new(frame, 17, FaultKind::Cut).survive(&mut world, "cache");
         let (most, limit) = (end.report.cache_bytes, world.options.cache_bytes);
         assert!((1..=limit).contains(&most), "{most} of {limit}");
     }
+}
+
+/// Says all that a source says before its data connections: [`World::small`] shall come.
+fn offer_small(control: &mut FakeChannel) {
+    let mut reader = FrameReader::default();
+    let hello = Message::Hello(Hello {
+        magic: MAGIC.to_owned(),
+        oldest: Versions::OURS.oldest,
+        newest: Versions::OURS.newest,
+    });
+    hello.send(control).expect("it is read");
+    let welcome = Message::receive(&mut reader, control);
+    assert!(matches!(welcome, Ok(Message::Welcome(_))), "{welcome:?}");
+    let offer = Message::Offer(Offer {
+        skeleton: b"machine".to_vec(),
+        regions: vec![(0, 70), (1000, 20)],
+        streams: 1,
+        postcopy: false,
+    });
+    offer.send(control).expect("it is read");
+    let accepted = Message::receive(&mut reader, control);
+    assert!(matches!(accepted, Ok(Message::Accept)), "{accepted:?}");
+}
+
+/// A source that opens its only connection again and again.
+#[test]
+fn a_connection_is_not_replaced_without_end() {
+    let mut world = World::small(true);
+    let (mut control, theirs) = pair(Wire::default(), Wire::default());
+    let (mut dial, mut accept) = network(None, Box::new(|_| Default::default()));
+    let token = b"a token".to_vec();
+    let options = DestinationOptions {
+        versions: Versions::OURS,
+        token: token.clone(),
+        patience: PATIENCE,
+        max_streams: 1,
+        linger: PATIENCE,
+    };
+    let mut open = || {
+        let mut channel = dial.dial(None).expect("somebody listens");
+        let token = token.clone();
+        let attach = Message::Attach(Attach { token, index: 0 });
+        attach.send(&mut channel).expect("it is read");
+        channel
+    };
+    let is_closed = |channel: &mut Box<dyn Channel>, wait| {
+        channel.set_timeout(wait).expect("any time is good");
+        matches!(channel.read(&mut [0]), Ok(0))
+    };
+    let host = &mut world.host;
+    std::thread::scope(|scope| {
+        let received = scope.spawn(move || {
+            let cancelled = AtomicBool::new(false);
+            receive(Box::new(theirs), &mut accept, host, &options, &cancelled)
+        });
+        offer_small(&mut control);
+        let mut current = open();
+        // What `docs/wire-format.md` promises.
+        for _ in 0..2 {
+            let mut old = std::mem::replace(&mut current, open());
+            assert!(is_closed(&mut old, PATIENCE));
+        }
+        assert!(is_closed(&mut open(), PATIENCE));
+        assert!(!is_closed(&mut current, Duration::from_millis(20)));
+        let abort = Message::Abort(Reasons::one(Cause::ClaimFailed, "enough"));
+        abort.send(&mut control).expect("it is read");
+        let received = received.join().expect("no panic");
+        assert!(matches!(received, Err(DestinationError::Peer(_))));
+    });
 }
