@@ -9,7 +9,6 @@ cd "$(dirname "$0")"
 
 readonly TRIPLE=x86_64-unknown-linux-gnu
 readonly FUZZ=$PWD/target/$TRIPLE/debug/fuzz
-export LSAN_OPTIONS=suppressions=$PWD/lsan.supp:print_suppressions=0
 # One input may take so many seconds and MiB: hundreds of times what any of them needs.
 readonly INPUT_SECONDS=20 MEMORY_MIB=2048 INPUT_BYTES=4096
 

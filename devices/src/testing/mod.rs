@@ -2,9 +2,11 @@
 
 mod disk;
 mod driver;
+mod peer;
 
 pub use disk::{MemoryDisk, SeenOp};
 pub use driver::{Buffer, DriverQueue, ram};
+pub use peer::FakePeer;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -1,7 +1,7 @@
 //! One device of each kind, and a state in which no field is as it is at power-on.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
@@ -11,19 +11,18 @@ use devices::irqchip::{IOAPIC_PINS, IoApic, IoApicEntryV1, IoApicStateV1};
 use devices::legacy::{Cmos, CmosStateV1, Serial, SerialStateV1};
 use devices::pci::{BarWindows, HostBridgeStateV1, PciRoot, Window};
 use devices::rate::RateLimits;
-use devices::testing::{FakeDoorbells, FakeLine, FakeRequests, FakeRouter, MemoryDisk, ram};
+use devices::testing::{
+    FakeDoorbells, FakeLine, FakePeer, FakeRequests, FakeRouter, MemoryDisk, ram,
+};
 use devices::virtio::balloon::{Balloon, BalloonOptions, BalloonStateV1, RamReclaim};
 use devices::virtio::block::{Block, BlockOptions, BlockStateV1};
 use devices::virtio::console::{Console, ConsoleStateV1};
 use devices::virtio::net::{Net, NetBackend, NetInfo, NetOptions, NetQueue, NetStateV1, Offloads};
 use devices::virtio::rng::{Entropy, Rng, RngOptions, RngStateV1};
-use devices::virtio::vhost_user::{
-    PeerError, PeerLog, PeerOffer, PeerQueue, VhostUser, VhostUserBlockOptions, VhostUserPeer,
-    VhostUserStateV1,
-};
+use devices::virtio::vhost_user::{VhostUser, VhostUserBlockOptions, VhostUserStateV1};
 use devices::virtio::vsock::{HostStream, Vsock, VsockHost, VsockOptions, VsockStateV1};
 use devices::virtio::{RING_FEATURES, VirtioDevice, VirtioPci, VirtioPciStateV1};
-use devices::{Bus, Device, DeviceId, DeviceState, GuestRam};
+use devices::{Bus, Device, DeviceId, DeviceState};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vm_memory::GuestAddress;
@@ -85,53 +84,6 @@ impl NetBackend for Host {
     }
     fn announce(&self, _mac: [u8; 6]) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// Each byte is its own offset, but for the cache mode.
-fn disk_config() -> Vec<u8> {
-    let byte = |at| if at == 32 { 1 } else { at };
-    (0..60).map(byte).collect()
-}
-
-/// A server with a disk.
-impl VhostUserPeer for Host {
-    fn offer(&self) -> PeerOffer {
-        PeerOffer {
-            // As QEMU's storage daemon: also VHOST_F_LOG_ALL.
-            features: 1 << 32 | RING_FEATURES | 1 << 26 | 0x7e46,
-            queues: 2,
-            config: true,
-            log: true,
-        }
-    }
-    fn reconnect(&mut self) -> Result<(), PeerError> {
-        Err("there is no server".into())
-    }
-    fn disconnect(&mut self) {}
-    fn read_config(&mut self, data: &mut [u8]) -> Result<(), PeerError> {
-        data.copy_from_slice(&disk_config());
-        Ok(())
-    }
-    fn write_config(&mut self, _offset: u32, _data: &[u8]) -> Result<(), PeerError> {
-        Ok(())
-    }
-    fn start(
-        &mut self,
-        _memory: &GuestRam,
-        _features: u64,
-        _queues: &[PeerQueue<'_>],
-    ) -> Result<(), PeerError> {
-        Err("there is no server".into())
-    }
-    fn stop(&mut self, queues: &[u16]) -> Result<Vec<u16>, PeerError> {
-        Ok(vec![0; queues.len()])
-    }
-    fn set_log(&mut self, _log: Option<&PeerLog>) -> Result<(), PeerError> {
-        Ok(())
-    }
-    fn connection(&self) -> io::Result<OwnedFd> {
-        Err(io::ErrorKind::NotConnected.into())
     }
 }
 
@@ -236,7 +188,7 @@ fn virtio(name: &str) -> Box<dyn VirtioDevice> {
                 queues: 2,
                 queue_size: 64,
             };
-            let device = VhostUser::block(Box::new(Host), options, reporter());
+            let device = VhostUser::block(Box::new(FakePeer), options, reporter());
             Box::new(device.expect("a fake host has everything"))
         }
         "vsock" => {
@@ -391,7 +343,7 @@ fn within(name: &str) -> DeviceState {
         ),
         "rng" => encode("virtio-rng", &RngStateV1 {}),
         "vhost-user" => {
-            let mut config = disk_config();
+            let mut config = FakePeer::config();
             // The room for segments and the number of queues are ours; then the cache mode.
             for (at, byte) in [
                 (12, 62),

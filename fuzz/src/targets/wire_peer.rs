@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::destination::{DestinationOptions, receive};
 use migration::handoff::{Cause, Outcome};
@@ -28,9 +28,29 @@ const REGION: (u64, u64) = (0x100, 70);
 /// A script ends by closing the connection, so nothing waits; were it to, the limit would say so.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long threads may take to be gone once a migration is over.
+const THREADS_END: Duration = Duration::from_secs(10);
+
 /// First which side is attacked, then frames: for which connection, of which kind, with what.
 /// Connection 0 is the control connection.
 pub fn run(data: &[u8]) {
+    let threads = count_threads();
+    exchange(data);
+    // Scoped threads are waited for until their work is done, not until they are gone: what one
+    // still holds then would look like a leak.
+    let begin = Instant::now();
+    while count_threads() > threads {
+        assert!(begin.elapsed() < THREADS_END, "a thread is left");
+        std::thread::yield_now();
+    }
+}
+
+/// Of this process.
+fn count_threads() -> usize {
+    std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count)
+}
+
+fn exchange(data: &[u8]) {
     let mut input = Input::new(data);
     let attacks_source = input.flag();
     let postcopy = input.flag();
