@@ -126,7 +126,7 @@ impl Accept for ScriptedPeers {
 }
 
 impl Dial for ScriptedPeers {
-    fn dial(&mut self, _: Option<&str>) -> io::Result<Box<dyn Channel>> {
+    fn dial(&mut self, _: Option<&str>, _: &dyn Fn() -> bool) -> io::Result<Box<dyn Channel>> {
         Ok(Box::new(Scripted::new(&[])))
     }
 }

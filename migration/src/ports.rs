@@ -312,10 +312,15 @@ pub trait Channel: Read + Write + Send {
 /// Opens further connections to the destination.
 pub trait Dial {
     /// Opens one, to `url` when the destination has named one, else to where the first one went.
+    /// Nobody waits for it any more once `given_up` says so.
     ///
     /// # Errors
-    /// The host's or the network's refusal.
-    fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>>;
+    /// The host's or the network's refusal; any when it was given up.
+    fn dial(
+        &mut self,
+        url: Option<&str>,
+        given_up: &dyn Fn() -> bool,
+    ) -> io::Result<Box<dyn Channel>>;
 }
 
 /// Takes further connections from the source.

@@ -172,16 +172,13 @@ impl<'a> Door<'a> {
 
 /// Waits for the data connections. Strangers are turned away.
 pub(super) fn attach(
-    control: &Control<'_>,
+    control: &mut Control<'_>,
     door: &mut Door<'_>,
     offer: &Offer,
 ) -> Result<Vec<Stream>, DestinationError> {
     let deadline = Instant::now() + control.patience;
     let mut places = Places::new(offer.streams + u16::from(offer.postcopy));
     while !places.is_full() {
-        if control.is_cancelled() {
-            return Err(DestinationError::Cancelled);
-        }
         let left = deadline.saturating_duration_since(Instant::now());
         let failed = |source| DestinationError::Attach {
             found: places.found,
@@ -191,10 +188,13 @@ pub(super) fn attach(
         if left.is_zero() {
             return Err(failed(ErrorKind::TimedOut.into()));
         }
-        if let Some((index, stream)) = door.next(left.min(TICK)).map_err(failed)?
-            && !places.take(index, stream)
-        {
-            door.complain("its number is taken, or too high");
+        match door.next(left.min(TICK)).map_err(failed)? {
+            Some((index, stream)) => {
+                if !places.take(index, stream) {
+                    door.complain("its number is taken, or too high");
+                }
+            }
+            None => control.check()?,
         }
     }
     Ok(places.into_streams())

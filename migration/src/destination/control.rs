@@ -11,12 +11,17 @@ use crate::wire::{FrameError, FrameReader, Message};
 /// How often a wait looks whether it is still wanted.
 pub(super) const TICK: Duration = Duration::from_millis(20);
 
+/// How long a look takes whether there is a message.
+const GLANCE: Duration = Duration::from_millis(1);
+
 /// The control connection.
 pub(super) struct Control<'a> {
     pub(super) channel: Box<dyn Channel>,
     pub(super) reader: FrameReader,
     pub(super) patience: Duration,
     pub(super) cancelled: &'a AtomicBool,
+    /// A message that was read before anybody waited for it.
+    pub(super) early: Option<Message>,
 }
 
 impl Control<'_> {
@@ -47,11 +52,30 @@ impl Control<'_> {
 
     /// A message that has come within `time`, if any.
     pub(super) fn poll_within(&mut self, time: Duration) -> Result<Option<Message>, FrameError> {
+        if let Some(message) = self.early.take() {
+            return Ok(Some(message));
+        }
         self.channel.set_timeout(time)?;
         match Message::receive(&mut self.reader, &mut *self.channel) {
             Ok(message) => Ok(Some(message)),
             Err(error) if error.is_timeout() => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the peer has given up, while something else than its messages is waited for.
+    pub(super) fn check(&mut self) -> Result<(), DestinationError> {
+        if self.is_cancelled() {
+            return Err(DestinationError::Cancelled);
+        }
+        if self.early.is_none() {
+            self.early = self.poll_within(GLANCE)?;
+        }
+        match &self.early {
+            Some(Message::Abort(reasons)) => {
+                Err(DestinationError::Peer(reasons.reasons.join("; ")))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -47,6 +47,7 @@ pub fn receive(
         reader: FrameReader::default(),
         patience: options.patience,
         cancelled,
+        early: None,
     };
     let result = take(&mut control, accept, host, options).map_err(tidy);
     if let Err(error) = &result {

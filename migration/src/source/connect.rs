@@ -81,7 +81,7 @@ pub(super) fn connect<'d>(
         patience: options.patience,
         round_trip: answered,
     };
-    let (data, priority) = further.open_data(postcopy)?;
+    let (data, priority) = further.open_data(postcopy, &|| handle.is_cancelled())?;
     Ok(Links {
         data,
         priority,
@@ -107,31 +107,49 @@ pub(super) type DataLinks = (Vec<Box<dyn Channel>>, Option<Box<dyn Channel>>);
 
 impl Further<'_> {
     /// All data connections.
-    pub(super) fn open_data(&mut self, postcopy: bool) -> Result<DataLinks, SourceError> {
+    pub(super) fn open_data(
+        &mut self,
+        postcopy: bool,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<DataLinks, SourceError> {
         let count = self.streams + u16::from(postcopy);
-        let data: Result<Vec<_>, SourceError> = (0..count).map(|index| self.open(index)).collect();
-        let mut data = data?;
+        let data = (0..count).map(|index| self.open(index, given_up));
+        let mut data = data.collect::<Result<Vec<_>, SourceError>>()?;
         // The last one.
         let priority = if postcopy { data.pop() } else { None };
         Ok((data, priority))
     }
 
     /// One in the place of another that broke.
-    pub(super) fn reopen(&mut self, index: u64) -> Result<Box<dyn Channel>, SourceError> {
+    pub(super) fn reopen(
+        &mut self,
+        index: u64,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<Box<dyn Channel>, SourceError> {
         let index = u16::try_from(index).unwrap_or(u16::MAX);
         if self.welcome.version < MENDING_VERSION {
             let source = io::Error::other("the destination does not take it in the middle");
             return Err(SourceError::Dial { index, source });
         }
-        self.open(index)
+        self.open(index, given_up)
     }
 
     /// One that shows that it belongs to this migration.
-    pub(super) fn open(&mut self, index: u16) -> Result<Box<dyn Channel>, SourceError> {
+    ///
+    /// # Errors
+    /// [`SourceError::Cancelled`] when it was given up.
+    pub(super) fn open(
+        &mut self,
+        index: u16,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<Box<dyn Channel>, SourceError> {
         let failed = |source| SourceError::Dial { index, source };
         let url = self.welcome.data_url.as_deref();
         let dialed = Instant::now();
-        let mut channel = self.dial.dial(url).map_err(failed)?;
+        let mut channel = match self.dial.dial(url, given_up) {
+            Err(_) if given_up() => return Err(SourceError::Cancelled),
+            dialed => dialed.map_err(failed)?,
+        };
         self.round_trip = self.round_trip.min(dialed.elapsed());
         channel.set_timeout(self.patience).map_err(failed)?;
         let attach = Message::Attach(Attach {

@@ -36,6 +36,7 @@ impl Rounds<'_> {
                 self.workers.replace(index, order);
                 Ok(())
             }
+            Err(SourceError::Cancelled) => Err(SourceError::Cancelled),
             Err(failed) => {
                 log::warn!(index, error:% = words::chain(&failed); "a data connection broke and cannot be opened again");
                 Err(error)

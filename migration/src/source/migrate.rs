@@ -187,7 +187,7 @@ fn attempt(
         let (workers, results) = Workers::start(scope, &shared, links.data)?;
         let mut rounds = Rounds::new(&shared, workers, handover, (options, handle));
         let precopied = rounds.precopy(parts, control, &mut |index| {
-            let channel = links.further.reopen(index)?;
+            let channel = links.further.reopen(index, &|| handle.is_cancelled())?;
             let place = usize::try_from(index).unwrap_or(usize::MAX);
             if let Some(breaker) = breakers.connections.get_mut(place) {
                 *breaker = channel.breaker();

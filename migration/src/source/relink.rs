@@ -79,11 +79,13 @@ impl Switchover<'_, '_, '_> {
     }
 
     fn relink(&mut self) -> Result<NewLink, SourceError> {
-        let channel = self.further.open(CONTROL_INDEX)?;
+        let (handle, in_doubt) = (self.handle, !self.later.peer_has_it);
+        let gives_up = || is_given_up(handle, in_doubt);
+        let channel = self.further.open(CONTROL_INDEX, &gives_up)?;
         *self.control = Control::new(channel, self.patience);
-        let missing = self.hear_missing()?;
+        let missing = self.hear_missing(&gives_up)?;
         let (data, priority) = match missing.iter().any(|bitmap| bitmap.runs().next().is_some()) {
-            true => self.further.open_data(true)?,
+            true => self.further.open_data(true, &gives_up)?,
             false => (Vec::new(), None),
         };
         Ok(NewLink {
@@ -94,12 +96,13 @@ impl Switchover<'_, '_, '_> {
     }
 
     /// What the destination has not got, by its own word.
-    fn hear_missing(&mut self) -> Result<Vec<DirtyBitmap>, SourceError> {
+    fn hear_missing(
+        &mut self,
+        gives_up: &dyn Fn() -> bool,
+    ) -> Result<Vec<DirtyBitmap>, SourceError> {
         let mut pages = self.rounds.bitmaps(false);
         let mut at = PageIndex(0);
         loop {
-            let (handle, in_doubt) = (self.handle, !self.later.peer_has_it);
-            let gives_up = || is_given_up(handle, in_doubt);
             match self.control.receive(self.patience, gives_up)? {
                 Message::Missing(list) if list.runs.is_empty() => return Ok(pages),
                 // Ascending, so that it has an end.

@@ -360,8 +360,18 @@ impl FakeDial {
 }
 
 impl Dial for FakeDial {
-    fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
-        std::thread::sleep(self.pause);
+    fn dial(
+        &mut self,
+        url: Option<&str>,
+        given_up: &dyn Fn() -> bool,
+    ) -> io::Result<Box<dyn Channel>> {
+        let begin = Instant::now();
+        while begin.elapsed() < self.pause {
+            if given_up() {
+                return Err(ErrorKind::Interrupted.into());
+            }
+            std::thread::sleep(Duration::from_micros(100).min(self.pause));
+        }
         self.urls.push(url.map(str::to_owned));
         let (there, back) = (self.wiring)(self.opened);
         self.opened += 1;

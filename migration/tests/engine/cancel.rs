@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use migration::PageIndex;
 use migration::destination::DestinationError;
 use migration::handoff::Outcome;
 use migration::source::SourceError;
+use migration::testing::{Fault, FaultKind};
 use proptest::prelude::*;
 
-use crate::world::{Wiring, World, fill};
+use crate::world::{PATIENCE, Wiring, World, fill};
 
 /// A migration of some milliseconds.
 fn slow(lockable: bool) -> (World, Wiring) {
@@ -116,6 +118,58 @@ fn a_cancel_does_not_wait_for_a_full_connection() {
     world.check(&end, "cancelled while full");
     assert!(matches!(end.report.error, Some(SourceError::Cancelled)));
     assert!(end.took < Duration::from_secs(2), "{:?}", end.took);
+}
+
+#[test]
+fn a_cancel_does_not_wait_for_a_connection_that_is_being_made() {
+    let mut world = World::small(true);
+    let mut wiring = Wiring::clean();
+    wiring.pause = PATIENCE;
+    let handle = Arc::clone(&world.handle);
+    let end = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            handle.cancel();
+        });
+        world.migrate(&wiring)
+    });
+    world.check(&end, "cancelled while it connects");
+    assert!(matches!(end.report.error, Some(SourceError::Cancelled)));
+    assert!(end.took < PATIENCE / 2, "{:?}", end.took);
+}
+
+/// The same for one that is opened again.
+#[test]
+fn a_cancel_does_not_wait_for_a_connection_that_takes_the_place_of_another() {
+    let mut world = World::small(true);
+    let mut wiring = Wiring::clean();
+    wiring.pause = Duration::from_secs(1);
+    let (came, fault) = channel();
+    // More than one write takes of the only round's pages, which come after Attach.
+    wiring.data[0].0.capacity = 20_000;
+    wiring.data[0].0.fault = Some(Fault {
+        frame: 1,
+        offset: 0,
+        kind: FaultKind::Cut,
+    });
+    wiring.data[0].0.on_fault = Some(Arc::new(move || {
+        came.send(Instant::now()).expect("somebody listens");
+    }));
+    let handle = Arc::clone(&world.handle);
+    let (end, cut_at) = std::thread::scope(|scope| {
+        let canceller = scope.spawn(move || {
+            let cut_at = fault.recv().expect("it comes");
+            std::thread::sleep(Duration::from_millis(50));
+            handle.cancel();
+            cut_at
+        });
+        (world.migrate(&wiring), canceller.join().expect("no panic"))
+    });
+    let took = cut_at.elapsed();
+    world.check(&end, "cancelled while it connects again");
+    let error = &end.report.error;
+    assert!(matches!(error, Some(SourceError::Cancelled)), "{error:?}");
+    assert!(took < wiring.pause, "{took:?}");
 }
 
 #[test]

@@ -77,7 +77,7 @@ struct Dialer {
 }
 
 impl Dial for Dialer {
-    fn dial(&mut self, _url: Option<&str>) -> io::Result<Box<dyn Channel>> {
+    fn dial(&mut self, _: Option<&str>, _: &dyn Fn() -> bool) -> io::Result<Box<dyn Channel>> {
         let (ours, theirs) = UnixStream::pair()?;
         let sent = self.door.send(theirs);
         sent.map_err(|_| io::Error::from(io::ErrorKind::ConnectionRefused))?;

@@ -14,8 +14,9 @@ use migration::testing::{FakeChannel, Fault, FaultKind, Wire, network, pair};
 use migration::wire::message::{Attach, Hello, MAGIC, Offer, Reasons};
 use migration::wire::{FrameReader, Message, Versions};
 
-use crate::good::beside_a_guest;
-use crate::world::{End, PATIENCE, Wiring, World, assert_holes, fill, run};
+use crate::good::{beside_a_guest, write_at_every_harvest};
+use crate::postcopy;
+use crate::world::{End, PATIENCE, Wiring, World, assert_holes, fill, new_handle, run};
 
 /// Connections opened at first; a wiring has wires for as many again.
 const STREAMS: usize = 2;
@@ -185,6 +186,22 @@ fn a_new_connection_may_arrive_after_the_last_word() {
     broken.survive(&mut World::small(true), "late");
 }
 
+/// It goes on to carry what the guest has not waited for.
+#[test]
+fn a_connection_in_anothers_place_carries_pages_after_the_switchover() {
+    let mut world = world(EncodingChoice::Raw);
+    world.options.on_timeout = OnTimeout::Postcopy;
+    world.handle = new_handle(Duration::from_nanos(1));
+    write_at_every_harvest(world.guest());
+    let broken = Broken::new(5, 0, FaultKind::Cut);
+    let end = postcopy::migrate(&mut world, &broken.wiring);
+    assert_eq!(broken.came.load(Ordering::SeqCst), broken.expected);
+    assert!(!postcopy::check(&world, &end, "mended before"));
+    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    let report = end.report.postcopy.expect("a post-copy");
+    assert!(report.pages > 0, "{report:?}");
+}
+
 /// It is the guest's blackout that a new connection would cost then.
 #[test]
 fn a_cut_among_the_last_pages_leaves_the_machine_running() {
@@ -245,7 +262,7 @@ fn a_connection_is_not_replaced_without_end() {
         linger: PATIENCE,
     };
     let mut open = || {
-        let mut channel = dial.dial(None).expect("somebody listens");
+        let mut channel = dial.dial(None, &|| false).expect("somebody listens");
         let token = token.clone();
         let attach = Message::Attach(Attach { token, index: 0 });
         attach.send(&mut channel).expect("it is read");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use migration::ports::{Channel, Dial};
 
 use super::report::MigrationRequest;
-use crate::host::link::{LinkError, LinkUrl, Security, connect_one};
+use crate::host::link::{LinkError, LinkUrl, Security, connect_unless};
 
 /// How long a destination may take to be reached.
 pub(super) const CONNECT_TIME: Duration = Duration::from_secs(10);
@@ -67,16 +67,31 @@ impl Dialer {
         order
     }
 
-    fn try_way(&mut self, number: usize) -> Result<Box<dyn Channel>, LinkError> {
+    fn try_way(
+        &mut self,
+        number: usize,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<Box<dyn Channel>, LinkError> {
         let time = match self.ways.len() {
             1 => CONNECT_TIME,
             _ => WAY_TIME,
         };
         let way = &mut self.ways[number];
-        let dialed = connect_one(&way.url, &self.security, Instant::now() + time);
+        let dialed = open(&way.url, &self.security, time, given_up);
         way.failed = dialed.is_err().then(Instant::now);
         dialed
     }
+}
+
+fn open(
+    url: &LinkUrl,
+    security: &Security,
+    time: Duration,
+    given_up: &dyn Fn() -> bool,
+) -> Result<Box<dyn Channel>, LinkError> {
+    let urls = std::slice::from_ref(url);
+    let connected = connect_unless(urls, security, Instant::now() + time, given_up);
+    connected.map(|connected| connected.channel)
 }
 
 /// Where a destination that was reached at `taken` listens for data, as it says itself. A peer may
@@ -95,16 +110,21 @@ fn beside(taken: &LinkUrl, announced: &str) -> io::Result<LinkUrl> {
 }
 
 impl Dial for Dialer {
-    fn dial(&mut self, url: Option<&str>) -> io::Result<Box<dyn Channel>> {
+    fn dial(
+        &mut self,
+        url: Option<&str>,
+        given_up: &dyn Fn() -> bool,
+    ) -> io::Result<Box<dyn Channel>> {
         if let Some(url) = url {
             let url = beside(&self.ways[0].url, url)?;
-            let deadline = Instant::now() + CONNECT_TIME;
-            return connect_one(&url, &self.security, deadline).map_err(io::Error::other);
+            let opened = open(&url, &self.security, CONNECT_TIME, given_up);
+            return opened.map_err(io::Error::other);
         }
         let mut failures = Vec::new();
         for number in self.order() {
-            match self.try_way(number) {
+            match self.try_way(number, given_up) {
                 Ok(channel) => return Ok(channel),
+                Err(error) if given_up() => return Err(io::Error::other(error)),
                 Err(error) => {
                     let url = self.ways[number].url.clone();
                     if self.ways.len() > 1 {
@@ -126,6 +146,7 @@ mod tests {
     use std::net::{SocketAddr, TcpListener};
 
     use super::*;
+    use crate::host::testing::Blackhole;
 
     fn listener() -> (TcpListener, LinkUrl) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -177,7 +198,9 @@ mod tests {
             let (second, second_url) = listener();
             let mut dialer = dialer(&[&first_url, &second_url], multipath);
             drop(first);
-            let held: Vec<_> = (0..5).map(|_| dialer.dial(None).unwrap()).collect();
+            let held: Vec<_> = (0..5)
+                .map(|_| dialer.dial(None, &|| false).unwrap())
+                .collect();
             assert_eq!(arrived(&second), held.len(), "multipath: {multipath}");
         }
     }
@@ -189,16 +212,22 @@ mod tests {
         let first_address = first.local_addr().unwrap();
         let mut dialer = dialer(&[&first_url, &second_url], true);
         drop(first);
-        let _held = dialer.dial(None).unwrap();
+        let _held = dialer.dial(None, &|| false).unwrap();
         let failed = dialer.ways[0].failed;
         assert!(failed.is_some());
-        let _held = [dialer.dial(None).unwrap(), dialer.dial(None).unwrap()];
+        let _held = [
+            dialer.dial(None, &|| false).unwrap(),
+            dialer.dial(None, &|| false).unwrap(),
+        ];
         assert_eq!(dialer.ways[0].failed, failed, "it was tried again");
         assert_eq!(arrived(&second), 3);
         let first = TcpListener::bind(first_address).unwrap();
         first.set_nonblocking(true).unwrap();
         dialer.left_out = Duration::ZERO;
-        let _held = [dialer.dial(None).unwrap(), dialer.dial(None).unwrap()];
+        let _held = [
+            dialer.dial(None, &|| false).unwrap(),
+            dialer.dial(None, &|| false).unwrap(),
+        ];
         assert_eq!((arrived(&first), arrived(&second)), (1, 1));
     }
 
@@ -209,9 +238,9 @@ mod tests {
         let first_address = first.local_addr().unwrap();
         let mut dialer = dialer(&[&first_url, &second_url], true);
         drop(first);
-        let _held = dialer.dial(None).unwrap();
+        let _held = dialer.dial(None, &|| false).unwrap();
         drop(second);
-        let Err(error) = dialer.dial(None) else {
+        let Err(error) = dialer.dial(None, &|| false) else {
             panic!("nobody listens");
         };
         let text = error.to_string();
@@ -220,8 +249,21 @@ mod tests {
         }
         let first = TcpListener::bind(first_address).unwrap();
         first.set_nonblocking(true).unwrap();
-        let _held = dialer.dial(None).unwrap();
+        let _held = dialer.dial(None, &|| false).unwrap();
         assert_eq!(arrived(&first), 1);
+    }
+
+    /// The other ways are not tried, either.
+    #[test]
+    fn nobody_waits_for_a_way_that_was_given_up() {
+        let holes = [Blackhole::new(), Blackhole::new()];
+        let mut dialer = dialer(&[&holes[0].url, &holes[1].url], true);
+        let begin = Instant::now();
+        let given_up = || begin.elapsed() > Duration::from_millis(20);
+        assert!(dialer.dial(None, &given_up).is_err());
+        let url = holes[0].url.to_string();
+        assert!(dialer.dial(Some(&url), &given_up).is_err());
+        assert!(begin.elapsed() < WAY_TIME / 2, "{:?}", begin.elapsed());
     }
 
     #[test]
@@ -230,7 +272,9 @@ mod tests {
             let (first, first_url) = listener();
             let (second, second_url) = listener();
             let mut dialer = dialer(&[&first_url, &second_url], multipath);
-            let _held: Vec<_> = (0..4).map(|_| dialer.dial(None).unwrap()).collect();
+            let _held: Vec<_> = (0..4)
+                .map(|_| dialer.dial(None, &|| false).unwrap())
+                .collect();
             assert_eq!((arrived(&first), arrived(&second)), expected);
         }
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{exchange, pair, pattern, scratch, soon, url};
 use crate::host::link::{Connected, LinkError, LinkUrl, Listener, Security, connect, connect_one};
+use crate::host::testing::Blackhole;
 
 #[test]
 fn megabytes_arrive_both_ways() {
@@ -233,37 +234,6 @@ fn listener_beside_a_connection_is_reached_by_the_url_it_announces() {
         drop(first);
     }
     std::fs::remove_dir_all(dir).unwrap();
-}
-
-/// A listener that answers nobody: its backlog is full.
-struct Blackhole {
-    url: LinkUrl,
-    _listener: socket2::Socket,
-    _waiting: Vec<socket2::Socket>,
-}
-
-impl Blackhole {
-    fn new() -> Self {
-        use socket2::{Domain, Socket, Type};
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        let any: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
-        listener.bind(&any.into()).unwrap();
-        listener.listen(0).unwrap();
-        let address = listener.local_addr().unwrap();
-        let waiting = (0..4).map(|_| {
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-            socket.set_nonblocking(true).unwrap();
-            let _ = socket.connect(&address);
-            socket
-        });
-        let waiting = waiting.collect();
-        let url = url(&format!("tcp://{}", address.as_socket().unwrap()));
-        Self {
-            url,
-            _listener: listener,
-            _waiting: waiting,
-        }
-    }
 }
 
 #[test]
