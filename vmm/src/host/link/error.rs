@@ -41,6 +41,14 @@ pub enum LinkError {
         #[source]
         source: TlsFailure,
     },
+    /// Somebody connected, and that was all.
+    #[error("{peer} has connected and said nothing within {} s", .waited.as_secs())]
+    Silent {
+        /// Who.
+        peer: String,
+        /// For how long.
+        waited: Duration,
+    },
     /// The connection broke before it was secure.
     #[error("{peer}: no secure connection")]
     Handshake {
@@ -139,7 +147,10 @@ impl LinkError {
     /// Whether one peer who connected is at fault: the next one may be the right one.
     #[must_use]
     pub fn is_peer_fault(&self) -> bool {
-        matches!(self, Self::Tls { .. } | Self::Handshake { .. })
+        matches!(
+            self,
+            Self::Tls { .. } | Self::Handshake { .. } | Self::Silent { .. }
+        )
     }
 
     /// Whether only time has passed: the same may be tried again.

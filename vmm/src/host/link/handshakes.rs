@@ -1,6 +1,8 @@
-//! TLS handshakes of those who have connected, side by side: one who is silent holds nobody up.
+//! Those who have connected, until they have said who they are or, without TLS, anything: side by side,
+//! for one who is silent holds nobody up.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -12,9 +14,11 @@ use socket2::Socket;
 
 use super::error::LinkError;
 use super::listen::PeerInfo;
-use super::tls::{HANDSHAKE_MAX, Server};
+use super::poll;
+use super::socket::SocketChannel;
+use super::tls::{HANDSHAKE_MAX, HandshakeError, Server};
 
-/// Handshakes under way at most; who connects meanwhile is turned away.
+/// Those under way at most; who connects meanwhile is turned away.
 const MAX_UNDER_WAY: usize = 16;
 
 type Secured = Result<(Box<dyn Channel>, PeerInfo), LinkError>;
@@ -55,24 +59,26 @@ impl Drop for UnderWay {
 }
 
 impl Handshakes {
-    /// Begins one on a thread of its own, which ends with it.
+    /// Begins with one on a thread of its own, which ends with it.
     ///
     /// # Errors
     /// The host has no thread left.
-    pub(super) fn begin(&self, tls: &Server, socket: Socket, peer: PeerInfo) -> io::Result<()> {
+    pub(super) fn begin(
+        &self,
+        tls: Option<&Server>,
+        socket: Socket,
+        peer: PeerInfo,
+    ) -> io::Result<()> {
         if self.under_way.fetch_add(1, Ordering::AcqRel) >= MAX_UNDER_WAY {
             self.under_way.fetch_sub(1, Ordering::AcqRel);
             log::debug!(peer:%; "too many others have not said who they are");
             return Ok(());
         }
         let under_way = UnderWay(Arc::clone(&self.under_way));
-        let (tls, sender) = (tls.clone(), self.sender.clone());
-        let thread = std::thread::Builder::new().name("mig-tls".to_owned());
+        let (tls, sender) = (tls.cloned(), self.sender.clone());
+        let thread = std::thread::Builder::new().name("mig-hello".to_owned());
         let handshake = move || {
-            let secured = match tls.accept(socket, Instant::now() + HANDSHAKE_MAX) {
-                Ok(channel) => Ok((Box::new(channel) as Box<dyn Channel>, peer)),
-                Err(error) => Err(LinkError::handshake(&peer, error)),
-            };
+            let secured = hear(tls, socket, &peer).map(|channel| (channel, peer));
             // The listener may be gone, and the connection with it.
             let _ = sender.send(secured);
             drop(under_way);
@@ -88,4 +94,28 @@ impl Handshakes {
     pub(super) fn are_under_way(&self) -> bool {
         self.under_way.load(Ordering::Acquire) > 0
     }
+}
+
+/// Waits for the first words. It is those who connect that speak first.
+fn hear(
+    tls: Option<Server>,
+    socket: Socket,
+    peer: &PeerInfo,
+) -> Result<Box<dyn Channel>, LinkError> {
+    let deadline = Instant::now() + HANDSHAKE_MAX;
+    if let Some(tls) = tls {
+        let accepted = tls.accept(socket, deadline);
+        let channel = accepted.map_err(|error| LinkError::handshake(peer, error))?;
+        return Ok(Box::new(channel));
+    }
+    let heard = poll::wait_readable(socket.as_fd(), deadline);
+    let channel = heard.and_then(|()| SocketChannel::new(socket));
+    let channel = channel.map_err(|source| match source.kind() {
+        io::ErrorKind::TimedOut => LinkError::Silent {
+            peer: peer.to_string(),
+            waited: HANDSHAKE_MAX,
+        },
+        _ => LinkError::handshake(peer, HandshakeError::Io(source)),
+    })?;
+    Ok(Box::new(channel))
 }

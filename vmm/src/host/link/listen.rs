@@ -224,8 +224,8 @@ impl Listener {
     }
 
     /// The same, but the deadline is for somebody to come: who has come has all the time that a
-    /// peer ever has (10 s) to say who he is, also over several calls, and holds up nobody else.
-    /// For those who look at something else now and then.
+    /// peer ever has (10 s) to say who he is, or without TLS to say anything, also over several
+    /// calls, and holds up nobody else. For those who look at something else now and then.
     ///
     /// # Errors
     /// As [`accept`](Self::accept).
@@ -233,13 +233,10 @@ impl Listener {
         &self,
         deadline: Instant,
     ) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
-        let tls = match &self.tls {
-            Some(tls) if !self.is_single() => tls,
-            _ => {
-                let socket = self.next_socket(deadline)?;
-                return self.secure(socket, Instant::now() + HANDSHAKE_MAX);
-            }
-        };
+        if self.is_single() {
+            let socket = self.next_socket(deadline)?;
+            return self.secure(socket, Instant::now() + HANDSHAKE_MAX);
+        }
         loop {
             if let Some(secured) = self.handshakes.next() {
                 return secured;
@@ -251,8 +248,8 @@ impl Listener {
             match self.next_socket(until) {
                 Ok(socket) => {
                     let peer = self.peer(&socket)?;
-                    let begun = self.handshakes.begin(tls, socket, peer);
-                    begun.map_err(LinkError::host(&self.url, "no thread for a handshake"))?;
+                    let begun = self.handshakes.begin(self.tls.as_ref(), socket, peer);
+                    begun.map_err(LinkError::host(&self.url, "no thread for a new connection"))?;
                 }
                 Err(error) if error.is_timeout() && Instant::now() < deadline => {}
                 Err(error) => return Err(error),

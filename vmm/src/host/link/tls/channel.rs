@@ -119,7 +119,7 @@ impl TlsChannel {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 let text = "the connection ended without the peer's word";
-                Err(io::Error::new(io::ErrorKind::UnexpectedEof, text))
+                Err(io::Error::new(io::ErrorKind::ConnectionAborted, text))
             }
             Err(error) => Err(error),
         }
