@@ -7,59 +7,54 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// A file that is about to be written. What it holds stays until then; one that was not there before
-/// goes again when nothing is written.
+/// A file that is about to be written. What it holds stays until then; where there is none, none is
+/// left by whoever is interrupted.
 #[derive(Debug)]
 pub(super) struct Page {
     path: PathBuf,
-    file: File,
-    is_new: bool,
-    is_written: bool,
+    /// One that was there before.
+    file: Option<File>,
 }
 
 impl Page {
-    /// Opens it, for writing.
+    /// Finds out whether it can be written.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let mut options = OpenOptions::new();
         options.write(true);
         let opened = match options.open(path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let created = options.create_new(true).open(path);
-                created.map(|file| (file, true))
+                let created = options.create(true).truncate(false).open(path);
+                // The path may be a link.
+                let removed = created
+                    .and_then(|_| path.canonicalize())
+                    .and_then(std::fs::remove_file);
+                removed.map(|()| None)
             }
-            other => other.map(|file| (file, false)),
+            other => other.map(Some),
         };
-        let (file, is_new) =
+        let file =
             opened.with_context(|| format!("--report {} cannot be written", path.display()))?;
         Ok(Self {
             path: path.to_owned(),
             file,
-            is_new,
-            is_written: false,
         })
     }
 
     /// Writes `text` over what is there.
-    pub(super) fn write(mut self, text: &str) -> Result<()> {
+    pub(super) fn write(self, text: &str) -> Result<()> {
         let failed = format!("the report {} could not be written", self.path.display());
-        // It is worth keeping, as far as it goes.
-        self.is_written = true;
-        let mut write = || {
-            if self.file.metadata()?.is_file() {
-                self.file.set_len(0)?;
+        let write = || {
+            let mut file = match self.file {
+                Some(file) => file,
+                None => File::create(&self.path)?,
+            };
+            if file.metadata()?.is_file() {
+                file.set_len(0)?;
             }
-            self.file.write_all(text.as_bytes())?;
-            self.file.flush()
+            file.write_all(text.as_bytes())?;
+            file.flush()
         };
         write().context(failed)
-    }
-}
-
-impl Drop for Page {
-    fn drop(&mut self) {
-        if self.is_new && !self.is_written {
-            let _ = std::fs::remove_file(&self.path);
-        }
     }
 }
 
@@ -102,13 +97,15 @@ mod tests {
     #[test]
     fn nothing_is_left_where_nothing_was_and_nothing_was_written() {
         let scratch = Scratch::new("left");
-        let path = scratch.0.join("page.html");
-        let page = Page::open(&path).unwrap();
-        assert!(path.exists());
-        drop(page);
-        assert!(!path.exists());
-        Page::open(&path).unwrap().write("page").unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "page");
+        let (file, link) = (scratch.0.join("page.html"), scratch.0.join("link.html"));
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        for path in [&file, &link] {
+            let page = Page::open(path).unwrap();
+            assert!(!file.exists() && link.is_symlink());
+            page.write("page").unwrap();
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), "page");
+            std::fs::remove_file(&file).unwrap();
+        }
     }
 
     #[test]
