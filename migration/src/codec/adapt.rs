@@ -10,8 +10,14 @@ use std::time::Duration;
 
 use super::encoder::Encoding;
 
-/// Memory after which a way is judged.
+/// Memory and time after which a way is judged: where CPUs are shared a thread may stand still for some
+/// milliseconds, in which a fast connection carries many times this memory.
 const SPAN_BYTES: u64 = 1 << 20;
+const SPAN_TIME: Duration = Duration::from_millis(4);
+
+/// The same for the first one of pages as they are: a slow connection takes as long for its memory, and
+/// to a fast one it costs nothing.
+const FIRST_SPAN_TIME: Duration = Duration::from_millis(16);
 
 /// Memory at the beginning of which nothing is known yet: a slow connection, too, takes the first
 /// of it at once, into its buffers.
@@ -21,30 +27,29 @@ const EARLY_BYTES: u64 = 16 << 20;
 /// some microseconds of every page's time.
 const SLOW_BYTES_PER_S: f64 = 150e6;
 
-/// Memory per second of one connection above which it is worth finding out soon whether pages
-/// that go as they are go faster.
+/// Memory per second of one connection below which it is slow.
 const FAST_BYTES_PER_S: f64 = 200e6;
 
-/// Spans until the other way is tried: at first, where pages do not go fast, and at least and most
-/// later on. A slow connection pays most for a trial, and gains by it only when CPUs are slower
-/// still.
+/// Spans until the other way is tried: in a new round, where pages do not go fast, after compressing
+/// was tried in vain, after the same of plain pages on a slow connection, and most. That one pays most
+/// for a trial, and gains by it only when CPUs are slower still.
 const FIRST_INTERVAL: u32 = 2;
-const SLOW_INTERVAL: u32 = 64;
-const MIN_INTERVAL: u32 = 256;
+const SLOW_INTERVAL: u32 = 32;
+const PLAIN_INTERVAL: u32 = 256;
+const SLOW_NEXT_INTERVAL: u32 = 1024;
 const MAX_INTERVAL: u32 = 4096;
 
-/// The same after a change on a slow connection: it may have been the hosts' other work that made
-/// one way look better, and there the wrong one may be many times slower.
+/// The same at the beginning, and after a change: it may have been the hosts' other work that made one
+/// way look better, and the wrong one may be many times slower.
 const CONFIRM_INTERVAL: u32 = 16;
-
-/// Spans that a way is tried for.
-const TRIAL_SPANS: u32 = 2;
 
 /// How many times longer the next wait is after a failure.
 const BACK_OFF: u32 = 4;
 
-/// Spans after a change that still fill, or empty, what the connection holds.
-const SETTLE_SPANS: u32 = 2;
+/// Spans after a change that still fill, or empty, what the connection holds; then those that a way is
+/// tried for. Compressed pages fill it less, and what holds them up, the CPU, is seen at once.
+const PLAIN_SPANS: u32 = 2;
+const BALANCED_SPANS: u32 = 1;
 
 /// The other way must be better by this factor.
 const MARGIN: f64 = 1.05;
@@ -65,6 +70,13 @@ impl Way {
         match self {
             Self::Plain => Self::Balanced,
             Self::Balanced => Self::Plain,
+        }
+    }
+
+    fn spans(self) -> u32 {
+        match self {
+            Self::Plain => PLAIN_SPANS,
+            Self::Balanced => BALANCED_SPANS,
         }
     }
 }
@@ -105,9 +117,10 @@ pub struct Adaptive {
 }
 
 impl Default for Adaptive {
+    /// One that knows nothing yet. Pages go as they are for as long as it takes to see how fast.
     fn default() -> Self {
         Self {
-            way: Way::Balanced,
+            way: Way::Plain,
             was_full: false,
             seen_bytes: 0,
             trial_spans: 0,
@@ -115,9 +128,9 @@ impl Default for Adaptive {
             rates: [None; 2],
             span: EMPTY,
             is_delta_rich: false,
-            left: FIRST_INTERVAL,
-            interval: MIN_INTERVAL,
-            settle: SETTLE_SPANS,
+            left: CONFIRM_INTERVAL,
+            interval: CONFIRM_INTERVAL,
+            settle: 0,
         }
     }
 }
@@ -156,8 +169,11 @@ impl Adaptive {
     /// A new round: what it sends was sent before, and changes may do, whatever was best so far.
     pub fn begin_round(&mut self) {
         *self = Self {
+            way: Way::Balanced,
             was_full: self.was_full,
             seen_bytes: self.seen_bytes,
+            left: FIRST_INTERVAL,
+            settle: BALANCED_SPANS,
             ..Self::default()
         };
     }
@@ -171,7 +187,11 @@ impl Adaptive {
         self.span.bytes += batch.bytes;
         self.span.delta_bytes += batch.delta_bytes;
         self.span.elapsed += batch.elapsed;
-        if self.span.bytes >= SPAN_BYTES {
+        let time = match (self.way, self.was_judged) {
+            (Way::Plain, false) => FIRST_SPAN_TIME,
+            _ => SPAN_TIME,
+        };
+        if self.span.bytes >= SPAN_BYTES && self.span.elapsed >= time {
             let span = std::mem::replace(&mut self.span, EMPTY);
             self.judge(&span);
         }
@@ -197,11 +217,8 @@ impl Adaptive {
         let rate = self.rate(way);
         let mixed = rate.map_or(measured, |old| old + (measured - old) * WEIGHT);
         *rate = Some(mixed);
-        if !self.was_judged {
-            self.was_judged = true;
-            if measured < FAST_BYTES_PER_S {
-                self.left = SLOW_INTERVAL;
-            }
+        if !std::mem::replace(&mut self.was_judged, true) {
+            self.begin(measured);
         }
         if self.trial_spans > 0 {
             self.trial_spans -= 1;
@@ -210,14 +227,15 @@ impl Adaptive {
             }
             let before = (*self.rate(way.other())).unwrap_or(0.0);
             if mixed > before * MARGIN {
-                self.interval = match mixed < FAST_BYTES_PER_S {
-                    true => CONFIRM_INTERVAL,
-                    false => MIN_INTERVAL,
-                };
+                self.interval = CONFIRM_INTERVAL;
             } else {
-                self.way = way.other();
-                self.settle = SETTLE_SPANS;
-                self.interval = (self.interval * BACK_OFF).min(MAX_INTERVAL);
+                self.turn();
+                let least = match way {
+                    Way::Plain if mixed < FAST_BYTES_PER_S => SLOW_NEXT_INTERVAL,
+                    Way::Plain => CONFIRM_INTERVAL,
+                    Way::Balanced => PLAIN_INTERVAL,
+                };
+                self.interval = (self.interval * BACK_OFF).clamp(least, MAX_INTERVAL);
             }
             self.left = self.interval;
             return;
@@ -228,12 +246,28 @@ impl Adaptive {
         }
         self.left = self.left.saturating_sub(1);
         if self.left == 0 {
-            self.trial_spans = TRIAL_SPANS;
-            self.way = way.other();
-            self.settle = SETTLE_SPANS;
+            self.turn();
+            self.trial_spans = self.way.spans();
             // A rate from long ago says little.
             *self.rate(way.other()) = None;
         }
+    }
+
+    /// By the first measurement of a round.
+    fn begin(&mut self, measured: f64) {
+        if self.way == Way::Plain && measured < FAST_BYTES_PER_S {
+            self.turn();
+            // The connection's buffers have taken part of it.
+            self.rates = [None; 2];
+            self.left = SLOW_INTERVAL;
+        } else if measured < FAST_BYTES_PER_S {
+            self.left = SLOW_INTERVAL;
+        }
+    }
+
+    fn turn(&mut self) {
+        self.way = self.way.other();
+        self.settle = self.way.spans();
     }
 }
 
@@ -371,6 +405,23 @@ mod tests {
         assert!(plain_bytes < 64 << 20, "{plain_bytes} bytes");
     }
 
+    /// Its buffers make a slow connection look fast for a moment.
+    #[test]
+    fn what_is_slow_is_compressed_soon_and_what_is_fast_is_not_at_first() {
+        for (rate, packed) in [(60e6, true), (120e6, true), (400e6, false), (3e9, false)] {
+            let mut adaptive = Adaptive::default();
+            for batch in 0..16 {
+                noted(&mut adaptive, if batch < 2 { 3e9 } else { rate });
+            }
+            let expected = if packed {
+                Encoding::Delta
+            } else {
+                Encoding::Raw
+            };
+            assert_eq!(noted(&mut adaptive, rate), expected, "{rate:e}");
+        }
+    }
+
     #[test]
     fn a_slow_link_keeps_versions_whatever_is_tried() {
         let (mut slow, mut fast) = (Adaptive::default(), Adaptive::default());
@@ -391,6 +442,7 @@ mod tests {
     #[test]
     fn changes_go_to_a_link_that_may_be_slow_also_when_it_has_room() {
         let mut adaptive = Adaptive::default();
+        adaptive.begin_round();
         assert_eq!(adaptive.choose(false, true), Encoding::Delta);
         for _ in 0..1000 {
             noted(&mut adaptive, 60e6);
@@ -408,6 +460,7 @@ mod tests {
     #[test]
     fn what_goes_as_changes_is_not_risked() {
         let mut adaptive = Adaptive::default();
+        adaptive.begin_round();
         for _ in 0..10_000 {
             assert_eq!(adaptive.choose(true, false), Encoding::Delta);
             assert!(adaptive.keeps(), "a moment of room loses no versions");
