@@ -14,6 +14,7 @@ use vmm::config::{
 use vmm::host::link::LinkUrl;
 use vmm::migrate::{EncodingChoice, OnTimeout};
 
+use crate::gpu::GpuArgs;
 use crate::values::{self, Bandwidth, Streams};
 
 /// Exit codes of `drover run`, also shown by `drover run --help`.
@@ -116,6 +117,8 @@ pub(crate) enum Command {
     Console(ConsoleArgs),
     /// Tell what this host can do for VMs, and how to mend what it cannot.
     Doctor(JsonArgs),
+    /// List GPUs and what they are divided into, and compare those of several hosts.
+    Gpu(GpuArgs),
     /// Print shell completions.
     Completions(CompletionsArgs),
     /// Write man pages into a directory.

@@ -7,6 +7,7 @@ mod control;
 mod demo;
 mod doctor;
 mod ending;
+mod gpu;
 mod migrate;
 mod receive;
 mod report;
@@ -76,6 +77,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Restore(args) => snapshot::restore(*args),
         Command::Console(args) => console::console(&args),
         Command::Doctor(args) => doctor::doctor(args.json),
+        Command::Gpu(args) => gpu::gpu(args),
         Command::Completions(args) => shell::completions(args.shell),
         Command::Man(args) => shell::man(&args.directory),
         Command::Openapi => shell::openapi(),

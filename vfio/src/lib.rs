@@ -1,22 +1,28 @@
 //! Assigned PCI functions: what Drover asks of VFIO, whoever provides it.
 //!
 //! Not here yet: the kernel's backend (`vfio-ioctls`, iommufd), the vfio-user client, the
-//! virtualized PCI function over a backend, VFIO migration and GPU partitions. Here are the port
-//! that they share, [`VfioBackend`], and the book-keeping of what a device may reach by DMA.
+//! virtualized PCI function over a backend, VFIO migration, and making and claiming GPU partitions.
+//! Here are the port that they share, [`VfioBackend`], the book-keeping of what a device may reach by
+//! DMA, and what GPUs a host has.
 //!
 //! The nouns:
 //! - a [`VfioBackend`] is one opened function: [`Region`]s, [`Irq`]s, a reset;
 //! - an [`Iova`] is an address as the device sees it, an [`IovaMap`] says where it leads;
-//! - a backend's migration interface moves device state as a byte stream in chunks.
+//! - a backend's migration interface moves device state as a byte stream in chunks;
+//! - a [`Bdf`] is a PCI function's address, a [`Gpu`](gpu::Gpu) what a host has there.
 //!
 //! | module | what is in it |
 //! |---|---|
 //! | [`backend`] | the port |
 //! | [`dma`] | I/O virtual addresses and what is mapped there |
+//! | [`bdf`] | addresses of PCI functions |
+//! | [`gpu`] | a host's GPUs and their partitions |
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod bdf;
 pub mod dma;
+pub mod gpu;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -24,4 +30,5 @@ pub mod testing;
 pub use backend::{
     BackendError, Irq, IrqKind, MigrationFeatures, Region, RegionIndex, VfioBackend, VfioMigration,
 };
+pub use bdf::{Bdf, InvalidBdf};
 pub use dma::{DmaAccess, DmaError, DmaRange, Iova, IovaMap};

@@ -22,6 +22,7 @@
 //! | [`machine`] | assembly, lifecycle, controller, events |
 //! | [`memory`] | guest RAM and its layout |
 //! | [`migrate`] | adapters to the migration engine's ports |
+//! | [`gpu`] | GPUs of a host and their partitions (of crate `vfio`) |
 
 pub mod arch;
 pub mod boot;
@@ -34,3 +35,5 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+
+pub use vfio::gpu;

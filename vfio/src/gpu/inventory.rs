@@ -1,0 +1,177 @@
+//! The GPUs of a host.
+
+use pci_ids::Device;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::provider::{self, Survey};
+use super::status::{self, Status};
+use super::tree::{Function, SysfsTree, TreeError};
+use crate::Bdf;
+
+/// A number that the PCI SIG has given a vendor, or a vendor a device; written `0x10de`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciId(pub u16);
+
+impl Serialize for PciId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:#06x}", self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for PciId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let id = text.strip_prefix("0x");
+        let id = id.and_then(|digits| u16::from_str_radix(digits, 16).ok());
+        let invalid = || serde::de::Error::custom(format!("{text:?} is no PCI number like 0x10de"));
+        id.map(Self).ok_or_else(invalid)
+    }
+}
+
+/// A GPU. What is not known is `None`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gpu {
+    /// Where it is.
+    pub address: Bdf,
+    /// Its name in the PCI ID database.
+    pub name: Option<String>,
+    /// PCI vendor.
+    pub vendor_id: PciId,
+    /// PCI device.
+    pub device_id: PciId,
+    /// PCI subsystem's device: the board.
+    pub subsystem_id: Option<PciId>,
+    /// The driver that it is bound to.
+    pub driver: Option<String>,
+    /// That driver's version; drivers of the kernel's own tree have none.
+    pub driver_version: Option<String>,
+    /// The node of the host's memory that is nearest.
+    pub numa_node: Option<u32>,
+    /// Its IOMMU group.
+    pub iommu_group: Option<u32>,
+    /// Its video memory.
+    pub vram_bytes: Option<u64>,
+    /// What can be done with it.
+    pub status: Status,
+    /// Why that is so.
+    pub reason: String,
+    /// Into how many equal partitions it can be divided, ascending.
+    pub valid_partition_counts: Option<Vec<u32>>,
+    /// Into how many it is divided.
+    pub partition_count: Option<u32>,
+    /// What it is divided into, by address.
+    pub partitions: Vec<Partition>,
+}
+
+/// A part of a GPU that a VM can be given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Partition {
+    /// A virtual function's address, or a mediated device's UUID.
+    pub address: String,
+    /// What the driver calls its type.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    /// Its video memory.
+    pub vram_bytes: Option<u64>,
+    /// Whether it is in use.
+    pub state: Option<PartitionState>,
+    /// Whose it is.
+    pub owner: Option<String>,
+    /// Whether a VM moves with it.
+    pub migratable: Option<bool>,
+    /// Why that is so, or why it is not known.
+    pub reason: Option<String>,
+}
+
+impl Partition {
+    /// One of which nothing is known; `reason` says why that goes for whether a VM moves with it.
+    pub(super) fn unknown(address: String, reason: String) -> Self {
+        Self {
+            address,
+            kind: None,
+            vram_bytes: None,
+            state: None,
+            owner: None,
+            migratable: None,
+            reason: Some(reason),
+        }
+    }
+}
+
+/// How a partition stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PartitionState {
+    /// Nobody has it.
+    Free,
+    /// A VM has it.
+    Claimed,
+}
+
+/// Classes of GPUs: display controllers and processing accelerators (PCI Code and ID Assignment
+/// Specification).
+const BASE_CLASS_DISPLAY: u32 = 0x03;
+const CLASS_ACCELERATOR: u32 = 0x1200;
+
+/// The GPUs of a host, by address.
+///
+/// # Errors
+/// [`TreeError`] when the host's devices cannot be listed. What cannot be read of one of them is not
+/// known, and no error.
+pub fn inventory(tree: &SysfsTree) -> Result<Vec<Gpu>, TreeError> {
+    let functions = tree.functions()?;
+    let gpus = functions
+        .iter()
+        .filter(|function| is_gpu(function) && !function.is_virtual());
+    Ok(gpus.filter_map(gpu).collect())
+}
+
+fn is_gpu(function: &Function<'_>) -> bool {
+    let class = function.hex("class").map(|class| class >> 8);
+    class.is_some_and(|class| class >> 8 == BASE_CLASS_DISPLAY || class == CLASS_ACCELERATOR)
+}
+
+fn gpu(function: &Function<'_>) -> Option<Gpu> {
+    let (vendor_id, device_id) = (function.hex16("vendor")?, function.hex16("device")?);
+    let driver = function.driver();
+    let provider = provider::of(function);
+    let Survey {
+        valid_counts,
+        vram_bytes,
+        partitions,
+    } = provider
+        .map(|provider| provider.survey(function))
+        .unwrap_or_default();
+    let (status, reason) = status::of(function, provider, partitions.as_deref());
+    Some(Gpu {
+        address: function.address,
+        name: name(vendor_id, device_id),
+        vendor_id: PciId(vendor_id),
+        device_id: PciId(device_id),
+        subsystem_id: function.hex16("subsystem_device").map(PciId),
+        driver_version: driver.as_deref().and_then(|name| version(function, name)),
+        driver,
+        numa_node: function.decimal("numa_node"),
+        iommu_group: function.iommu_group(),
+        vram_bytes: vram_bytes.or_else(|| provider::vram(function, vendor_id, device_id)),
+        status,
+        reason,
+        valid_partition_counts: valid_counts,
+        partition_count: partitions
+            .as_ref()
+            .and_then(|partitions| u32::try_from(partitions.len()).ok()),
+        partitions: partitions.unwrap_or_default(),
+    })
+}
+
+fn name(vendor: u16, device: u16) -> Option<String> {
+    let device = Device::from_vid_pid(vendor, device)?;
+    Some(format!("{} {}", device.vendor().name(), device.name()))
+}
+
+/// A driver's module may have another name.
+fn version(function: &Function<'_>, driver: &str) -> Option<String> {
+    let module = function.link("driver/module");
+    let module = module.as_deref().unwrap_or(driver);
+    function.tree.module_version(module)
+}

@@ -1,0 +1,126 @@
+//! Mediated devices: of the types that a parent has (Documentation/driver-api/vfio-mediated-device.rst).
+//! NVIDIA's vGPUs on kernels before 6.8 are such, on the GPU itself or on its virtual functions.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{PARTITIONS_MAX, Provider, Survey};
+use crate::gpu::inventory::Partition;
+use crate::gpu::tree::Function;
+
+const TYPES: &str = "mdev_supported_types";
+
+/// Parents of mediated devices.
+pub(super) struct Mediated;
+
+/// The functions of a GPU that have types.
+pub(super) fn parents<'t>(gpu: &Function<'t>) -> impl Iterator<Item = Function<'t>> {
+    let all = std::iter::once(*gpu).chain(gpu.virtual_functions());
+    all.filter(|function| function.has(TYPES))
+}
+
+impl Provider for Mediated {
+    fn name(&self) -> &'static str {
+        "its driver"
+    }
+
+    fn obstacle(&self, _gpu: &Function<'_>) -> Option<String> {
+        None
+    }
+
+    fn survey(&self, gpu: &Function<'_>) -> Survey {
+        let mut partitions = Vec::new();
+        // By type: those of an SR-IOV GPU are the same on each virtual function.
+        let mut most: BTreeMap<String, u32> = BTreeMap::new();
+        for parent in parents(gpu) {
+            for id in parent.names(TYPES) {
+                let kind = MdevType::read(&parent, &id);
+                partitions.extend(kind.devices);
+                let most = most.entry(id).or_default();
+                *most = match kind.most {
+                    Some(told) => told,
+                    None => most.saturating_add(kind.available),
+                };
+            }
+        }
+        partitions.sort_by(|one, other| one.address.cmp(&other.address));
+        // What is left of a GPU that is divided tells nothing of the whole.
+        let counts: BTreeSet<u32> = most.into_values().collect();
+        let counts: BTreeSet<u32> = counts.range(1..=PARTITIONS_MAX).copied().collect();
+        let is_known = partitions.is_empty() && !counts.is_empty();
+        Survey {
+            valid_counts: is_known.then(|| counts.into_iter().collect()),
+            vram_bytes: None,
+            partitions: Some(partitions),
+        }
+    }
+}
+
+/// A type of mediated device.
+struct MdevType {
+    /// How many there can be, if it says so.
+    most: Option<u32>,
+    /// How many more there can be at this parent.
+    available: u32,
+    devices: Vec<Partition>,
+}
+
+impl MdevType {
+    fn read(parent: &Function<'_>, id: &str) -> Self {
+        let folder = format!("{TYPES}/{id}");
+        let of = |file: &str| parent.text(&format!("{folder}/{file}"));
+        let name = of("name").filter(|name| !name.is_empty());
+        let description = of("description").unwrap_or_default();
+        let devices = parent.names(&format!("{folder}/devices")).into_iter();
+        let devices = devices.map(|uuid| Partition {
+            kind: Some(name.clone().unwrap_or_else(|| id.to_owned())),
+            vram_bytes: framebuffer(&description),
+            ..Partition::unknown(uuid, "its driver tells once it is opened".to_owned())
+        });
+        let available = of("available_instances").and_then(|count| count.parse().ok());
+        Self {
+            most: max_instance(&description),
+            available: available.unwrap_or(0),
+            devices: devices.collect(),
+        }
+    }
+}
+
+/// NVIDIA's drivers tell how many vGPUs of a type one GPU has at most.
+fn max_instance(description: &str) -> Option<u32> {
+    let (_, rest) = description.split_once("max_instance=")?;
+    let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    digits.parse().ok()
+}
+
+/// Video memory as drivers describe it: `framebuffer=6144M` (NVIDIA), `16 MB video memory` (the
+/// kernel's mbochs).
+fn framebuffer(description: &str) -> Option<u64> {
+    const MIB: u64 = 1 << 20;
+    let after = |mark: &str| Some(description.split_once(mark)?.1);
+    let before = |mark: &str| Some(description.split_once(mark)?.0);
+    let digits = match after("framebuffer=") {
+        Some(rest) => rest.split_once('M')?.0,
+        None => before(" MB video memory")?.rsplit(' ').next()?,
+    };
+    digits.trim().parse::<u64>().ok()?.checked_mul(MIB)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_out_of_a_description() {
+        let nvidia = "num_heads=4, frl_config=60, framebuffer=6144M, max_resolution=7680x4320";
+        for (text, expected) in [
+            (nvidia, Some(6144 << 20)),
+            ("virtual display, 16 MB video memory", Some(16 << 20)),
+            ("framebuffer=, max_instance=4", None),
+            ("framebuffer=99999999999999999999M", None),
+            ("video memory", None),
+            ("", None),
+        ] {
+            assert_eq!(framebuffer(text), expected, "{text}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Drivers that make partitions of GPUs, and the files by which they tell of them.
+//!
+//! | module | driver | how |
+//! |---|---|---|
+//! | `nvidia` | nvidia, of vGPU 17 and later | virtual functions, each with a type written to `nvidia/current_vgpu_type` |
+//! | `mdev` | nvidia before that, and others | mediated devices of the types in `mdev_supported_types` |
+//! | `sriov` | xe, i915, gim, others | virtual functions, as many as `sriov_numvfs` or the driver's option says |
+
+mod mdev;
+mod nvidia;
+mod sriov;
+mod vram;
+
+use super::inventory::Partition;
+use super::tree::Function;
+
+pub(super) use vram::vram;
+
+pub(super) const NVIDIA: u16 = 0x10de;
+pub(super) const AMD: u16 = 0x1002;
+pub(super) const INTEL: u16 = 0x8086;
+
+/// More partitions than any GPU has: a larger number is none that a device has told.
+const PARTITIONS_MAX: u32 = 256;
+
+/// What a provider knows of a GPU.
+#[derive(Debug, Default)]
+pub(super) struct Survey {
+    /// Into how many equal partitions it can be divided, ascending.
+    pub(super) valid_counts: Option<Vec<u32>>,
+    /// Its memory.
+    pub(super) vram_bytes: Option<u64>,
+    /// What it is divided into, by address; `None` when that cannot be read.
+    pub(super) partitions: Option<Vec<Partition>>,
+}
+
+/// One way of partitioning.
+pub(super) trait Provider {
+    /// Who does it, for people.
+    fn name(&self) -> &'static str;
+
+    /// Why this GPU cannot be partitioned on this host, though its driver could.
+    fn obstacle(&self, gpu: &Function<'_>) -> Option<String>;
+
+    /// What there is.
+    fn survey(&self, gpu: &Function<'_>) -> Survey;
+}
+
+/// Who partitions a GPU, if its driver does.
+pub(super) fn of(gpu: &Function<'_>) -> Option<&'static dyn Provider> {
+    let driver = gpu.driver()?;
+    let has_mediated = || mdev::parents(gpu).next().is_some();
+    match driver.as_str() {
+        "nvidia" if has_mediated() => Some(&mdev::Mediated),
+        "nvidia" if nvidia::is_vgpu_host(gpu) => Some(&nvidia::VendorVfio),
+        // Without the vGPU software it has virtual functions that nobody can make.
+        "nvidia" => None,
+        "xe" if gpu.has(SRIOV_TOTAL) => Some(&sriov::XE),
+        "i915" if gpu.has(SRIOV_TOTAL) => Some(&sriov::I915),
+        "gim" => Some(&sriov::GIM),
+        _ if has_mediated() => Some(&mdev::Mediated),
+        _ => None,
+    }
+}
+
+/// How many virtual functions a device has (Documentation/ABI/testing/sysfs-bus-pci).
+const SRIOV_TOTAL: &str = "sriov_totalvfs";
+
+/// The same; `None` where SR-IOV is off, or the number is none.
+fn total_vfs(gpu: &Function<'_>) -> Option<u32> {
+    let total = gpu.decimal(SRIOV_TOTAL)?;
+    (1..=PARTITIONS_MAX).contains(&total).then_some(total)
+}
+
+/// What stands in the way where it is `None`.
+fn sriov_obstacle(gpu: &Function<'_>) -> Option<String> {
+    if total_vfs(gpu).is_some() {
+        return None;
+    }
+    Some(match gpu.text(SRIOV_TOTAL).as_deref() {
+        None | Some("0") => {
+            "its driver could partition it, but SR-IOV is off: switch it on in the firmware"
+                .to_owned()
+        }
+        Some(text) => {
+            let text: String = text.chars().take(20).collect();
+            format!("its driver could partition it, but {SRIOV_TOTAL} is {text:?}")
+        }
+    })
+}

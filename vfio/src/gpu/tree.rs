@@ -1,0 +1,195 @@
+//! What a host tells of its devices in `/sys`.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+use crate::Bdf;
+
+/// Bytes of a file that are read; the kernel's attributes have one page, lists of types a few.
+const TEXT_MAX: u64 = 64 << 10;
+
+/// Entries of a folder that are looked at.
+const ENTRIES_MAX: usize = 65_536;
+
+/// A host's `/sys`, or a copy of one in plain files and links.
+#[derive(Clone, Debug)]
+pub struct SysfsTree {
+    root: PathBuf,
+}
+
+/// `/sys` cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{} cannot be read", .path.display())]
+pub struct TreeError {
+    /// Which folder.
+    path: PathBuf,
+    /// Why not.
+    #[source]
+    source: io::Error,
+}
+
+impl SysfsTree {
+    /// This host's.
+    #[must_use]
+    pub fn of_host() -> Self {
+        Self::at("/sys")
+    }
+
+    /// One that is kept elsewhere.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// All PCI functions, by address.
+    ///
+    /// # Errors
+    /// The folder that lists them is missing or cannot be read.
+    pub(super) fn functions(&self) -> Result<Vec<Function<'_>>, TreeError> {
+        let path = self.root.join("bus/pci/devices");
+        let names = names(&path).map_err(|source| TreeError { path, source })?;
+        let addresses = names.iter().filter_map(|name| name.parse().ok());
+        let mut addresses: Vec<Bdf> = addresses.collect();
+        addresses.sort_unstable();
+        let functions = addresses.into_iter().map(|address| self.function(address));
+        Ok(functions.collect())
+    }
+
+    pub(super) fn function(&self, address: Bdf) -> Function<'_> {
+        Function {
+            tree: self,
+            address,
+        }
+    }
+
+    /// Whether there is a kernel module of this name.
+    pub(super) fn has_module(&self, name: &str) -> bool {
+        self.root.join("module").join(name).is_dir()
+    }
+
+    /// A module's version, if it tells one: those of the kernel's own tree do not.
+    pub(super) fn module_version(&self, name: &str) -> Option<String> {
+        text(&self.root.join("module").join(name).join("version"))
+    }
+
+    /// Whether an IOMMU is at work.
+    pub(super) fn has_iommu(&self) -> bool {
+        names(&self.root.join("kernel/iommu_groups")).is_ok_and(|groups| !groups.is_empty())
+    }
+
+    /// The functions of an IOMMU group, by address.
+    pub(super) fn group(&self, group: u32) -> Vec<Bdf> {
+        let path = self.root.join("kernel/iommu_groups");
+        let path = path.join(group.to_string()).join("devices");
+        let names = names(&path).unwrap_or_default();
+        let mut members: Vec<Bdf> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        members.sort_unstable();
+        members
+    }
+}
+
+/// A PCI function's folder (Documentation/ABI/testing/sysfs-bus-pci).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Function<'t> {
+    pub(super) tree: &'t SysfsTree,
+    pub(super) address: Bdf,
+}
+
+impl<'t> Function<'t> {
+    fn path(&self, name: &str) -> PathBuf {
+        let devices = self.tree.root.join("bus/pci/devices");
+        devices.join(self.address.to_string()).join(name)
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        // A link that leads nowhere is there, too.
+        self.path(name).symlink_metadata().is_ok()
+    }
+
+    /// What a file says, without white space around it.
+    pub(super) fn text(&self, name: &str) -> Option<String> {
+        text(&self.path(name))
+    }
+
+    /// The first bytes of a file; `None` when it has fewer.
+    pub(super) fn bytes(&self, name: &str, count: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; count];
+        let mut file = File::open(self.path(name)).ok()?;
+        file.read_exact(&mut bytes).ok()?;
+        Some(bytes)
+    }
+
+    pub(super) fn decimal<T: std::str::FromStr>(&self, name: &str) -> Option<T> {
+        self.text(name)?.parse().ok()
+    }
+
+    /// A number written `0x10de`.
+    pub(super) fn hex(&self, name: &str) -> Option<u32> {
+        let text = self.text(name)?;
+        u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()
+    }
+
+    pub(super) fn hex16(&self, name: &str) -> Option<u16> {
+        u16::try_from(self.hex(name)?).ok()
+    }
+
+    /// What a link leads to, by its last name.
+    pub(super) fn link(&self, name: &str) -> Option<String> {
+        let target = fs::read_link(self.path(name)).ok()?;
+        Some(target.file_name()?.to_str()?.to_owned())
+    }
+
+    /// The names in a folder; none when there is no such folder.
+    pub(super) fn names(&self, name: &str) -> Vec<String> {
+        names(&self.path(name)).unwrap_or_default()
+    }
+
+    /// The driver that it is bound to.
+    pub(super) fn driver(&self) -> Option<String> {
+        self.link("driver")
+    }
+
+    pub(super) fn iommu_group(&self) -> Option<u32> {
+        self.link("iommu_group")?.parse().ok()
+    }
+
+    /// Whether it is a virtual function.
+    pub(super) fn is_virtual(&self) -> bool {
+        self.has("physfn")
+    }
+
+    /// Its virtual functions, in their order.
+    pub(super) fn virtual_functions(&self) -> Vec<Function<'t>> {
+        let number = |name: &String| name.strip_prefix("virtfn")?.parse::<u16>().ok();
+        let names = self.names("");
+        let mut numbers: Vec<u16> = names.iter().filter_map(number).collect();
+        numbers.sort_unstable();
+        let address = |number: u16| self.link(&format!("virtfn{number}"))?.parse().ok();
+        let addresses = numbers.into_iter().filter_map(address);
+        addresses
+            .map(|address| self.tree.function(address))
+            .collect()
+    }
+}
+
+fn text(path: &Path) -> Option<String> {
+    let read = File::open(path).and_then(|file| {
+        let mut bytes = Vec::new();
+        file.take(TEXT_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    });
+    match read {
+        Ok(bytes) => Some(String::from_utf8_lossy(&bytes).trim().to_owned()),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => {
+            log::warn!(path:% = path.display(), error:%; "a file of the host's devices cannot be read");
+            None
+        }
+    }
+}
+
+fn names(folder: &Path) -> io::Result<Vec<String>> {
+    let entries = fs::read_dir(folder)?.take(ENTRIES_MAX);
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.collect())
+}
