@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use vmm::gpu::{Gpu, Partition, PartitionState, Status, SysfsTree, compare, inventory};
+use vmm::gpu::{Gpu, Partition, PartitionState, SysfsTree, compare, inventory};
 
 use crate::units;
 
@@ -21,7 +21,7 @@ const COMPARE_EXIT_CODES: &str = "Exit codes:
   0  the hosts have the same GPUs, divided in the same way
   1  a file could not be read
   2  the command line is wrong
-  3  they are not the same, or there is none";
+  3  they are not the same, or there is none that can be partitioned";
 
 #[derive(Debug, Args)]
 pub(crate) struct GpuArgs {
@@ -33,7 +33,7 @@ pub(crate) struct GpuArgs {
 enum GpuCommand {
     /// List this host's GPUs, and what each is divided into.
     List(ListArgs),
-    /// Tell whether hosts have the same GPUs, so that VMs can move between them.
+    /// Tell whether hosts have the same GPUs to partition, so that VMs can move between them.
     #[command(after_help = COMPARE_EXIT_CODES)]
     Compare(CompareArgs),
 }
@@ -88,22 +88,13 @@ fn show(gpu: &Gpu) {
     let memory = gpu.vram_bytes.map(units::size);
     let memory = memory.unwrap_or_else(|| "memory not known".to_owned());
     println!("{}  {name}, {memory}", gpu.address);
-    println!("  {}: {}", title(gpu.status), gpu.reason);
+    println!("  {}: {}", gpu.status, gpu.reason);
     if let Some(counts) = &gpu.valid_partition_counts {
         println!("  can be divided into {}", ranges(counts));
     }
     println!("  {}", place(gpu));
     for partition in &gpu.partitions {
         println!("    {}", part(partition));
-    }
-}
-
-fn title(status: Status) -> &'static str {
-    match status {
-        Status::ReadyForDda => "Ready for DDA",
-        Status::Partitioned => "Partitioned",
-        Status::Paravirtualization => "Paravirtualization",
-        Status::NotAssignable => "Not assignable",
     }
 }
 
@@ -168,17 +159,21 @@ fn compare_hosts(args: &CompareArgs) -> Result<ExitCode> {
     });
     let hosts: Vec<(String, Vec<Gpu>)> = hosts.collect::<Result<_>>()?;
     let mismatches = compare(&hosts);
-    let is_none = hosts.iter().all(|(_, gpus)| gpus.is_empty());
+    let mut gpus = hosts.iter().flat_map(|(_, gpus)| gpus);
+    let is_none = !gpus.any(Gpu::is_partitionable);
     if args.json {
         println!("{}", serde_json::to_string_pretty(&mismatches)?);
     } else if is_none {
-        println!("none of these hosts has a GPU");
+        println!("none of these hosts has a GPU that can be partitioned");
     } else if mismatches.is_empty() {
         println!("the GPUs of these {} hosts are the same", hosts.len());
     } else {
         println!("the GPUs of these hosts are not the same:");
         for mismatch in &mismatches {
-            println!("  {mismatch}");
+            println!("{}", mismatch.property);
+            for found in &mismatch.values {
+                println!("  {found}");
+            }
         }
     }
     Ok(match mismatches.is_empty() && !is_none {

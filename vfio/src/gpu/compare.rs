@@ -1,4 +1,5 @@
 //! Whether hosts have the same GPUs: a VM that has a partition of one can only move to another such.
+//! Others, such as those of a server's console, do not count.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,72 +16,56 @@ pub struct Mismatch {
     pub values: Vec<Found>,
 }
 
-/// A value of a property.
+/// A value of a property, and who has it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Found {
     /// The value; `None` where it is not known, which is equal to nothing else.
     pub value: Option<String>,
-    /// The host, and the GPU unless it is said of the host.
-    pub places: Vec<Place>,
-}
-
-/// A host's GPU, or a host.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Place {
-    /// What the host is called.
-    pub host: String,
-    /// Which of its GPUs.
-    pub gpu: Option<Bdf>,
+    /// By host, the GPUs; none where it is said of the host.
+    pub places: BTreeMap<String, Vec<Bdf>>,
 }
 
 type Property = (&'static str, fn(&Gpu) -> Option<String>);
 
 /// What GPUs must have in common.
-const PROPERTIES: [Property; 6] = [
+const PROPERTIES: [Property; 7] = [
     ("vendor", |gpu| Some(format!("{:04x}", gpu.vendor_id.0))),
     ("model", |gpu| Some(model(gpu))),
     ("video memory", |gpu| gpu.vram_bytes.map(bytes)),
     ("driver", |gpu| Some(driver(gpu))),
+    ("status", |gpu| Some(gpu.status.to_string())),
     ("partition count", |gpu| {
         gpu.partition_count.map(|count| count.to_string())
     }),
     ("partition type", types),
 ];
 
-/// Everything in which the GPUs of `hosts`, by name, are not the same; nothing when there is no GPU at
-/// all.
+/// Everything in which the GPUs of `hosts` that can be partitioned, by name, are not the same.
 #[must_use]
 pub fn compare(hosts: &[(String, Vec<Gpu>)]) -> Vec<Mismatch> {
     let counts = hosts.iter().map(|(host, gpus)| {
-        let place = Place {
-            host: host.clone(),
-            gpu: None,
-        };
-        (Some(gpus.len().to_string()), place)
+        let count = gpus.iter().filter(|gpu| gpu.is_partitionable()).count();
+        (Some(count.to_string()), host, None)
     });
     let counts = mismatch("number of GPUs", counts);
     let of_gpus = PROPERTIES.into_iter().filter_map(|(property, read)| {
         let found = hosts.iter().flat_map(|(host, gpus)| {
-            gpus.iter().map(move |gpu| {
-                let place = Place {
-                    host: host.clone(),
-                    gpu: Some(gpu.address),
-                };
-                (read(gpu), place)
-            })
+            let gpus = gpus.iter().filter(|gpu| gpu.is_partitionable());
+            gpus.map(move |gpu| (read(gpu), host, Some(gpu.address)))
         });
         mismatch(property, found)
     });
     counts.into_iter().chain(of_gpus).collect()
 }
 
-fn mismatch(
+fn mismatch<'h>(
     property: &'static str,
-    found: impl Iterator<Item = (Option<String>, Place)>,
+    found: impl Iterator<Item = (Option<String>, &'h String, Option<Bdf>)>,
 ) -> Option<Mismatch> {
-    let mut values: BTreeMap<Option<String>, Vec<Place>> = BTreeMap::new();
-    for (value, place) in found {
-        values.entry(value).or_default().push(place);
+    let mut values: BTreeMap<Option<String>, BTreeMap<String, Vec<Bdf>>> = BTreeMap::new();
+    for (value, host, gpu) in found {
+        let places = values.entry(value).or_default();
+        places.entry(host.clone()).or_default().extend(gpu);
     }
     let found = |(value, places)| Found { value, places };
     (values.len() > 1).then(|| Mismatch {
@@ -91,10 +76,12 @@ fn mismatch(
 
 /// With the board: one chip is on several.
 fn model(gpu: &Gpu) -> String {
-    let board = gpu.subsystem_id.map(|id| format!(", board {:04x}", id.0));
-    let name = gpu.name.clone();
-    let name = name.unwrap_or_else(|| format!("{:04x}:{:04x}", gpu.vendor_id.0, gpu.device_id.0));
-    format!("{name}{}", board.unwrap_or_default())
+    let ids = format!("{:04x}:{:04x}", gpu.vendor_id.0, gpu.device_id.0);
+    let name = gpu.name.as_deref().unwrap_or("unnamed");
+    match gpu.subsystem_id {
+        Some(board) => format!("{name}, {ids}, board {:04x}", board.0),
+        None => format!("{name}, {ids}"),
+    }
 }
 
 fn bytes(bytes: u64) -> String {
@@ -124,28 +111,21 @@ fn types(gpu: &Gpu) -> Option<String> {
     Some(types.join(", "))
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Found {
+    /// `8: one (0000:41:00.0, 0000:81:00.0), two (0000:41:00.0)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.gpu {
-            Some(gpu) => write!(f, "{} {gpu}", self.host),
-            None => f.write_str(&self.host),
-        }
-    }
-}
-
-impl fmt::Display for Mismatch {
-    /// `partition count: 4 (a 0000:41:00.0), 8 (b 0000:41:00.0)`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.property)?;
-        for (number, found) in self.values.iter().enumerate() {
-            let value = match found.value.as_deref() {
-                None => "not known",
-                Some("") => "none",
-                Some(value) => value,
-            };
-            let places: Vec<_> = found.places.iter().map(Place::to_string).collect();
-            let comma = if number == 0 { "" } else { ", " };
-            write!(f, "{comma}{value} ({})", places.join(", "))?;
+        f.write_str(match self.value.as_deref() {
+            None => "not known",
+            Some("") => "none",
+            Some(value) => value,
+        })?;
+        for (number, (host, gpus)) in self.places.iter().enumerate() {
+            let mark = if number == 0 { ":" } else { "," };
+            write!(f, "{mark} {host}")?;
+            if !gpus.is_empty() {
+                let gpus: Vec<_> = gpus.iter().map(Bdf::to_string).collect();
+                write!(f, " ({})", gpus.join(", "))?;
+            }
         }
         Ok(())
     }

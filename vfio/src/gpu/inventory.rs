@@ -63,6 +63,17 @@ pub struct Gpu {
     pub partitions: Vec<Partition>,
 }
 
+impl Gpu {
+    /// Whether it is one of those that hosts should have in common.
+    #[must_use]
+    pub fn is_partitionable(&self) -> bool {
+        matches!(
+            self.status,
+            Status::Partitioned | Status::Paravirtualization
+        )
+    }
+}
+
 /// A part of a GPU that a VM can be given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Partition {
@@ -137,7 +148,6 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
     let provider = provider::of(function);
     let Survey {
         valid_counts,
-        vram_bytes,
         partitions,
     } = provider
         .map(|provider| provider.survey(function))
@@ -153,7 +163,7 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
         driver,
         numa_node: function.decimal("numa_node"),
         iommu_group: function.iommu_group(),
-        vram_bytes: vram_bytes.or_else(|| provider::vram(function, vendor_id, device_id)),
+        vram_bytes: provider::vram(function),
         status,
         reason,
         valid_partition_counts: valid_counts,

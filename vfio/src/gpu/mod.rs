@@ -22,7 +22,7 @@ mod provider;
 mod status;
 mod tree;
 
-pub use compare::{Found, Mismatch, Place, compare};
+pub use compare::{Found, Mismatch, compare};
 pub use inventory::{Gpu, Partition, PartitionState, PciId, inventory};
 pub use status::Status;
 pub use tree::{SysfsTree, TreeError};

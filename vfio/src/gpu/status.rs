@@ -1,5 +1,7 @@
 //! What can be done with a GPU.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::inventory::Partition;
@@ -19,6 +21,17 @@ pub enum Status {
     Paravirtualization,
     /// Neither.
     NotAssignable,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReadyForDda => "Ready for DDA",
+            Self::Partitioned => "Partitioned",
+            Self::Paravirtualization => "Paravirtualization",
+            Self::NotAssignable => "Not assignable",
+        })
+    }
 }
 
 const NO_IOMMU: &str = "the host has no IOMMU at work: switch it on in the firmware (VT-d, AMD-Vi), and with Intel's \

@@ -4,7 +4,7 @@ mod host;
 mod hostile;
 mod models;
 
-use vfio::gpu::{Gpu, Status, compare};
+use vfio::gpu::{Found, Gpu, Status, compare};
 
 use host::Host;
 use models::{
@@ -53,21 +53,20 @@ fn nvidia_partitions_are_the_functions_that_have_a_type() {
         assert_eq!(partition.vram_bytes, Some(6 * GIB));
         assert_eq!((partition.migratable, partition.state), (None, None));
     }
-    // What is left makes no more of the larger ones, so that nobody can tell of them.
-    assert_eq!(gpu.valid_partition_counts, Some(vec![4, 6, 8, 12, 24]));
+    // The lists have no more of the larger ones.
+    assert_eq!(gpu.valid_partition_counts, Some(nvidia_counts("A10")));
     // Nothing is left: nor is there a name for what there is.
     let gpu = model.host(true, &[12, 12]).gpu();
     assert_eq!(gpu.partition_count, Some(2));
     assert_eq!(gpu.partitions[0].kind.as_deref(), Some("type 592"));
     assert_eq!(gpu.partitions[0].vram_bytes, None);
-    assert_eq!(gpu.valid_partition_counts, None);
 }
 
 #[test]
 fn nvidia_gpu_without_virtual_functions_can_be_partitioned() {
     let gpu = NVIDIA_MODELS[1].host(false, &[]).gpu();
     assert_eq!(gpu.status, Status::Partitioned);
-    assert_eq!(gpu.valid_partition_counts, None);
+    assert_eq!(gpu.valid_partition_counts, Some(nvidia_counts("A10")));
     assert_eq!(gpu.partition_count, Some(0));
 }
 
@@ -282,10 +281,14 @@ fn equal_hosts_are_equal_and_each_difference_is_named() {
     let mut newer = host(1, &[6]);
     newer[0].driver_version = Some("580.1".to_owned());
     let mismatches = named(vec![host(1, &[6]), newer]);
-    let text = mismatches[0].to_string();
+    let text: Vec<_> = mismatches[0].values.iter().map(Found::to_string).collect();
+    let expected = [
+        format!("nvidia 570.133.10: one ({GPU})"),
+        format!("nvidia 580.1: two ({GPU})"),
+    ];
     assert_eq!(
-        text,
-        format!("driver: nvidia 570.133.10 (one {GPU}), nvidia 580.1 (two {GPU})")
+        (mismatches[0].property, text.as_slice()),
+        ("driver", &expected[..])
     );
     assert_eq!(mismatches.len(), 1);
     let amd = sriov((AMD, 0x74a1, CLASS_ACCELERATOR), ("gim", None), (8, 8));
@@ -299,4 +302,37 @@ fn equal_hosts_are_equal_and_each_difference_is_named() {
         "partition type",
     ];
     assert_eq!(vendors, all);
+}
+
+/// What a server's console is shown by, and what is given whole, is not compared.
+#[test]
+fn gpus_that_cannot_be_partitioned_do_not_count() {
+    let with_others = NVIDIA_MODELS[1].host(true, &[6]);
+    let console = with_others.function("0000:02:00.0", (0x1a03, 0x2000), CLASS_VGA);
+    console.remove("max_link_speed");
+    with_others
+        .function("0000:05:00.0", (NVIDIA, 0x2204), CLASS_VGA)
+        .group(5);
+    let (one, two) = (with_others.gpus(), NVIDIA_MODELS[1].host(true, &[6]).gpus());
+    assert_eq!((one.len(), two.len()), (3, 1));
+    assert_eq!(
+        compare(&[("one".to_owned(), one), ("two".to_owned(), two)]),
+        []
+    );
+}
+
+/// Of a model that nobody has told of, the driver's lists do, as long as they are whole.
+#[test]
+fn counts_of_a_new_model_are_those_of_its_types() {
+    let model = models::Nvidia {
+        name: "X1",
+        device: 0xffff,
+        gib: 96,
+        types: &[24, 48, 96],
+        vfs: 32,
+    };
+    let gpu = model.host(true, &[]).gpu();
+    assert_eq!(gpu.valid_partition_counts, Some(vec![1, 2, 4]));
+    assert_eq!((gpu.vram_bytes, gpu.name), (None, None));
+    assert_eq!(model.host(true, &[24]).gpu().valid_partition_counts, None);
 }

@@ -49,7 +49,6 @@ impl Provider for Mediated {
         let is_known = partitions.is_empty() && !counts.is_empty();
         Survey {
             valid_counts: is_known.then(|| counts.into_iter().collect()),
-            vram_bytes: None,
             partitions: Some(partitions),
         }
     }

@@ -4,17 +4,18 @@
 //! |---|---|---|
 //! | `nvidia` | nvidia, of vGPU 17 and later | virtual functions, each with a type written to `nvidia/current_vgpu_type` |
 //! | `mdev` | nvidia before that, and others | mediated devices of the types in `mdev_supported_types` |
-//! | `sriov` | xe, i915, gim, others | virtual functions, as many as `sriov_numvfs` or the driver's option says |
+//! | `sriov` | xe, i915, gim | virtual functions, as many as `sriov_numvfs` or the driver's option says |
+//! | `models` | | what vendors say of their GPUs |
 
 mod mdev;
+mod models;
 mod nvidia;
 mod sriov;
-mod vram;
 
 use super::inventory::Partition;
 use super::tree::Function;
 
-pub(super) use vram::vram;
+pub(super) use models::vram;
 
 pub(super) const NVIDIA: u16 = 0x10de;
 pub(super) const AMD: u16 = 0x1002;
@@ -28,8 +29,6 @@ const PARTITIONS_MAX: u32 = 256;
 pub(super) struct Survey {
     /// Into how many equal partitions it can be divided, ascending.
     pub(super) valid_counts: Option<Vec<u32>>,
-    /// Its memory.
-    pub(super) vram_bytes: Option<u64>,
     /// What it is divided into, by address; `None` when that cannot be read.
     pub(super) partitions: Option<Vec<Partition>>,
 }

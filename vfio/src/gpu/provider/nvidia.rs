@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use super::vram::{GIB, vram};
+use super::models::{GIB, partition_sizes, vram};
 use super::{Provider, Survey, sriov_obstacle, total_vfs};
 use crate::gpu::inventory::Partition;
 use crate::gpu::tree::Function;
@@ -46,10 +46,10 @@ impl Provider for VendorVfio {
         let vfs = gpu.virtual_functions();
         // What is left depends on what there is already, and is not the same everywhere.
         let types: Vec<VgpuType> = vfs.iter().flat_map(creatable).collect();
-        let partitions = vfs.iter().filter_map(|vf| partition(vf, &types)).collect();
+        let partitions = vfs.iter().filter_map(|vf| partition(vf, &types));
+        let partitions: Vec<_> = partitions.collect();
         Survey {
-            valid_counts: counts(gpu, &types),
-            vram_bytes: None,
+            valid_counts: counts(gpu, &types, &partitions),
             partitions: Some(partitions),
         }
     }
@@ -86,14 +86,18 @@ fn creatable(vf: &Function<'_>) -> Vec<VgpuType> {
     text.lines().filter_map(line).take(TYPES_MAX).collect()
 }
 
-/// Into how many vGPUs of one type the GPU can be divided, by the types that there are.
-fn counts(gpu: &Function<'_>, types: &[VgpuType]) -> Option<Vec<u32>> {
-    let sizes: BTreeSet<u64> = types
-        .iter()
-        .filter_map(|kind| framebuffer(&kind.name))
-        .collect();
-    let whole = vram(gpu, gpu.hex16("vendor")?, gpu.hex16("device")?);
-    let whole = whole.max(sizes.last().copied())?;
+/// Into how many vGPUs of one type the GPU can be divided. The lists tell of all types while there is
+/// no vGPU; afterwards, of a model that is not known, nobody does.
+fn counts(gpu: &Function<'_>, types: &[VgpuType], partitions: &[Partition]) -> Option<Vec<u32>> {
+    let listed = types.iter().filter_map(|kind| framebuffer(&kind.name));
+    let mut sizes: BTreeSet<u64> = match partitions {
+        [] => listed.collect(),
+        _ => BTreeSet::new(),
+    };
+    if sizes.is_empty() {
+        sizes.extend(partition_sizes(gpu));
+    }
+    let whole = vram(gpu).max(sizes.last().copied())?;
     let limit = total_vfs(gpu)?;
     let counts = sizes
         .iter()

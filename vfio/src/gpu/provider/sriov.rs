@@ -47,7 +47,6 @@ impl Provider for Sriov {
         let partition = |(vf, number): (&Function<'_>, u32)| partition(gpu, vf, number);
         Survey {
             valid_counts: (self.counts)(gpu),
-            vram_bytes: None,
             // Numbers of virtual functions begin with 1 here.
             partitions: Some(vfs.iter().zip(1..).map(partition).collect()),
         }
