@@ -172,7 +172,7 @@ fn compare_hosts(args: &CompareArgs) -> Result<ExitCode> {
         for mismatch in &mismatches {
             println!("{}", mismatch.property);
             for found in &mismatch.values {
-                println!("  {found}");
+                println!("  {}", printable(&found.to_string()));
             }
         }
     }
@@ -180,6 +180,11 @@ fn compare_hosts(args: &CompareArgs) -> Result<ExitCode> {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(DIFFERENT),
     })
+}
+
+/// Without what could steer a terminal: another host has written it.
+fn printable(text: &str) -> String {
+    text.chars().filter(|letter| !letter.is_control()).collect()
 }
 
 fn read(path: &Path) -> Result<Vec<Gpu>> {

@@ -23,11 +23,9 @@ impl Page {
         options.write(true);
         let opened = match options.open(path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let created = options.create(true).truncate(false).open(path);
-                // The path may be a link.
-                let removed = created
-                    .and_then(|_| path.canonicalize())
-                    .and_then(std::fs::remove_file);
+                let target = target(path);
+                let created = options.create_new(true).open(&target);
+                let removed = created.and_then(|_| std::fs::remove_file(&target));
                 removed.map(|()| None)
             }
             other => other.map(Some),
@@ -55,6 +53,14 @@ impl Page {
             file.flush()
         };
         write().context(failed)
+    }
+}
+
+/// Where a file is made by this name: it may be a link that leads nowhere yet.
+fn target(path: &Path) -> PathBuf {
+    match (path.read_link(), path.parent()) {
+        (Ok(target), Some(folder)) => folder.join(target),
+        _ => path.to_owned(),
     }
 }
 

@@ -416,7 +416,12 @@ mod tests {
     /// plain ones, and a CPU makes no more than 300 MB of them a second.
     #[test]
     fn what_is_slow_is_compressed_soon_and_what_is_fast_is_not() {
-        for (link, is_slow) in [(60e6_f64, true), (120e6, true), (600e6, false), (3e9, false)] {
+        for (link, is_slow) in [
+            (60e6_f64, true),
+            (120e6, true),
+            (600e6, false),
+            (3e9, false),
+        ] {
             let mut adaptive = Adaptive::default();
             let mut plain_bytes = 0;
             for batch in 0..1000 {

@@ -146,7 +146,11 @@ impl<'a> Door<'a> {
 
     fn admit(&mut self, channel: Box<dyn Channel>) {
         if self.candidates.len() >= MAX_CANDIDATES {
-            self.candidates.pop_front();
+            let deadlines = self.candidates.iter().map(|candidate| candidate.deadline);
+            let oldest = deadlines.enumerate().min_by_key(|(_, deadline)| *deadline);
+            if let Some((place, _)) = oldest {
+                self.candidates.remove(place);
+            }
             self.complain("too many others have shown no token, either");
         }
         self.candidates.push_back(Candidate {

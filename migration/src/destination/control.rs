@@ -68,15 +68,18 @@ impl Control<'_> {
         if self.is_cancelled() {
             return Err(DestinationError::Cancelled);
         }
-        if self.early.is_none() {
-            self.early = self.poll_within(GLANCE)?;
-        }
-        match &self.early {
-            Some(Message::Abort(reasons)) => {
-                Err(DestinationError::Peer(reasons.reasons.join("; ")))
+        while self.early.is_none() {
+            match self.poll_within(GLANCE)? {
+                Some(Message::Abort(reasons)) => {
+                    return Err(DestinationError::Peer(reasons.reasons.join("; ")));
+                }
+                // Its connections are on their way.
+                Some(Message::Round(_)) => {}
+                Some(message) => self.early = Some(message),
+                None => break,
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// The next message; meanwhile `check` is called now and then.

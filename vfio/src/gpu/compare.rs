@@ -40,47 +40,90 @@ const PROPERTIES: [Property; 7] = [
     ("partition type", types),
 ];
 
-/// Everything in which the GPUs of `hosts` that can be partitioned, by name, are not the same.
+/// Values of one host's GPUs.
+type Values = Vec<(Option<String>, Option<Bdf>)>;
+
+/// Everything in which `hosts`, by name, differ in their GPUs that can be partitioned. A host may have
+/// several kinds, if the others have them, too.
 #[must_use]
 pub fn compare(hosts: &[(String, Vec<Gpu>)]) -> Vec<Mismatch> {
-    let counts = hosts.iter().map(|(host, gpus)| {
-        let count = gpus.iter().filter(|gpu| gpu.is_partitionable()).count();
-        (Some(count.to_string()), host, None)
-    });
-    let counts = mismatch("number of GPUs", counts);
+    let counts =
+        |gpus: &mut dyn Iterator<Item = &Gpu>| vec![(Some(gpus.count().to_string()), None)];
+    let counts = mismatch("number of GPUs", hosts, &counts);
     let of_gpus = PROPERTIES.into_iter().filter_map(|(property, read)| {
-        let found = hosts.iter().flat_map(|(host, gpus)| {
-            let gpus = gpus.iter().filter(|gpu| gpu.is_partitionable());
-            gpus.map(move |gpu| (read(gpu), host, Some(gpu.address)))
-        });
-        mismatch(property, found)
+        let values = |gpus: &mut dyn Iterator<Item = &Gpu>| {
+            gpus.map(|gpu| (read(gpu), Some(gpu.address))).collect()
+        };
+        mismatch(property, hosts, &values)
     });
-    counts.into_iter().chain(of_gpus).collect()
+    let mismatches: Vec<_> = counts.into_iter().chain(of_gpus).collect();
+    match mismatches.is_empty() {
+        // Each for itself they are the same.
+        true => mismatch("combination", hosts, &combinations)
+            .into_iter()
+            .collect(),
+        false => mismatches,
+    }
 }
 
-fn mismatch<'h>(
+fn combinations(gpus: &mut dyn Iterator<Item = &Gpu>) -> Values {
+    let all = |gpu: &Gpu| {
+        let values = PROPERTIES.iter().map(|(_, read)| read(gpu));
+        let values = values.map(|value| value.unwrap_or_else(|| "not known".to_owned()));
+        values.collect::<Vec<_>>().join("; ")
+    };
+    gpus.map(|gpu| (Some(all(gpu)), Some(gpu.address)))
+        .collect()
+}
+
+/// The values of all hosts, unless each has the same. How many GPUs have one counts where all hosts have
+/// as many GPUs.
+fn mismatch(
     property: &'static str,
-    found: impl Iterator<Item = (Option<String>, &'h String, Option<Bdf>)>,
+    hosts: &[(String, Vec<Gpu>)],
+    values: &dyn Fn(&mut dyn Iterator<Item = &Gpu>) -> Values,
 ) -> Option<Mismatch> {
-    let mut values: BTreeMap<Option<String>, BTreeMap<String, Vec<Bdf>>> = BTreeMap::new();
-    for (value, host, gpu) in found {
-        let places = values.entry(value).or_default();
-        places.entry(host.clone()).or_default().extend(gpu);
+    let of_host = |gpus: &Vec<Gpu>| values(&mut gpus.iter().filter(|gpu| gpu.is_partitionable()));
+    let found: Vec<(&String, Values)> = hosts
+        .iter()
+        .map(|(host, gpus)| (host, of_host(gpus)))
+        .collect();
+    let mut sets: Vec<Vec<&Option<String>>> = found
+        .iter()
+        .map(|(_, values)| values.iter().map(|(value, _)| value).collect())
+        .collect();
+    let is_even = sets.windows(2).all(|pair| pair[0].len() == pair[1].len());
+    for set in &mut sets {
+        set.sort_unstable();
+        if !is_even {
+            set.dedup();
+        }
+    }
+    // One without any is told of by their number.
+    sets.retain(|set| !set.is_empty());
+    if sets.windows(2).all(|pair| pair[0] == pair[1]) {
+        return None;
+    }
+    let mut grouped: BTreeMap<Option<String>, BTreeMap<String, Vec<Bdf>>> = BTreeMap::new();
+    for (host, values) in found {
+        for (value, gpu) in values {
+            let places = grouped.entry(value).or_default();
+            places.entry(host.clone()).or_default().extend(gpu);
+        }
     }
     let found = |(value, places)| Found { value, places };
-    (values.len() > 1).then(|| Mismatch {
+    Some(Mismatch {
         property,
-        values: values.into_iter().map(found).collect(),
+        values: grouped.into_iter().map(found).collect(),
     })
 }
 
-/// With the board: one chip is on several.
+/// With the board: one chip is on several. By number: names change with their database.
 fn model(gpu: &Gpu) -> String {
     let ids = format!("{:04x}:{:04x}", gpu.vendor_id.0, gpu.device_id.0);
-    let name = gpu.name.as_deref().unwrap_or("unnamed");
     match gpu.subsystem_id {
-        Some(board) => format!("{name}, {ids}, board {:04x}", board.0),
-        None => format!("{name}, {ids}"),
+        Some(board) => format!("{ids}, board {:04x}", board.0),
+        None => ids,
     }
 }
 

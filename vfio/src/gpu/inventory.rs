@@ -148,11 +148,12 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
     let provider = provider::of(function);
     let Survey {
         valid_counts,
+        count,
         partitions,
     } = provider
         .map(|provider| provider.survey(function))
         .unwrap_or_default();
-    let (status, reason) = status::of(function, provider, partitions.as_deref());
+    let (status, reason) = status::of(function, provider, count);
     Some(Gpu {
         address: function.address,
         name: name(vendor_id, device_id),
@@ -167,10 +168,8 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
         status,
         reason,
         valid_partition_counts: valid_counts,
-        partition_count: partitions
-            .as_ref()
-            .and_then(|partitions| u32::try_from(partitions.len()).ok()),
-        partitions: partitions.unwrap_or_default(),
+        partition_count: count.and_then(|count| u32::try_from(count).ok()),
+        partitions,
     })
 }
 

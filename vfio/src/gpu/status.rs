@@ -4,7 +4,6 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::inventory::Partition;
 use super::provider::Provider;
 use super::tree::Function;
 use crate::Bdf;
@@ -45,7 +44,7 @@ const HEADER_TYPE_OFFSET: usize = 0x0e;
 pub(super) fn of(
     gpu: &Function<'_>,
     provider: Option<&dyn Provider>,
-    partitions: Option<&[Partition]>,
+    count: Option<usize>,
 ) -> (Status, String) {
     if let Some(why) = obstacle(gpu) {
         return (Status::NotAssignable, why);
@@ -65,19 +64,13 @@ pub(super) fn of(
     if let Some(why) = provider.obstacle(gpu) {
         return (Status::Paravirtualization, why);
     }
-    let reason = match partitions {
+    let reason = match count {
         None => format!("{by} partitions it; how it is divided cannot be read"),
-        Some([]) => format!("{by} can partition it; it is not divided"),
-        Some(partitions) => format!("{by} has made {} of it", count(partitions.len())),
+        Some(0) => format!("{by} can partition it; it is not divided"),
+        Some(1) => format!("{by} has made 1 partition of it"),
+        Some(count) => format!("{by} has made {count} partitions of it"),
     };
     (Status::Partitioned, reason)
-}
-
-fn count(partitions: usize) -> String {
-    match partitions {
-        1 => "1 partition".to_owned(),
-        _ => format!("{partitions} partitions"),
-    }
 }
 
 /// What no driver mends.

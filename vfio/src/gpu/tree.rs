@@ -12,6 +12,9 @@ const TEXT_MAX: u64 = 64 << 10;
 /// Entries of a folder that are looked at.
 const ENTRIES_MAX: usize = 65_536;
 
+/// Virtual functions that are looked at, of one device: more than any GPU has.
+const VFS_MAX: usize = 256;
+
 /// A host's `/sys`, or a copy of one in plain files and links.
 #[derive(Clone, Debug)]
 pub struct SysfsTree {
@@ -67,6 +70,12 @@ impl SysfsTree {
         self.root.join("module").join(name).is_dir()
     }
 
+    /// Whether a module has a parameter of this name.
+    pub(super) fn has_parameter(&self, module: &str, name: &str) -> bool {
+        let folder = self.root.join("module").join(module).join("parameters");
+        folder.join(name).is_file()
+    }
+
     /// A module's version, if it tells one: those of the kernel's own tree do not.
     pub(super) fn module_version(&self, name: &str) -> Option<String> {
         text(&self.root.join("module").join(name).join("version"))
@@ -114,7 +123,7 @@ impl<'t> Function<'t> {
     /// The first bytes of a file; `None` when it has fewer.
     pub(super) fn bytes(&self, name: &str, count: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; count];
-        let mut file = File::open(self.path(name)).ok()?;
+        let mut file = open(&self.path(name)).ok()?;
         file.read_exact(&mut bytes).ok()?;
         Some(bytes)
     }
@@ -136,7 +145,7 @@ impl<'t> Function<'t> {
     /// What a link leads to, by its last name.
     pub(super) fn link(&self, name: &str) -> Option<String> {
         let target = fs::read_link(self.path(name)).ok()?;
-        Some(target.file_name()?.to_str()?.to_owned())
+        Some(printable(target.file_name()?.to_str()?))
     }
 
     /// The names in a folder; none when there is no such folder.
@@ -158,34 +167,50 @@ impl<'t> Function<'t> {
         self.has("physfn")
     }
 
-    /// Its virtual functions, in their order.
-    pub(super) fn virtual_functions(&self) -> Vec<Function<'t>> {
+    /// Its virtual functions by their numbers, from 0.
+    pub(super) fn virtual_functions(&self) -> Vec<(u16, Function<'t>)> {
         let number = |name: &String| name.strip_prefix("virtfn")?.parse::<u16>().ok();
         let names = self.names("");
         let mut numbers: Vec<u16> = names.iter().filter_map(number).collect();
         numbers.sort_unstable();
-        let address = |number: u16| self.link(&format!("virtfn{number}"))?.parse().ok();
-        let addresses = numbers.into_iter().filter_map(address);
-        addresses
-            .map(|address| self.tree.function(address))
-            .collect()
+        numbers.truncate(VFS_MAX);
+        let function = |number: u16| {
+            let address = self.link(&format!("virtfn{number}"))?.parse().ok()?;
+            Some((number, self.tree.function(address)))
+        };
+        numbers.into_iter().filter_map(function).collect()
     }
 }
 
 fn text(path: &Path) -> Option<String> {
-    let read = File::open(path).and_then(|file| {
+    let read = open(path).and_then(|file| {
         let mut bytes = Vec::new();
         file.take(TEXT_MAX).read_to_end(&mut bytes)?;
         Ok(bytes)
     });
     match read {
-        Ok(bytes) => Some(String::from_utf8_lossy(&bytes).trim().to_owned()),
+        Ok(bytes) => Some(printable(&String::from_utf8_lossy(&bytes))),
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         Err(error) => {
             log::warn!(path:% = path.display(), error:%; "a file of the host's devices cannot be read");
             None
         }
     }
+}
+
+/// A plain file: a pipe would be waited for.
+fn open(path: &Path) -> io::Result<File> {
+    match path.metadata()?.is_file() {
+        true => File::open(path),
+        false => Err(io::Error::other("it is no plain file")),
+    }
+}
+
+/// Without what could steer a terminal, and white space around it.
+fn printable(text: &str) -> String {
+    let is_kept = |letter: &char| *letter == '\n' || !letter.is_control();
+    let kept: String = text.chars().filter(is_kept).collect();
+    kept.trim().to_owned()
 }
 
 fn names(folder: &Path) -> io::Result<Vec<String>> {

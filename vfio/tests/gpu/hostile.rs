@@ -52,6 +52,9 @@ fn half_configured_functions_are_told_of() {
     assert_eq!(gpu.partitions[0].kind.as_deref(), Some("NVIDIA A10-6Q"));
     let unknown: Vec<_> = gpu.partitions[1..].iter().map(|one| &one.address).collect();
     assert_eq!(unknown, [&vf_address(1), "0000:ff:1f.7"]);
+    // How many there are nobody knows.
+    assert_eq!(gpu.partition_count, None);
+    assert!(gpu.reason.contains("cannot be read"), "{}", gpu.reason);
     for partition in &gpu.partitions[1..] {
         let reason = partition.reason.as_deref().expect("it is not known");
         assert!(reason.contains("cannot be read"), "{reason}");
@@ -69,9 +72,15 @@ fn files_that_are_folders_or_endless_are_not_known() {
     }
     std::fs::remove_file(path("config")).expect("the folder is ours");
     symlink("/dev/zero", path("mem_info_vram_total")).expect("the folder is ours");
+    let pipe = std::process::Command::new("mkfifo")
+        .arg(path("nvidia"))
+        .status();
+    assert!(pipe.is_ok_and(|status| status.success()));
+    symlink("nvidia", path("mdev_supported_types")).expect("the folder is ours");
+    std::fs::remove_file(path("sriov_totalvfs")).expect("the folder is ours");
+    symlink("nvidia", path("sriov_totalvfs")).expect("the folder is ours");
     let gpu = host.gpu();
     assert_eq!((gpu.numa_node, gpu.subsystem_id), (None, None));
-    assert_eq!(gpu.status, Status::Partitioned);
     // Without these nobody knows what it is.
     std::fs::remove_file(path("vendor")).expect("the folder is ours");
     assert_eq!(host.gpus(), []);

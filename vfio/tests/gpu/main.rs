@@ -235,6 +235,15 @@ fn a_driver_that_could_partition_it_says_why_it_cannot() {
     assert!(gpu.reason.contains("SR-IOV is off"), "{}", gpu.reason);
 }
 
+/// The PCI core shows their number whether the driver makes them or not.
+#[test]
+fn i915_of_the_kernel_makes_no_partitions() {
+    let host = sriov((INTEL, 0x56c0, CLASS_VGA), ("i915", None), (7, 0));
+    let option = host.root().join("module/i915/parameters/max_vfs");
+    std::fs::remove_file(option).expect("the folder is ours");
+    assert_eq!(host.gpu().status, Status::ReadyForDda);
+}
+
 /// As one host hands them to another.
 fn told(gpus: &[Gpu]) -> Vec<Gpu> {
     let json = serde_json::to_string(gpus).expect("plain data");
@@ -302,6 +311,27 @@ fn equal_hosts_are_equal_and_each_difference_is_named() {
         "partition type",
     ];
     assert_eq!(vendors, all);
+}
+
+#[test]
+fn hosts_with_the_same_mix_are_the_same() {
+    let mut mixed = NVIDIA_MODELS[1].host(true, &[6, 6]).gpus();
+    mixed.extend(NVIDIA_MODELS[6].host(true, &[8]).gpus());
+    let named = |other: &[Gpu]| {
+        let one = ("one".to_owned(), mixed.clone());
+        compare(&[one, ("two".to_owned(), other.to_vec())])
+    };
+    assert_eq!(named(&mixed), []);
+    // The counts of the two have changed places.
+    let mut other = mixed.clone();
+    (other[0].partition_count, other[1].partition_count) = (Some(1), Some(2));
+    let properties: Vec<_> = named(&other).iter().map(|one| one.property).collect();
+    assert_eq!(properties, ["combination"]);
+    // One more of what both have.
+    other = mixed.clone();
+    other.push(mixed[0].clone());
+    let properties: Vec<_> = named(&other).iter().map(|one| one.property).collect();
+    assert_eq!(properties, ["number of GPUs"]);
 }
 
 /// What a server's console is shown by, and what is given whole, is not compared.

@@ -107,6 +107,7 @@ pub(crate) fn sriov(
     (total, vfs): (u32, u32),
 ) -> Host {
     let host = Host::new();
+    host.write("module/i915/parameters/max_vfs", "31\n");
     let gpu = host.function(GPU, (vendor, device), class);
     gpu.driver(driver)
         .group(41)

@@ -9,12 +9,16 @@ use crate::gpu::tree::Function;
 
 const TYPES: &str = "mdev_supported_types";
 
+/// Types of one parent that are read: more than any has.
+const TYPES_MAX: usize = 256;
+
 /// Parents of mediated devices.
 pub(super) struct Mediated;
 
 /// The functions of a GPU that have types.
 pub(super) fn parents<'t>(gpu: &Function<'t>) -> impl Iterator<Item = Function<'t>> {
-    let all = std::iter::once(*gpu).chain(gpu.virtual_functions());
+    let vfs = gpu.virtual_functions().into_iter().map(|(_, vf)| vf);
+    let all = std::iter::once(*gpu).chain(vfs);
     all.filter(|function| function.has(TYPES))
 }
 
@@ -32,7 +36,7 @@ impl Provider for Mediated {
         // By type: those of an SR-IOV GPU are the same on each virtual function.
         let mut most: BTreeMap<String, u32> = BTreeMap::new();
         for parent in parents(gpu) {
-            for id in parent.names(TYPES) {
+            for id in parent.names(TYPES).into_iter().take(TYPES_MAX) {
                 let kind = MdevType::read(&parent, &id);
                 partitions.extend(kind.devices);
                 let most = most.entry(id).or_default();
@@ -43,13 +47,15 @@ impl Provider for Mediated {
             }
         }
         partitions.sort_by(|one, other| one.address.cmp(&other.address));
+        partitions.truncate(PARTITIONS_MAX as usize);
         // What is left of a GPU that is divided tells nothing of the whole.
         let counts: BTreeSet<u32> = most.into_values().collect();
         let counts: BTreeSet<u32> = counts.range(1..=PARTITIONS_MAX).copied().collect();
         let is_known = partitions.is_empty() && !counts.is_empty();
         Survey {
             valid_counts: is_known.then(|| counts.into_iter().collect()),
-            partitions: Some(partitions),
+            count: Some(partitions.len()),
+            partitions,
         }
     }
 }

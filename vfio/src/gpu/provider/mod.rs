@@ -29,8 +29,10 @@ const PARTITIONS_MAX: u32 = 256;
 pub(super) struct Survey {
     /// Into how many equal partitions it can be divided, ascending.
     pub(super) valid_counts: Option<Vec<u32>>,
-    /// What it is divided into, by address; `None` when that cannot be read.
-    pub(super) partitions: Option<Vec<Partition>>,
+    /// How many there are; `None` when that cannot be read.
+    pub(super) count: Option<usize>,
+    /// What it is divided into, by address.
+    pub(super) partitions: Vec<Partition>,
 }
 
 /// One way of partitioning.
@@ -55,7 +57,8 @@ pub(super) fn of(gpu: &Function<'_>) -> Option<&'static dyn Provider> {
         // Without the vGPU software it has virtual functions that nobody can make.
         "nvidia" => None,
         "xe" if gpu.has(SRIOV_TOTAL) => Some(&sriov::XE),
-        "i915" if gpu.has(SRIOV_TOTAL) => Some(&sriov::I915),
+        // The kernel's own has no parameter of this name, and makes none.
+        "i915" if gpu.tree.has_parameter("i915", "max_vfs") => Some(&sriov::I915),
         "gim" => Some(&sriov::GIM),
         _ if has_mediated() => Some(&mdev::Mediated),
         _ => None,

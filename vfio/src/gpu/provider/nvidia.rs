@@ -4,10 +4,10 @@
 //! Formats: NVIDIA's `vgpu-device-manager` (internal/vfio) and listings of real hosts
 //! (NVIDIA/gpu-operator issue 2594, bigstack-oss/cubecos issue 312).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::models::{GIB, partition_sizes, vram};
-use super::{Provider, Survey, sriov_obstacle, total_vfs};
+use super::{Provider, SRIOV_TOTAL, Survey, sriov_obstacle, total_vfs};
 use crate::gpu::inventory::Partition;
 use crate::gpu::tree::Function;
 
@@ -20,17 +20,15 @@ const TYPES_MAX: usize = 256;
 /// NVIDIA's way since vGPU 17.
 pub(super) struct VendorVfio;
 
-/// A type of vGPU.
-#[derive(Debug, PartialEq, Eq)]
-struct VgpuType {
-    id: u32,
-    name: String,
-}
+/// Types of vGPUs, by their numbers.
+type Types = BTreeMap<u32, String>;
 
-/// Whether the driver is that for vGPUs; the other has no such files and no such module.
+/// Whether the driver makes vGPUs of this GPU. The other driver has no such files and no such module.
 pub(super) fn is_vgpu_host(gpu: &Function<'_>) -> bool {
-    let has_types = |vf: &Function<'_>| vf.has(CREATABLE);
-    gpu.tree.has_module("nvidia_vgpu_vfio") || gpu.virtual_functions().iter().any(has_types)
+    let can = gpu.has(SRIOV_TOTAL) || partition_sizes(gpu).next().is_some();
+    let vfs = gpu.virtual_functions();
+    let has_types = vfs.iter().any(|(_, vf)| vf.has(CREATABLE));
+    has_types || (can && gpu.tree.has_module("nvidia_vgpu_vfio"))
 }
 
 impl Provider for VendorVfio {
@@ -45,18 +43,20 @@ impl Provider for VendorVfio {
     fn survey(&self, gpu: &Function<'_>) -> Survey {
         let vfs = gpu.virtual_functions();
         // What is left depends on what there is already, and is not the same everywhere.
-        let types: Vec<VgpuType> = vfs.iter().flat_map(creatable).collect();
-        let partitions = vfs.iter().filter_map(|vf| partition(vf, &types));
+        let types: Types = vfs.iter().flat_map(|(_, vf)| creatable(vf)).collect();
+        let partitions = vfs.iter().filter_map(|(_, vf)| partition(vf, &types));
         let partitions: Vec<_> = partitions.collect();
+        let is_known = partitions.iter().all(|partition| partition.kind.is_some());
         Survey {
             valid_counts: counts(gpu, &types, &partitions),
-            partitions: Some(partitions),
+            count: is_known.then_some(partitions.len()),
+            partitions,
         }
     }
 }
 
 /// A virtual function that has a type.
-fn partition(vf: &Function<'_>, types: &[VgpuType]) -> Option<Partition> {
+fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
     let address = vf.address.to_string();
     let Some(id) = vf.decimal::<u32>(CURRENT) else {
         let reason = format!("{CURRENT} cannot be read");
@@ -65,8 +65,8 @@ fn partition(vf: &Function<'_>, types: &[VgpuType]) -> Option<Partition> {
     if id == 0 {
         return None;
     }
-    let known = types.iter().find(|kind| kind.id == id);
-    let name = known.map_or_else(|| format!("type {id}"), |kind| kind.name.clone());
+    let known = types.get(&id).cloned();
+    let name = known.unwrap_or_else(|| format!("type {id}"));
     Some(Partition {
         vram_bytes: framebuffer(&name),
         kind: Some(name),
@@ -75,21 +75,22 @@ fn partition(vf: &Function<'_>, types: &[VgpuType]) -> Option<Partition> {
 }
 
 /// The types that a virtual function can be given now: lines of number and name under a header.
-fn creatable(vf: &Function<'_>) -> Vec<VgpuType> {
+fn creatable(vf: &Function<'_>) -> Vec<(u32, String)> {
     let text = vf.text(CREATABLE).unwrap_or_default();
     let line = |line: &str| {
         let (id, name) = line.split_once(':')?;
         let (id, name) = (id.trim().parse().ok()?, name.trim());
-        let name = (!name.is_empty()).then(|| name.to_owned())?;
-        Some(VgpuType { id, name })
+        (!name.is_empty()).then(|| (id, name.to_owned()))
     };
     text.lines().filter_map(line).take(TYPES_MAX).collect()
 }
 
 /// Into how many vGPUs of one type the GPU can be divided. The lists tell of all types while there is
 /// no vGPU; afterwards, of a model that is not known, nobody does.
-fn counts(gpu: &Function<'_>, types: &[VgpuType], partitions: &[Partition]) -> Option<Vec<u32>> {
-    let listed = types.iter().filter_map(|kind| framebuffer(&kind.name));
+fn counts(gpu: &Function<'_>, types: &Types, partitions: &[Partition]) -> Option<Vec<u32>> {
+    // Parts of a GPU in MIG mode are counted otherwise.
+    let names = types.values().filter(|name| !is_mig(name));
+    let listed = names.filter_map(|name| framebuffer(name));
     let mut sizes: BTreeSet<u64> = match partitions {
         [] => listed.collect(),
         _ => BTreeSet::new(),
@@ -119,6 +120,12 @@ fn framebuffer(name: &str) -> Option<u64> {
     }
 }
 
+/// Whether a type is one of a part of the GPU: `NVIDIA H100-2-20C` has two slices.
+fn is_mig(name: &str) -> bool {
+    let parts = name.rsplit('-').nth(1);
+    parts.is_some_and(|slices| !slices.is_empty() && slices.bytes().all(|b| b.is_ascii_digit()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +144,19 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(framebuffer(name), expected, "{name}");
+        }
+    }
+    #[test]
+    fn types_of_a_part_of_the_gpu_are_told_from_the_others() {
+        for (name, expected) in [
+            ("NVIDIA H100-2-20C", true),
+            ("NVIDIA A100-1-5CME", true),
+            ("NVIDIA A10-6Q", false),
+            ("NVIDIA RTX Pro 6000 Blackwell DC-96Q", false),
+            ("6Q", false),
+            ("", false),
+        ] {
+            assert_eq!(is_mig(name), expected, "{name}");
         }
     }
 }

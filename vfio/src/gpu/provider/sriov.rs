@@ -44,11 +44,12 @@ impl Provider for Sriov {
 
     fn survey(&self, gpu: &Function<'_>) -> Survey {
         let vfs = gpu.virtual_functions();
-        let partition = |(vf, number): (&Function<'_>, u32)| partition(gpu, vf, number);
+        let partition = |(number, vf): &(u16, Function<'_>)| partition(gpu, vf, *number);
+        let partitions: Vec<_> = vfs.iter().map(partition).collect();
         Survey {
             valid_counts: (self.counts)(gpu),
-            // Numbers of virtual functions begin with 1 here.
-            partitions: Some(vfs.iter().zip(1..).map(partition).collect()),
+            count: Some(partitions.len()),
+            partitions,
         }
     }
 }
@@ -69,7 +70,10 @@ fn gim_counts(gpu: &Function<'_>) -> Option<Vec<u32>> {
     Some(counts.into_iter().filter(|count| *count <= total).collect())
 }
 
-fn partition(gpu: &Function<'_>, vf: &Function<'_>, number: u32) -> Partition {
+fn partition(gpu: &Function<'_>, vf: &Function<'_>, number: u16) -> Partition {
+    // From 1 there.
+    let own = u32::from(number) + 1;
+    let share = gpu.decimal(&format!("sriov_admin/vf{own}/profile/vram_quota"));
     let driver = vf.driver();
     let is_moving = driver.as_deref().map(|driver| MOVING.contains(&driver));
     let reason = match (&driver, is_moving) {
@@ -79,7 +83,7 @@ fn partition(gpu: &Function<'_>, vf: &Function<'_>, number: u32) -> Partition {
     };
     Partition {
         // Only the kernel's 7.0 and later tell.
-        vram_bytes: gpu.decimal(&format!("sriov_admin/vf{number}/profile/vram_quota")),
+        vram_bytes: share.filter(|bytes| *bytes > 0),
         migratable: is_moving,
         reason,
         ..Partition::unknown(vf.address.to_string(), String::new())

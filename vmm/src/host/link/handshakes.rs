@@ -1,10 +1,11 @@
 //! Those who have connected, until they have said who they are or, without TLS, anything: side by side,
 //! for one who is silent holds nobody up.
 
+use std::collections::VecDeque;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
@@ -18,7 +19,7 @@ use super::poll;
 use super::socket::SocketChannel;
 use super::tls::{HANDSHAKE_MAX, HandshakeError, Server};
 
-/// Those under way at most; who connects meanwhile is turned away.
+/// Those under way at most; for one more the oldest goes.
 const MAX_UNDER_WAY: usize = 16;
 
 type Secured = Result<(Box<dyn Channel>, PeerInfo), LinkError>;
@@ -27,13 +28,20 @@ type Secured = Result<(Box<dyn Channel>, PeerInfo), LinkError>;
 pub(super) struct Handshakes {
     sender: Sender<Secured>,
     done: Mutex<Receiver<Secured>>,
-    under_way: Arc<AtomicUsize>,
+    under_way: Arc<Mutex<UnderWay>>,
+}
+
+/// Connections that have not said enough yet, the oldest first.
+#[derive(Debug, Default)]
+struct UnderWay {
+    sockets: VecDeque<(u64, Socket)>,
+    begun: u64,
 }
 
 impl std::fmt::Debug for Handshakes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut text = f.debug_struct("Handshakes");
-        text.field("under_way", &self.under_way)
+        text.field("under_way", &self.under_way.lock().sockets.len())
             .finish_non_exhaustive()
     }
 }
@@ -49,15 +57,6 @@ impl Default for Handshakes {
     }
 }
 
-/// One that is under way.
-struct UnderWay(Arc<AtomicUsize>);
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
 impl Handshakes {
     /// Begins with one on a thread of its own, which ends with it.
     ///
@@ -69,19 +68,20 @@ impl Handshakes {
         socket: Socket,
         peer: PeerInfo,
     ) -> io::Result<()> {
-        if self.under_way.fetch_add(1, Ordering::AcqRel) >= MAX_UNDER_WAY {
-            self.under_way.fetch_sub(1, Ordering::AcqRel);
-            log::debug!(peer:%; "too many others have not said who they are");
-            return Ok(());
-        }
-        let under_way = UnderWay(Arc::clone(&self.under_way));
+        let number = self.enter(&socket)?;
+        let under_way = Arc::clone(&self.under_way);
         let (tls, sender) = (tls.cloned(), self.sender.clone());
         let thread = std::thread::Builder::new().name("mig-hello".to_owned());
         let handshake = move || {
             let secured = hear(tls, socket, &peer).map(|channel| (channel, peer));
-            // The listener may be gone, and the connection with it.
-            let _ = sender.send(secured);
-            drop(under_way);
+            let mut under_way = under_way.lock();
+            let place = under_way.sockets.iter().position(|(own, _)| *own == number);
+            // Else it had to make room.
+            if let Some(place) = place {
+                under_way.sockets.remove(place);
+                // The listener may be gone, and the connection with it.
+                let _ = sender.send(secured);
+            }
         };
         thread.spawn(handshake).map(drop)
     }
@@ -92,7 +92,24 @@ impl Handshakes {
     }
 
     pub(super) fn are_under_way(&self) -> bool {
-        self.under_way.load(Ordering::Acquire) > 0
+        !self.under_way.lock().sockets.is_empty()
+    }
+
+    /// Notes one more, and makes room for it; its number.
+    fn enter(&self, socket: &Socket) -> io::Result<u64> {
+        let socket = socket.try_clone()?;
+        let mut under_way = self.under_way.lock();
+        if under_way.sockets.len() >= MAX_UNDER_WAY
+            && let Some((_, oldest)) = under_way.sockets.pop_front()
+        {
+            log::debug!("a connection made room that has not said who it is");
+            // Its thread ends, too.
+            let _ = oldest.shutdown(Shutdown::Both);
+        }
+        under_way.begun += 1;
+        let number = under_way.begun;
+        under_way.sockets.push_back((number, socket));
+        Ok(number)
     }
 }
 

@@ -238,10 +238,12 @@ impl Listener {
             return self.secure(socket, Instant::now() + HANDSHAKE_MAX);
         }
         loop {
+            // First: one that ends in between has sent what came of it.
+            let are_under_way = self.handshakes.are_under_way();
             if let Some(secured) = self.handshakes.next() {
                 return secured;
             }
-            let until = match self.handshakes.are_under_way() {
+            let until = match are_under_way {
                 true => deadline.min(Instant::now() + GLANCE),
                 false => deadline,
             };

@@ -553,7 +553,8 @@ fn strangers_who_are_silent_hold_nobody_up() {
         let at = url(&format!("{scheme}://127.0.0.1:0"));
         let listener = Listener::bind(&at, &security).unwrap();
         let port = listener.local_url().host_port().unwrap().port();
-        let mute: Vec<_> = (0..4)
+        // More than are waited for at a time.
+        let mute: Vec<_> = (0..40)
             .map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap())
             .collect();
         // Gone before anybody looks: with a reset.
