@@ -15,7 +15,7 @@ use super::encoder::Encoding;
 const SPAN_BYTES: u64 = 1 << 20;
 const SPAN_TIME: Duration = Duration::from_millis(4);
 
-/// The same for the first one of pages as they are: a slow connection takes as long for its memory, and
+/// The same for the first ones of pages as they are: a slow connection takes as long for its memory, and
 /// to a fast one it costs nothing.
 const FIRST_SPAN_TIME: Duration = Duration::from_millis(16);
 
@@ -253,10 +253,11 @@ impl Adaptive {
         if measured >= FAST_BYTES_PER_S {
             return;
         }
-        self.left = SLOW_INTERVAL;
-        if self.way == Way::Plain {
-            self.left = 1;
-        }
+        self.left = match self.way {
+            // At once: they fill the link already.
+            Way::Plain => 1,
+            Way::Balanced => SLOW_INTERVAL,
+        };
     }
 
     /// How long the way is kept that a trial, won or lost, has left.

@@ -38,6 +38,14 @@ struct UnderWay {
     begun: u64,
 }
 
+impl UnderWay {
+    /// Forgets one; whether it was still there.
+    fn leave(&mut self, number: u64) -> bool {
+        let place = self.sockets.iter().position(|(own, _)| *own == number);
+        place.is_some_and(|place| self.sockets.remove(place).is_some())
+    }
+}
+
 impl std::fmt::Debug for Handshakes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut text = f.debug_struct("Handshakes");
@@ -75,15 +83,16 @@ impl Handshakes {
         let handshake = move || {
             let secured = hear(tls, socket, &peer).map(|channel| (channel, peer));
             let mut under_way = under_way.lock();
-            let place = under_way.sockets.iter().position(|(own, _)| *own == number);
             // Else it had to make room.
-            if let Some(place) = place {
-                under_way.sockets.remove(place);
+            if under_way.leave(number) {
                 // The listener may be gone, and the connection with it.
                 let _ = sender.send(secured);
             }
         };
-        thread.spawn(handshake).map(drop)
+        let spawned = thread.spawn(handshake).map(drop);
+        spawned.inspect_err(|_| {
+            self.under_way.lock().leave(number);
+        })
     }
 
     /// One that has ended.
