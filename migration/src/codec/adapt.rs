@@ -10,14 +10,8 @@ use std::time::Duration;
 
 use super::encoder::Encoding;
 
-/// Memory and time after which a way is judged: where CPUs are shared a thread may stand still for some
-/// milliseconds, in which a fast connection carries many times this memory.
+/// Memory after which a way is judged.
 const SPAN_BYTES: u64 = 1 << 20;
-const SPAN_TIME: Duration = Duration::from_millis(4);
-
-/// The same for the first ones of pages as they are: a slow connection takes as long for its memory, and
-/// to a fast one it costs nothing.
-const FIRST_SPAN_TIME: Duration = Duration::from_millis(16);
 
 /// Memory at the beginning of which nothing is known yet: a slow connection, too, takes the first
 /// of it at once, into its buffers.
@@ -27,29 +21,30 @@ const EARLY_BYTES: u64 = 16 << 20;
 /// some microseconds of every page's time.
 const SLOW_BYTES_PER_S: f64 = 150e6;
 
-/// Memory per second of one connection below which it is slow.
+/// Memory per second of one connection above which it is worth finding out soon whether pages
+/// that go as they are go faster.
 const FAST_BYTES_PER_S: f64 = 200e6;
 
-/// Spans until the other way is tried: in a new round, where pages do not go fast in it, where plain
-/// ones are fast and compressed ones were not, where plain ones are slow and compressed ones were not,
-/// and most. A slow connection pays most for a trial, and gains by it only when CPUs are slower still.
+/// Spans until the other way is tried: at first, where pages do not go fast, and at least and most
+/// later on. A slow connection pays most for a trial, and gains by it only when CPUs are slower
+/// still.
 const FIRST_INTERVAL: u32 = 2;
-const SLOW_INTERVAL: u32 = 32;
-const FAST_PLAIN_INTERVAL: u32 = 256;
-const SLOW_PLAIN_INTERVAL: u32 = 1024;
+const SLOW_INTERVAL: u32 = 64;
+const MIN_INTERVAL: u32 = 256;
 const MAX_INTERVAL: u32 = 4096;
 
-/// The same at the beginning, and after a change: it may have been the hosts' other work that made one
-/// way look better, and the wrong one may be many times slower.
+/// The same after a change on a slow connection: it may have been the hosts' other work that made
+/// one way look better, and there the wrong one may be many times slower.
 const CONFIRM_INTERVAL: u32 = 16;
+
+/// Spans that a way is tried for.
+const TRIAL_SPANS: u32 = 2;
 
 /// How many times longer the next wait is after a failure.
 const BACK_OFF: u32 = 4;
 
-/// Spans after a change that still fill, or empty, what the connection holds; then those that a way is
-/// tried for. Compressed pages fill it less, and what holds them up, the CPU, is seen at once.
-const PLAIN_SPANS: u32 = 2;
-const BALANCED_SPANS: u32 = 1;
+/// Spans after a change that still fill, or empty, what the connection holds.
+const SETTLE_SPANS: u32 = 2;
 
 /// The other way must be better by this factor.
 const MARGIN: f64 = 1.05;
@@ -70,13 +65,6 @@ impl Way {
         match self {
             Self::Plain => Self::Balanced,
             Self::Balanced => Self::Plain,
-        }
-    }
-
-    fn spans(self) -> u32 {
-        match self {
-            Self::Plain => PLAIN_SPANS,
-            Self::Balanced => BALANCED_SPANS,
         }
     }
 }
@@ -117,10 +105,9 @@ pub struct Adaptive {
 }
 
 impl Default for Adaptive {
-    /// One that knows nothing yet. Pages go as they are for as long as it takes to see how fast.
     fn default() -> Self {
         Self {
-            way: Way::Plain,
+            way: Way::Balanced,
             was_full: false,
             seen_bytes: 0,
             trial_spans: 0,
@@ -128,9 +115,9 @@ impl Default for Adaptive {
             rates: [None; 2],
             span: EMPTY,
             is_delta_rich: false,
-            left: CONFIRM_INTERVAL,
-            interval: CONFIRM_INTERVAL / BACK_OFF,
-            settle: PLAIN_SPANS,
+            left: FIRST_INTERVAL,
+            interval: MIN_INTERVAL,
+            settle: SETTLE_SPANS,
         }
     }
 }
@@ -169,11 +156,8 @@ impl Adaptive {
     /// A new round: what it sends was sent before, and changes may do, whatever was best so far.
     pub fn begin_round(&mut self) {
         *self = Self {
-            way: Way::Balanced,
             was_full: self.was_full,
             seen_bytes: self.seen_bytes,
-            left: FIRST_INTERVAL,
-            settle: BALANCED_SPANS,
             ..Self::default()
         };
     }
@@ -187,11 +171,7 @@ impl Adaptive {
         self.span.bytes += batch.bytes;
         self.span.delta_bytes += batch.delta_bytes;
         self.span.elapsed += batch.elapsed;
-        let time = match (self.way, self.was_judged) {
-            (Way::Plain, false) => FIRST_SPAN_TIME,
-            _ => SPAN_TIME,
-        };
-        if self.span.bytes >= SPAN_BYTES && self.span.elapsed >= time {
+        if self.span.bytes >= SPAN_BYTES {
             let span = std::mem::replace(&mut self.span, EMPTY);
             self.judge(&span);
         }
@@ -217,8 +197,11 @@ impl Adaptive {
         let rate = self.rate(way);
         let mixed = rate.map_or(measured, |old| old + (measured - old) * WEIGHT);
         *rate = Some(mixed);
-        if !std::mem::replace(&mut self.was_judged, true) {
-            self.begin(measured);
+        if !self.was_judged {
+            self.was_judged = true;
+            if measured < FAST_BYTES_PER_S {
+                self.left = SLOW_INTERVAL;
+            }
         }
         if self.trial_spans > 0 {
             self.trial_spans -= 1;
@@ -226,12 +209,16 @@ impl Adaptive {
                 return;
             }
             let before = (*self.rate(way.other())).unwrap_or(0.0);
-            let has_won = mixed > before * MARGIN;
-            let plain = if way == Way::Plain { mixed } else { before };
-            if !has_won {
-                self.turn();
+            if mixed > before * MARGIN {
+                self.interval = match mixed < FAST_BYTES_PER_S {
+                    true => CONFIRM_INTERVAL,
+                    false => MIN_INTERVAL,
+                };
+            } else {
+                self.way = way.other();
+                self.settle = SETTLE_SPANS;
+                self.interval = (self.interval * BACK_OFF).min(MAX_INTERVAL);
             }
-            self.interval = self.next_interval(has_won, plain < FAST_BYTES_PER_S);
             self.left = self.interval;
             return;
         }
@@ -241,41 +228,12 @@ impl Adaptive {
         }
         self.left = self.left.saturating_sub(1);
         if self.left == 0 {
-            self.turn();
-            self.trial_spans = self.way.spans();
+            self.trial_spans = TRIAL_SPANS;
+            self.way = way.other();
+            self.settle = SETTLE_SPANS;
             // A rate from long ago says little.
             *self.rate(way.other()) = None;
         }
-    }
-
-    /// By the first measurement of a round.
-    fn begin(&mut self, measured: f64) {
-        if measured >= FAST_BYTES_PER_S {
-            return;
-        }
-        self.left = match self.way {
-            // At once: they fill the link already.
-            Way::Plain => 1,
-            Way::Balanced => SLOW_INTERVAL,
-        };
-    }
-
-    /// How long the way is kept that a trial, won or lost, has left.
-    fn next_interval(&self, has_won: bool, is_slow: bool) -> u32 {
-        let longer = self.interval * BACK_OFF;
-        match (self.way, is_slow) {
-            (Way::Balanced, true) => longer.clamp(SLOW_PLAIN_INTERVAL, MAX_INTERVAL),
-            // The wrong way for a link that is slow.
-            (Way::Plain, true) => longer.clamp(CONFIRM_INTERVAL, FAST_PLAIN_INTERVAL),
-            _ if has_won => CONFIRM_INTERVAL,
-            (Way::Plain, false) => longer.clamp(FAST_PLAIN_INTERVAL, MAX_INTERVAL),
-            (Way::Balanced, false) => longer.clamp(CONFIRM_INTERVAL, MAX_INTERVAL),
-        }
-    }
-
-    fn turn(&mut self) {
-        self.way = self.way.other();
-        self.settle = self.way.spans();
     }
 }
 
@@ -413,38 +371,6 @@ mod tests {
         assert!(plain_bytes < 64 << 20, "{plain_bytes} bytes");
     }
 
-    /// Its buffers make a slow connection look fast for a moment. Compressed pages are a third of
-    /// plain ones, and a CPU makes no more than 300 MB of them a second.
-    #[test]
-    fn what_is_slow_is_compressed_soon_and_what_is_fast_is_not() {
-        for (link, is_slow) in [
-            (60e6_f64, true),
-            (120e6, true),
-            (600e6, false),
-            (3e9, false),
-        ] {
-            let mut adaptive = Adaptive::default();
-            let mut plain_bytes = 0;
-            for batch in 0..1000 {
-                let rate = match adaptive.way {
-                    Way::Plain if batch < 2 => 3e9,
-                    Way::Plain => link,
-                    Way::Balanced => (link * 3.0).min(300e6),
-                };
-                plain_bytes += match noted(&mut adaptive, rate) {
-                    Encoding::Raw => 262_144,
-                    _ => 0,
-                };
-            }
-            let wrong_bytes = if is_slow {
-                plain_bytes
-            } else {
-                1000 * 262_144 - plain_bytes
-            };
-            assert!(wrong_bytes <= 8 << 20, "{link:e}: {wrong_bytes}");
-        }
-    }
-
     #[test]
     fn a_slow_link_keeps_versions_whatever_is_tried() {
         let (mut slow, mut fast) = (Adaptive::default(), Adaptive::default());
@@ -465,7 +391,6 @@ mod tests {
     #[test]
     fn changes_go_to_a_link_that_may_be_slow_also_when_it_has_room() {
         let mut adaptive = Adaptive::default();
-        adaptive.begin_round();
         assert_eq!(adaptive.choose(false, true), Encoding::Delta);
         for _ in 0..1000 {
             noted(&mut adaptive, 60e6);
@@ -483,7 +408,6 @@ mod tests {
     #[test]
     fn what_goes_as_changes_is_not_risked() {
         let mut adaptive = Adaptive::default();
-        adaptive.begin_round();
         for _ in 0..10_000 {
             assert_eq!(adaptive.choose(true, false), Encoding::Delta);
             assert!(adaptive.keeps(), "a moment of room loses no versions");

@@ -249,9 +249,7 @@ impl<'a> Stream<'a> {
     fn round(&mut self, plan: &RoundPlan) -> Result<(), SourceError> {
         let remember = plan.remember && self.shared.encoding != EncodingChoice::Raw;
         self.encoder.begin_round(plan.number, remember);
-        if plan.number > 1 {
-            self.adaptive.begin_round();
-        }
+        self.adaptive.begin_round();
         let regions = self.shared.pages.regions();
         for (region, chunk) in self.shared.share_of(self.index, &regions) {
             if let Some(dirty) = plan.dirty.get(region) {
