@@ -94,7 +94,7 @@ impl Watch {
     /// # Errors
     /// When both ran, or memory cannot be read.
     pub fn finish(self) -> anyhow::Result<Seen> {
-        self.over.store(true, Ordering::Relaxed);
+        self.over.store(true, Ordering::Release);
         match self.thread.join() {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -142,8 +142,11 @@ struct Watcher {
 impl Watcher {
     fn run(mut self, over: &AtomicBool, still: &AtomicBool) -> anyhow::Result<Seen> {
         let mut looked = Instant::now();
-        while !over.load(Ordering::Relaxed) {
-            self.look()?;
+        loop {
+            // Whoever stops to watch may have seen the destination's heart beat: a last look sees
+            // it, too, however late this thread is.
+            let is_last = over.load(Ordering::Acquire);
+            self.look(is_last)?;
             let now = Instant::now();
             if self.seen.first.is_none() {
                 let since_beat = now - self.seen.last.at;
@@ -153,21 +156,22 @@ impl Watcher {
                     false => Duration::ZERO,
                 };
             }
+            if is_last {
+                return Ok(self.seen);
+            }
             looked = now;
             std::thread::sleep(INTERVAL);
         }
-        Ok(self.seen)
     }
 
-    fn look(&mut self) -> anyhow::Result<()> {
+    fn look(&mut self, is_last: bool) -> anyhow::Result<()> {
+        if self.memory.is_none() && (is_last || self.searched.elapsed() > SEARCH) {
+            self.memory = GuestMemory::of(self.destination).ok();
+            self.searched = Instant::now();
+        }
         // First the destination: what the source has reached by now, it had not reached before.
-        let there = match &self.memory {
-            Some(memory) => Some(memory.heartbeat()?),
-            None => {
-                self.search();
-                None
-            }
-        };
+        let there = self.memory.as_ref().map(GuestMemory::heartbeat);
+        let there = there.transpose()?;
         let here = self.source.heartbeat()?;
         let now = Instant::now();
         let last = self.seen.last.record;
@@ -189,12 +193,5 @@ impl Watcher {
             });
         }
         Ok(())
-    }
-
-    fn search(&mut self) {
-        if self.searched.elapsed() > SEARCH {
-            self.memory = GuestMemory::of(self.destination).ok();
-            self.searched = Instant::now();
-        }
     }
 }
