@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use migration::ports::{Channel, Dial};
 
 use super::report::MigrationRequest;
-use crate::host::link::{LinkError, LinkUrl, Security, connect_unless};
+use crate::host::link::{LinkError, LinkUrl, Security, connect_one};
 
 /// How long a destination may take to be reached.
 pub(super) const CONNECT_TIME: Duration = Duration::from_secs(10);
@@ -77,21 +77,11 @@ impl Dialer {
             _ => WAY_TIME,
         };
         let way = &mut self.ways[number];
-        let dialed = open(&way.url, &self.security, time, given_up);
+        let deadline = Instant::now() + time;
+        let dialed = connect_one(&way.url, &self.security, deadline, given_up);
         way.failed = dialed.is_err().then(Instant::now);
         dialed
     }
-}
-
-fn open(
-    url: &LinkUrl,
-    security: &Security,
-    time: Duration,
-    given_up: &dyn Fn() -> bool,
-) -> Result<Box<dyn Channel>, LinkError> {
-    let urls = std::slice::from_ref(url);
-    let connected = connect_unless(urls, security, Instant::now() + time, given_up);
-    connected.map(|connected| connected.channel)
 }
 
 /// Where a destination that was reached at `taken` listens for data, as it says itself. A peer may
@@ -117,7 +107,8 @@ impl Dial for Dialer {
     ) -> io::Result<Box<dyn Channel>> {
         if let Some(url) = url {
             let url = beside(&self.ways[0].url, url)?;
-            let opened = open(&url, &self.security, CONNECT_TIME, given_up);
+            let deadline = Instant::now() + CONNECT_TIME;
+            let opened = connect_one(&url, &self.security, deadline, given_up);
             return opened.map_err(io::Error::other);
         }
         let mut failures = Vec::new();

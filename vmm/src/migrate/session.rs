@@ -16,7 +16,7 @@ use super::dialer::{CONNECT_TIME, Dialer};
 use super::report::{MigrationReport, MigrationRequest};
 use super::{RamPages, UnionTracker};
 use crate::control::errors::chain;
-use crate::host::link::connect_unless;
+use crate::host::link::connect;
 use crate::kvm::DirtyLog;
 use crate::machine::{MachineLink, MigrationMachineError};
 
@@ -78,7 +78,7 @@ impl Session {
         }
         let deadline = began + CONNECT_TIME;
         let cancelled = || handle.is_cancelled();
-        let connected = connect_unless(&request.urls, &request.security, deadline, &cancelled);
+        let connected = connect(&request.urls, &request.security, deadline, &cancelled);
         let connected = match connected {
             Ok(connected) => connected,
             Err(error) => {

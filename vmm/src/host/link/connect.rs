@@ -50,21 +50,12 @@ impl std::fmt::Debug for Connected {
 /// next. The others are given up at once. Where a candidate answers and then proves unfit (a
 /// certificate that is not trusted), it counts as one that failed.
 ///
-/// # Errors
-/// [`LinkError`]; with several candidates [`LinkError::Unreachable`] has each one's reason.
-pub fn connect(
-    urls: &[LinkUrl],
-    security: &Security,
-    deadline: Instant,
-) -> Result<Connected, LinkError> {
-    connect_unless(urls, security, deadline, &|| false)
-}
-
-/// As [`connect`], given up soon after `cancelled` says so.
+/// It is given up soon after `cancelled` says so.
 ///
 /// # Errors
-/// As [`connect`]; those that were given up have not answered.
-pub fn connect_unless(
+/// [`LinkError`]; with several candidates [`LinkError::Unreachable`] has each one's reason. Those that
+/// were given up have not answered.
+pub fn connect(
     urls: &[LinkUrl],
     security: &Security,
     deadline: Instant,
@@ -90,7 +81,7 @@ pub fn connect_unless(
     }
 }
 
-/// Connects to `url`.
+/// Connects to `url`, unless it is given up.
 ///
 /// # Errors
 /// [`LinkError`].
@@ -98,9 +89,10 @@ pub fn connect_one(
     url: &LinkUrl,
     security: &Security,
     deadline: Instant,
+    cancelled: &dyn Fn() -> bool,
 ) -> Result<Box<dyn Channel>, LinkError> {
     let urls = std::slice::from_ref(url);
-    connect(urls, security, deadline).map(|connected| connected.channel)
+    connect(urls, security, deadline, cancelled).map(|connected| connected.channel)
 }
 
 /// What became of each candidate.

@@ -81,7 +81,7 @@ impl Handshakes {
         let (tls, sender) = (tls.cloned(), self.sender.clone());
         let thread = std::thread::Builder::new().name("mig-hello".to_owned());
         let handshake = move || {
-            let secured = hear(tls, socket, &peer).map(|channel| (channel, peer));
+            let secured = hear(tls.as_ref(), socket, &peer).map(|channel| (channel, peer));
             let mut under_way = under_way.lock();
             // Else it had to make room.
             if under_way.leave(number) {
@@ -124,24 +124,37 @@ impl Handshakes {
 
 /// Waits for the first words. It is those who connect that speak first.
 fn hear(
-    tls: Option<Server>,
+    tls: Option<&Server>,
     socket: Socket,
     peer: &PeerInfo,
 ) -> Result<Box<dyn Channel>, LinkError> {
     let deadline = Instant::now() + HANDSHAKE_MAX;
-    if let Some(tls) = tls {
-        let accepted = tls.accept(socket, deadline);
-        let channel = accepted.map_err(|error| LinkError::handshake(peer, error))?;
-        return Ok(Box::new(channel));
+    if tls.is_none() {
+        let heard = poll::wait_readable(socket.as_fd(), deadline);
+        heard.map_err(|source| match source.kind() {
+            io::ErrorKind::TimedOut => LinkError::Silent {
+                peer: peer.to_string(),
+                waited: HANDSHAKE_MAX,
+            },
+            _ => LinkError::handshake(peer, HandshakeError::Io(source)),
+        })?;
     }
-    let heard = poll::wait_readable(socket.as_fd(), deadline);
-    let channel = heard.and_then(|()| SocketChannel::new(socket));
-    let channel = channel.map_err(|source| match source.kind() {
-        io::ErrorKind::TimedOut => LinkError::Silent {
-            peer: peer.to_string(),
-            waited: HANDSHAKE_MAX,
-        },
-        _ => LinkError::handshake(peer, HandshakeError::Io(source)),
-    })?;
-    Ok(Box::new(channel))
+    secure(tls, socket, peer, deadline)
+}
+
+/// A connection whose other end is `peer`; with TLS once it has said who it is.
+pub(super) fn secure(
+    tls: Option<&Server>,
+    socket: Socket,
+    peer: &PeerInfo,
+    deadline: Instant,
+) -> Result<Box<dyn Channel>, LinkError> {
+    let failed = |error| LinkError::handshake(peer, error);
+    Ok(match tls {
+        Some(tls) => Box::new(tls.accept(socket, deadline).map_err(failed)?),
+        None => {
+            let channel = SocketChannel::new(socket).map_err(HandshakeError::Io);
+            Box::new(channel.map_err(failed)?)
+        }
+    })
 }

@@ -14,12 +14,11 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::connect::resolve;
 use super::error::LinkError;
-use super::handshakes::Handshakes;
+use super::handshakes::{Handshakes, secure};
 use super::inherited::{self, Inherited};
 use super::owner::owner;
 use super::poll;
 use super::security::Security;
-use super::socket::SocketChannel;
 use super::tls::{HANDSHAKE_MAX, Server};
 use super::url::{HostPort, LinkUrl, is_loopback};
 use crate::host::socket_file::{ListenError, SocketFile, effective_uid};
@@ -296,18 +295,7 @@ impl Listener {
         deadline: Instant,
     ) -> Result<(Box<dyn Channel>, PeerInfo), LinkError> {
         let peer = self.peer(&socket)?;
-        let channel: Box<dyn Channel> = match &self.tls {
-            Some(tls) => {
-                let accepted = tls.accept(socket, deadline);
-                Box::new(accepted.map_err(|error| LinkError::handshake(&peer, error))?)
-            }
-            None => {
-                let channel = SocketChannel::new(socket);
-                let gone =
-                    |error| LinkError::handshake(&peer, super::tls::HandshakeError::Io(error));
-                Box::new(channel.map_err(gone)?)
-            }
-        };
+        let channel = secure(self.tls.as_ref(), socket, &peer, deadline)?;
         Ok((channel, peer))
     }
 

@@ -33,7 +33,7 @@ mod tests;
 mod tls;
 mod url;
 
-pub use connect::{Connected, connect, connect_one, connect_unless};
+pub use connect::{Connected, connect, connect_one};
 pub use error::LinkError;
 pub use listen::{Listener, PeerInfo};
 pub use security::{Security, TlsFiles};

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{exchange, pair, pattern, scratch, soon, url};
-use crate::host::link::{Connected, LinkError, LinkUrl, Listener, Security, connect, connect_one};
+use super::{connect, connect_one, exchange, pair, pattern, scratch, soon, url};
+use crate::host::link::{Connected, LinkError, LinkUrl, Listener, Security};
 use crate::host::testing::Blackhole;
 
 #[test]

@@ -14,8 +14,8 @@ use rcgen::{
     date_time_ymd,
 };
 
-use super::{exchange, pattern, scratch, soon, url};
-use crate::host::link::{LinkError, Listener, PeerInfo, Security, TlsFiles, connect, connect_one};
+use super::{connect, connect_one, exchange, pattern, scratch, soon, url};
+use crate::host::link::{LinkError, Listener, PeerInfo, Security, TlsFiles};
 
 /// An authority, and a folder for what it signs.
 struct Authority {
