@@ -323,6 +323,8 @@ pub struct FakeDial {
     listener: Sender<FakeChannel>,
     /// How long opening one takes.
     pub pause: Duration,
+    /// Called with its number when one begins to open.
+    pub on_dial: Option<Arc<dyn Fn(u16) + Send + Sync>>,
     /// The addresses that were asked for.
     pub urls: Vec<Option<String>>,
     /// Break off what was opened.
@@ -344,6 +346,7 @@ pub fn network(url: Option<&str>, wiring: Wiring) -> (FakeDial, FakeAccept) {
         opened: 0,
         listener,
         pause: Duration::ZERO,
+        on_dial: None,
         urls: Vec::new(),
         breakers: Arc::default(),
     };
@@ -365,6 +368,9 @@ impl Dial for FakeDial {
         url: Option<&str>,
         given_up: &dyn Fn() -> bool,
     ) -> io::Result<Box<dyn Channel>> {
+        if let Some(hook) = &self.on_dial {
+            hook(self.opened);
+        }
         let begin = Instant::now();
         while begin.elapsed() < self.pause {
             if given_up() {

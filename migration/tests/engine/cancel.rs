@@ -1,8 +1,7 @@
 //! Somebody changes their mind, at any moment.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use migration::PageIndex;
@@ -120,31 +119,38 @@ fn a_cancel_does_not_wait_for_a_full_connection() {
     assert!(end.took < Duration::from_secs(2), "{:?}", end.took);
 }
 
+/// A migration that is cancelled when this connection begins to open, which would take longer than
+/// anybody's patience.
+fn cancelled_at_dial(connection: u16, mut wiring: Wiring) {
+    let mut world = World::small(true);
+    let (handle, begun) = (Arc::clone(&world.handle), Arc::new(Mutex::new(None)));
+    let noted = Arc::clone(&begun);
+    wiring.on_dial = Some(Arc::new(move |number| {
+        if number == connection {
+            *noted.lock().expect("no panic") = Some(Instant::now());
+            handle.cancel();
+        }
+    }));
+    let end = world.migrate(&wiring);
+    let begun = begun.lock().expect("no panic").expect("it was dialled");
+    let (took, error) = (begun.elapsed(), &end.report.error);
+    world.check(&end, "cancelled while it connects");
+    assert!(matches!(error, Some(SourceError::Cancelled)), "{error:?}");
+    assert!(took < wiring.pause / 2, "{took:?}");
+}
+
 #[test]
 fn a_cancel_does_not_wait_for_a_connection_that_is_being_made() {
-    let mut world = World::small(true);
     let mut wiring = Wiring::clean();
     wiring.pause = PATIENCE;
-    let handle = Arc::clone(&world.handle);
-    let end = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            std::thread::sleep(Duration::from_millis(50));
-            handle.cancel();
-        });
-        world.migrate(&wiring)
-    });
-    world.check(&end, "cancelled while it connects");
-    assert!(matches!(end.report.error, Some(SourceError::Cancelled)));
-    assert!(end.took < PATIENCE / 2, "{:?}", end.took);
+    cancelled_at_dial(0, wiring);
 }
 
 /// The same for one that is opened again.
 #[test]
 fn a_cancel_does_not_wait_for_a_connection_that_takes_the_place_of_another() {
-    let mut world = World::small(true);
     let mut wiring = Wiring::clean();
     wiring.pause = Duration::from_secs(1);
-    let (came, fault) = channel();
     // More than one write takes of the only round's pages, which come after Attach.
     wiring.data[0].0.capacity = 20_000;
     wiring.data[0].0.fault = Some(Fault {
@@ -152,24 +158,7 @@ fn a_cancel_does_not_wait_for_a_connection_that_takes_the_place_of_another() {
         offset: 0,
         kind: FaultKind::Cut,
     });
-    wiring.data[0].0.on_fault = Some(Arc::new(move || {
-        came.send(Instant::now()).expect("somebody listens");
-    }));
-    let handle = Arc::clone(&world.handle);
-    let (end, cut_at) = std::thread::scope(|scope| {
-        let canceller = scope.spawn(move || {
-            let cut_at = fault.recv().expect("it comes");
-            std::thread::sleep(Duration::from_millis(50));
-            handle.cancel();
-            cut_at
-        });
-        (world.migrate(&wiring), canceller.join().expect("no panic"))
-    });
-    let took = cut_at.elapsed();
-    world.check(&end, "cancelled while it connects again");
-    let error = &end.report.error;
-    assert!(matches!(error, Some(SourceError::Cancelled)), "{error:?}");
-    assert!(took < wiring.pause, "{took:?}");
+    cancelled_at_dial(2, wiring);
 }
 
 #[test]

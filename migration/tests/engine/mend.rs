@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::PageIndex;
 use migration::destination::{DestinationError, DestinationOptions, receive};
@@ -11,7 +11,7 @@ use migration::handoff::{Cause, Outcome};
 use migration::ports::{Channel, Dial};
 use migration::source::{EncodingChoice, OnTimeout};
 use migration::testing::{FakeChannel, Fault, FaultKind, Wire, network, pair};
-use migration::wire::message::{Attach, Hello, MAGIC, Offer, Reasons};
+use migration::wire::message::{Attach, Hello, MAGIC, Offer, Reasons, Round};
 use migration::wire::{FrameReader, Message, Versions};
 
 use crate::good::{beside_a_guest, write_at_every_harvest};
@@ -247,23 +247,55 @@ fn offer_small(control: &mut FakeChannel) {
     assert!(matches!(accepted, Ok(Message::Accept)), "{accepted:?}");
 }
 
+/// The destination of [`World::small`], for [`offer_small`].
+fn options() -> DestinationOptions {
+    DestinationOptions {
+        versions: Versions::OURS,
+        token: b"a token".to_vec(),
+        patience: PATIENCE,
+        max_streams: 1,
+        linger: PATIENCE,
+    }
+}
+
+/// It takes all its connections for open, and one of them never comes.
+#[test]
+fn a_source_that_gives_up_while_connections_are_awaited_is_heard() {
+    let mut world = World::small(true);
+    let (mut control, theirs) = pair(Wire::default(), Wire::default());
+    let (_dial, mut accept) = network(None, Box::new(|_| Default::default()));
+    let host = &mut world.host;
+    std::thread::scope(|scope| {
+        let received = scope.spawn(move || {
+            let cancelled = AtomicBool::new(false);
+            receive(Box::new(theirs), &mut accept, host, &options(), &cancelled)
+        });
+        offer_small(&mut control);
+        let begin = Instant::now();
+        for message in [
+            Message::Round(Round {
+                number: 1,
+                pages: 90,
+            }),
+            Message::Abort(Reasons::one(Cause::Cancelled, "enough")),
+        ] {
+            message.send(&mut control).expect("it is read");
+        }
+        let received = received.join().expect("no panic");
+        assert!(matches!(received, Err(DestinationError::Peer(_))));
+        assert!(begin.elapsed() < PATIENCE / 2, "{:?}", begin.elapsed());
+    });
+}
+
 /// A source that opens its only connection again and again.
 #[test]
 fn a_connection_is_not_replaced_without_end() {
     let mut world = World::small(true);
     let (mut control, theirs) = pair(Wire::default(), Wire::default());
     let (mut dial, mut accept) = network(None, Box::new(|_| Default::default()));
-    let token = b"a token".to_vec();
-    let options = DestinationOptions {
-        versions: Versions::OURS,
-        token: token.clone(),
-        patience: PATIENCE,
-        max_streams: 1,
-        linger: PATIENCE,
-    };
     let mut open = || {
         let mut channel = dial.dial(None, &|| false).expect("somebody listens");
-        let token = token.clone();
+        let token = options().token;
         let attach = Message::Attach(Attach { token, index: 0 });
         attach.send(&mut channel).expect("it is read");
         channel
@@ -276,7 +308,7 @@ fn a_connection_is_not_replaced_without_end() {
     std::thread::scope(|scope| {
         let received = scope.spawn(move || {
             let cancelled = AtomicBool::new(false);
-            receive(Box::new(theirs), &mut accept, host, &options, &cancelled)
+            receive(Box::new(theirs), &mut accept, host, &options(), &cancelled)
         });
         offer_small(&mut control);
         let mut current = open();

@@ -27,6 +27,8 @@ pub(crate) struct Wiring {
     pub(crate) data: Vec<(Wire, Wire)>,
     /// How long it takes to open a data connection.
     pub(crate) pause: Duration,
+    /// Called with a data connection's number when it begins to open.
+    pub(crate) on_dial: Option<Arc<dyn Fn(u16) + Send + Sync>>,
     /// Breaks everything off when something is told to.
     pub(crate) breakers: Arc<Mutex<Vec<Arc<dyn Breaker>>>>,
 }
@@ -37,6 +39,7 @@ impl Wiring {
             control: Default::default(),
             data: vec![Default::default(); 4],
             pause: Duration::ZERO,
+            on_dial: None,
             breakers: Arc::default(),
         }
     }
@@ -167,6 +170,7 @@ impl World {
             .expect("no panic")
             .push(ours.breaker());
         dial.pause = wiring.pause;
+        dial.on_dial = wiring.on_dial.clone();
         *self.entrance.lock().expect("no panic") = Some(dial.entrance());
         dial.breakers = Arc::clone(&wiring.breakers);
         let options = DestinationOptions {
