@@ -19,7 +19,7 @@ pub struct Mismatch {
 /// A value of a property, and who has it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Found {
-    /// The value; `None` where it is not known, which is equal to nothing else.
+    /// The value; `None` where it is not known.
     pub value: Option<String>,
     /// By host, the GPUs; none where it is said of the host.
     pub places: BTreeMap<String, Vec<Bdf>>,
@@ -40,75 +40,87 @@ const PROPERTIES: [Property; 7] = [
     ("partition type", types),
 ];
 
-/// Values of one host's GPUs.
-type Values = Vec<(Option<String>, Option<Bdf>)>;
+/// The GPUs of a host that count, by the host's name.
+type Host<'g> = (&'g str, Vec<&'g Gpu>);
+
+/// A value, and the GPU that has it unless it is the host's.
+type Value = (Option<String>, Option<Bdf>);
 
 /// Everything in which `hosts`, by name, differ in their GPUs that can be partitioned. A host may have
 /// several kinds, if the others have them, too.
 #[must_use]
 pub fn compare(hosts: &[(String, Vec<Gpu>)]) -> Vec<Mismatch> {
-    let counts =
-        |gpus: &mut dyn Iterator<Item = &Gpu>| vec![(Some(gpus.count().to_string()), None)];
-    let counts = mismatch("number of GPUs", hosts, &counts);
-    let of_gpus = PROPERTIES.into_iter().filter_map(|(property, read)| {
-        let values = |gpus: &mut dyn Iterator<Item = &Gpu>| {
-            gpus.map(|gpu| (read(gpu), Some(gpu.address))).collect()
-        };
-        mismatch(property, hosts, &values)
+    let hosts: Vec<Host<'_>> = hosts
+        .iter()
+        .map(|(name, gpus)| {
+            let gpus = gpus.iter().filter(|gpu| gpu.is_partitionable());
+            (name.as_str(), gpus.collect())
+        })
+        .collect();
+    let of_gpus = |property, read: &dyn Fn(&Gpu) -> Option<String>| {
+        mismatch(property, &hosts, &|gpus| {
+            gpus.iter()
+                .map(|gpu| (read(gpu), Some(gpu.address)))
+                .collect()
+        })
+    };
+    let counts = mismatch("number of GPUs", &hosts, &|gpus| {
+        vec![(Some(gpus.len().to_string()), None)]
     });
-    let mismatches: Vec<_> = counts.into_iter().chain(of_gpus).collect();
+    let each = PROPERTIES
+        .into_iter()
+        .filter_map(|(property, read)| of_gpus(property, &read));
+    let mismatches: Vec<_> = counts.into_iter().chain(each).collect();
     match mismatches.is_empty() {
         // Each for itself they are the same.
-        true => mismatch("combination", hosts, &combinations)
-            .into_iter()
-            .collect(),
+        true => of_gpus("combination", &combination).into_iter().collect(),
         false => mismatches,
     }
 }
 
-fn combinations(gpus: &mut dyn Iterator<Item = &Gpu>) -> Values {
-    let all = |gpu: &Gpu| {
-        let values = PROPERTIES.iter().map(|(_, read)| read(gpu));
-        let values = values.map(|value| value.unwrap_or_else(|| "not known".to_owned()));
-        values.collect::<Vec<_>>().join("; ")
-    };
-    gpus.map(|gpu| (Some(all(gpu)), Some(gpu.address)))
-        .collect()
+fn combination(gpu: &Gpu) -> Option<String> {
+    let values = PROPERTIES.iter().map(|(_, read)| read(gpu));
+    let values = values.map(|value| value.unwrap_or_else(|| "not known".to_owned()));
+    Some(values.collect::<Vec<_>>().join("; "))
 }
 
 /// The values of all hosts, unless each has the same. How many GPUs have one counts where all hosts have
 /// as many GPUs.
 fn mismatch(
     property: &'static str,
-    hosts: &[(String, Vec<Gpu>)],
-    values: &dyn Fn(&mut dyn Iterator<Item = &Gpu>) -> Values,
+    hosts: &[Host<'_>],
+    values: &dyn Fn(&[&Gpu]) -> Vec<Value>,
 ) -> Option<Mismatch> {
-    let of_host = |gpus: &Vec<Gpu>| values(&mut gpus.iter().filter(|gpu| gpu.is_partitionable()));
-    let found: Vec<(&String, Values)> = hosts
+    let found: Vec<(&str, Vec<Value>)> = hosts
         .iter()
-        .map(|(host, gpus)| (host, of_host(gpus)))
+        .map(|(host, gpus)| (*host, values(gpus)))
         .collect();
-    let mut sets: Vec<Vec<&Option<String>>> = found
-        .iter()
-        .map(|(_, values)| values.iter().map(|(value, _)| value).collect())
-        .collect();
-    let is_even = sets.windows(2).all(|pair| pair[0].len() == pair[1].len());
-    for set in &mut sets {
+    let is_even = found
+        .windows(2)
+        .all(|pair| pair[0].1.len() == pair[1].1.len());
+    let set = |(_, values): &'_ (&str, Vec<Value>)| {
+        let mut set: Vec<_> = values.iter().map(|(value, _)| value.clone()).collect();
         set.sort_unstable();
         if !is_even {
             set.dedup();
         }
-    }
+        set
+    };
     // One without any is told of by their number.
-    sets.retain(|set| !set.is_empty());
-    if sets.windows(2).all(|pair| pair[0] == pair[1]) {
+    let mut sets: Vec<_> = found
+        .iter()
+        .map(set)
+        .filter(|set| !set.is_empty())
+        .collect();
+    sets.dedup();
+    if sets.len() < 2 {
         return None;
     }
     let mut grouped: BTreeMap<Option<String>, BTreeMap<String, Vec<Bdf>>> = BTreeMap::new();
     for (host, values) in found {
         for (value, gpu) in values {
             let places = grouped.entry(value).or_default();
-            places.entry(host.clone()).or_default().extend(gpu);
+            places.entry(host.to_owned()).or_default().extend(gpu);
         }
     }
     let found = |(value, places)| Found { value, places };
@@ -131,7 +143,7 @@ fn bytes(bytes: u64) -> String {
     format!("{} MiB", bytes >> 20)
 }
 
-/// One that has no version is the kernel's, and has that of the kernel.
+/// One that has no version is the kernel's own; kernels are not compared.
 fn driver(gpu: &Gpu) -> String {
     let name = gpu.driver.as_deref().unwrap_or("none");
     match &gpu.driver_version {

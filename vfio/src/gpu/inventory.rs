@@ -95,8 +95,8 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// One of which nothing is known; `reason` says why that goes for whether a VM moves with it.
-    pub(super) fn unknown(address: String, reason: String) -> Self {
+    /// One of which nothing else is known.
+    pub(super) fn unknown(address: String, reason: Option<String>) -> Self {
         Self {
             address,
             kind: None,
@@ -104,7 +104,7 @@ impl Partition {
             state: None,
             owner: None,
             migratable: None,
-            reason: Some(reason),
+            reason,
         }
     }
 }

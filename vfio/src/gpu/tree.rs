@@ -81,9 +81,14 @@ impl SysfsTree {
         text(&self.root.join("module").join(name).join("version"))
     }
 
-    /// Whether an IOMMU is at work.
+    /// Whether an IOMMU is at work. VFIO makes groups of another kind when it is told to do without.
     pub(super) fn has_iommu(&self) -> bool {
-        names(&self.root.join("kernel/iommu_groups")).is_ok_and(|groups| !groups.is_empty())
+        let folder = self.root.join("kernel/iommu_groups");
+        let is_real = |group: &String| {
+            let name = text(&folder.join(group).join("name"));
+            name.as_deref() != Some("vfio-noiommu")
+        };
+        names(&folder).is_ok_and(|groups| groups.iter().any(is_real))
     }
 
     /// The functions of an IOMMU group, by address.
@@ -213,8 +218,10 @@ fn printable(text: &str) -> String {
     kept.trim().to_owned()
 }
 
+/// The names in a folder that can be shown.
 fn names(folder: &Path) -> io::Result<Vec<String>> {
     let entries = fs::read_dir(folder)?.take(ENTRIES_MAX);
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let names = names.filter(|name| !name.contains(char::is_control));
     Ok(names.collect())
 }

@@ -219,6 +219,14 @@ fn what_stands_in_the_way_is_named() {
     let gpu = host.gpu();
     assert_eq!(gpu.status, Status::NotAssignable);
     assert!(gpu.reason.contains("no IOMMU at work"), "{}", gpu.reason);
+
+    // VFIO was told to do without.
+    let host = Host::new();
+    host.function(GPU, (NVIDIA, 0x2236), CLASS_3D).group(0);
+    host.write("kernel/iommu_groups/0/name", "vfio-noiommu\n");
+    let gpu = host.gpu();
+    assert_eq!(gpu.status, Status::NotAssignable);
+    assert!(gpu.reason.contains("no IOMMU at work"), "{}", gpu.reason);
 }
 
 #[test]

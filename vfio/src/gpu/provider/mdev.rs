@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{PARTITIONS_MAX, Provider, Survey};
+use super::{NOT_OPENED, PARTITIONS_MAX, Provider, Survey};
 use crate::gpu::inventory::Partition;
 use crate::gpu::tree::Function;
 
@@ -79,7 +79,7 @@ impl MdevType {
         let devices = devices.map(|uuid| Partition {
             kind: Some(name.clone().unwrap_or_else(|| id.to_owned())),
             vram_bytes: framebuffer(&description),
-            ..Partition::unknown(uuid, "its driver tells once it is opened".to_owned())
+            ..Partition::unknown(uuid, Some(NOT_OPENED.to_owned()))
         });
         let available = of("available_instances").and_then(|count| count.parse().ok());
         Self {

@@ -24,6 +24,9 @@ pub(super) const INTEL: u16 = 0x8086;
 /// More partitions than any GPU has: a larger number is none that a device has told.
 const PARTITIONS_MAX: u32 = 256;
 
+/// Why nobody knows whether a VM moves with a partition.
+const NOT_OPENED: &str = "its driver tells once it is opened";
+
 /// What a provider knows of a GPU.
 #[derive(Debug, Default)]
 pub(super) struct Survey {
@@ -81,7 +84,8 @@ fn sriov_obstacle(gpu: &Function<'_>) -> Option<String> {
     }
     Some(match gpu.text(SRIOV_TOTAL).as_deref() {
         None | Some("0") => {
-            "its driver could partition it, but SR-IOV is off: switch it on in the firmware"
+            "its driver could partition it, but SR-IOV is off, in the firmware or by \
+            the driver's option"
                 .to_owned()
         }
         Some(text) => {

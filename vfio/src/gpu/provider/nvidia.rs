@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::models::{GIB, partition_sizes, vram};
-use super::{Provider, SRIOV_TOTAL, Survey, sriov_obstacle, total_vfs};
+use super::{NOT_OPENED, Provider, SRIOV_TOTAL, Survey, sriov_obstacle, total_vfs};
 use crate::gpu::inventory::Partition;
 use crate::gpu::tree::Function;
 
@@ -59,7 +59,7 @@ impl Provider for VendorVfio {
 fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
     let address = vf.address.to_string();
     let Some(id) = vf.decimal::<u32>(CURRENT) else {
-        let reason = format!("{CURRENT} cannot be read");
+        let reason = Some(format!("{CURRENT} cannot be read"));
         return Some(Partition::unknown(address, reason));
     };
     if id == 0 {
@@ -70,7 +70,7 @@ fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
     Some(Partition {
         vram_bytes: framebuffer(&name),
         kind: Some(name),
-        ..Partition::unknown(address, "its driver tells once it is opened".to_owned())
+        ..Partition::unknown(address, Some(NOT_OPENED.to_owned()))
     })
 }
 
@@ -146,6 +146,7 @@ mod tests {
             assert_eq!(framebuffer(name), expected, "{name}");
         }
     }
+
     #[test]
     fn types_of_a_part_of_the_gpu_are_told_from_the_others() {
         for (name, expected) in [

@@ -30,8 +30,8 @@ pub(super) static GIM: Sriov = Sriov {
     counts: gim_counts,
 };
 
-/// Drivers of virtual functions that can move, on a kernel that has them: drivers/vfio/pci.
-const MOVING: [&str; 1] = ["xe-vfio-pci"];
+/// The driver of virtual functions that can move (drivers/vfio/pci/xe).
+const MOVING: &str = "xe-vfio-pci";
 
 impl Provider for Sriov {
     fn name(&self) -> &'static str {
@@ -74,18 +74,15 @@ fn partition(gpu: &Function<'_>, vf: &Function<'_>, number: u16) -> Partition {
     // From 1 there.
     let own = u32::from(number) + 1;
     let share = gpu.decimal(&format!("sriov_admin/vf{own}/profile/vram_quota"));
-    let driver = vf.driver();
-    let is_moving = driver.as_deref().map(|driver| MOVING.contains(&driver));
-    let reason = match (&driver, is_moving) {
-        (_, Some(true)) => None,
-        (Some(driver), _) => Some(format!("{driver} cannot move it")),
-        (None, _) => Some("it is bound to no driver".to_owned()),
+    let (migratable, reason) = match vf.driver() {
+        Some(driver) if driver == MOVING => (Some(true), None),
+        Some(driver) => (Some(false), Some(format!("{driver} cannot move it"))),
+        None => (None, Some("it is bound to no driver".to_owned())),
     };
     Partition {
         // Only the kernel's 7.0 and later tell.
         vram_bytes: share.filter(|bytes| *bytes > 0),
-        migratable: is_moving,
-        reason,
-        ..Partition::unknown(vf.address.to_string(), String::new())
+        migratable,
+        ..Partition::unknown(vf.address.to_string(), reason)
     }
 }
