@@ -7,7 +7,8 @@ use std::io;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::dma::{DmaAccess, DmaRange};
+use crate::dma::DmaSpace;
+use crate::kernel::RegionMapping;
 
 /// A backend refused or broke.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,9 @@ pub enum BackendError {
         #[source]
         source: io::Error,
     },
+    /// The server of the device broke the protocol, or is gone.
+    #[error("{0}")]
+    Server(String),
     /// The device does not have it.
     #[error("the device has no {0}")]
     Absent(&'static str),
@@ -86,8 +90,8 @@ pub struct Irq {
     pub automasked: bool,
 }
 
-/// One assigned function.
-pub trait VfioBackend: Send {
+/// One assigned function. Methods may be called by several threads at once.
+pub trait VfioBackend: Send + Sync {
     /// A region's size and abilities.
     ///
     /// # Errors
@@ -106,38 +110,48 @@ pub trait VfioBackend: Send {
     /// [`BackendError::OutsideRegion`] before the device is asked.
     fn write(&self, index: RegionIndex, offset: u64, data: &[u8]) -> Result<(), BackendError>;
 
+    /// Maps `len` bytes at `offset`, whole pages within one of [`Region::mappable`], into this
+    /// process.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn map_region(
+        &self,
+        index: RegionIndex,
+        offset: u64,
+        len: u64,
+    ) -> Result<RegionMapping, BackendError>;
+
     /// An interrupt kind's size and abilities.
     ///
     /// # Errors
     /// [`BackendError`].
     fn irq(&self, kind: IrqKind) -> Result<Irq, BackendError>;
 
-    /// Lets vector `i` of `kind` signal `events[i]`; an empty list turns the kind off.
+    /// Lets vector `i` of `kind` signal `events[i]`; an empty list turns the kind off. A kind that
+    /// is on may be given another list.
+    ///
+    /// # Errors
+    /// [`BackendError`]; the kind is then off.
+    fn set_irqs(&self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError>;
+
+    /// Lets the legacy line fire again after [`Irq::automasked`].
     ///
     /// # Errors
     /// [`BackendError`].
-    fn set_irqs(&mut self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError>;
+    fn unmask_intx(&self) -> Result<(), BackendError>;
 
-    /// Lets the device reach guest memory.
-    ///
-    /// # Errors
-    /// [`BackendError`]; nothing is mapped then.
-    fn map_dma(&mut self, range: DmaRange, access: DmaAccess) -> Result<(), BackendError>;
+    /// What the device may reach of guest memory.
+    fn dma(&self) -> &dyn DmaSpace;
 
-    /// Ends that. The device can no longer reach the range when this returns.
+    /// Puts the function back to power-on (function-level reset). Interrupts are off afterwards.
     ///
     /// # Errors
     /// [`BackendError`].
-    fn unmap_dma(&mut self, range: DmaRange) -> Result<(), BackendError>;
-
-    /// Puts the function back to power-on (function-level reset).
-    ///
-    /// # Errors
-    /// [`BackendError`].
-    fn reset(&mut self) -> Result<(), BackendError>;
+    fn reset(&self) -> Result<(), BackendError>;
 
     /// The migration interface; `None` when the device has none and so cannot move.
-    fn migration(&mut self) -> Option<&mut dyn VfioMigration>;
+    fn migration(&self) -> Option<&dyn VfioMigration>;
 }
 
 /// What a device's migration interface can do (`VFIO_DEVICE_FEATURE_MIGRATION`).
@@ -152,7 +166,7 @@ pub struct MigrationFeatures {
 }
 
 /// A device's state as a byte stream.
-pub trait VfioMigration {
+pub trait VfioMigration: Sync {
     /// What the device can do.
     fn features(&self) -> MigrationFeatures;
 
@@ -166,11 +180,11 @@ pub trait VfioMigration {
     ///
     /// # Errors
     /// [`BackendError`]; the device must then be reset.
-    fn read_data(&mut self, buf: &mut [u8]) -> Result<usize, BackendError>;
+    fn read_data(&self, buf: &mut [u8]) -> Result<usize, BackendError>;
 
     /// Writes the next part of a saved state.
     ///
     /// # Errors
     /// [`BackendError`]; the device must then be reset.
-    fn write_data(&mut self, data: &[u8]) -> Result<(), BackendError>;
+    fn write_data(&self, data: &[u8]) -> Result<(), BackendError>;
 }

@@ -1,6 +1,9 @@
 //! What devices may reach by DMA.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+
+use crate::backend::BackendError;
 
 /// An address as a device sees it. Without a virtual IOMMU it equals the guest-physical address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,6 +27,36 @@ pub enum DmaAccess {
     Read,
     /// Read and write: guest RAM.
     ReadWrite,
+}
+
+/// The file behind a range, for devices in other processes.
+#[derive(Clone, Copy, Debug)]
+pub struct DmaFile<'a> {
+    /// The file.
+    pub file: BorrowedFd<'a>,
+    /// Where in it the range's first byte is.
+    pub offset: u64,
+}
+
+/// What devices may reach of guest memory. Devices of one VM may share one; each maps and unmaps
+/// its own ranges, and a range is there as long as one of them has it mapped.
+pub trait DmaSpace: Sync {
+    /// Lets the device reach a range. `file` is what is behind it, if that is a file.
+    ///
+    /// # Errors
+    /// [`BackendError`]; nothing is mapped then.
+    fn map(
+        &self,
+        range: DmaRange,
+        access: DmaAccess,
+        file: Option<DmaFile<'_>>,
+    ) -> Result<(), BackendError>;
+
+    /// Ends that. The device can no longer reach the range when this returns.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn unmap(&self, range: DmaRange) -> Result<(), BackendError>;
 }
 
 /// A range cannot be added or removed.

@@ -17,12 +17,14 @@
 //! | [`dma`] | I/O virtual addresses and what is mapped there |
 //! | [`bdf`] | addresses of PCI functions |
 //! | [`gpu`] | a host's GPUs and their partitions |
-#![forbid(unsafe_code)]
 
 pub mod backend;
 pub mod bdf;
 pub mod dma;
+pub mod function;
 pub mod gpu;
+pub mod kernel;
+pub mod user;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -31,4 +33,4 @@ pub use backend::{
     BackendError, Irq, IrqKind, MigrationFeatures, Region, RegionIndex, VfioBackend, VfioMigration,
 };
 pub use bdf::{Bdf, InvalidBdf};
-pub use dma::{DmaAccess, DmaError, DmaRange, Iova, IovaMap};
+pub use dma::{DmaAccess, DmaError, DmaFile, DmaRange, DmaSpace, Iova, IovaMap};

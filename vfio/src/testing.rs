@@ -1,21 +1,30 @@
 //! A backend in plain memory: a function with two BARs and two MSI-X vectors.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::{env, io};
 
+use devices::pci::HostMemory;
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend, VfioMigration};
-use crate::dma::{DmaAccess, DmaRange, IovaMap};
+use crate::dma::{DmaAccess, DmaFile, DmaRange, DmaSpace, Iova, IovaMap};
+use crate::kernel::RegionMapping;
 
 /// The model.
 pub struct ModelBackend {
     regions: Mutex<BTreeMap<RegionIndex, Vec<u8>>>,
     sizes: BTreeMap<RegionIndex, usize>,
-    dma: IovaMap,
-    vectors: u32,
-    resets: u32,
+    dma: ModelDma,
+    interrupts: Mutex<BTreeMap<IrqKind, Vec<EventFd>>>,
+    resets: Mutex<u32>,
 }
+
+#[derive(Default)]
+struct ModelDma(Mutex<IovaMap>);
 
 impl ModelBackend {
     /// A function whose configuration space is `config`.
@@ -32,16 +41,30 @@ impl ModelBackend {
                 .map(|(index, bytes)| (*index, bytes.len()))
                 .collect(),
             regions: Mutex::new(regions),
-            dma: IovaMap::default(),
-            vectors: 0,
-            resets: 0,
+            dma: ModelDma::default(),
+            interrupts: Mutex::default(),
+            resets: Mutex::default(),
         }
     }
 
     /// How often it was reset.
     #[must_use]
     pub fn resets(&self) -> u32 {
-        self.resets
+        *self.resets.lock()
+    }
+
+    /// Vectors of `kind` that would be signalled.
+    #[must_use]
+    pub fn vectors(&self, kind: IrqKind) -> usize {
+        self.interrupts.lock().get(&kind).map_or(0, Vec::len)
+    }
+
+    /// Signals a vector, as the device would; false when it is off.
+    #[must_use]
+    pub fn interrupt(&self, kind: IrqKind, vector: usize) -> bool {
+        let interrupts = self.interrupts.lock();
+        let event = interrupts.get(&kind).and_then(|events| events.get(vector));
+        event.is_some_and(|event| event.write(1).is_ok())
     }
 
     fn access<T>(
@@ -51,7 +74,7 @@ impl ModelBackend {
         len: usize,
         f: impl FnOnce(&mut [u8]) -> T,
     ) -> Result<T, BackendError> {
-        let mut regions = self.regions.lock().expect("no test thread panicked");
+        let mut regions = self.regions.lock();
         let bytes = regions.entry(region).or_default();
         let size = bytes.len() as u64;
         let start = usize::try_from(offset).ok();
@@ -88,6 +111,10 @@ impl VfioBackend for ModelBackend {
         })
     }
 
+    fn map_region(&self, _: RegionIndex, _: u64, _: u64) -> Result<RegionMapping, BackendError> {
+        Err(BackendError::Absent("region that can be mapped"))
+    }
+
     fn irq(&self, kind: IrqKind) -> Result<Irq, BackendError> {
         let count = if kind == IrqKind::MsiX { 2 } else { 0 };
         Ok(Irq {
@@ -96,37 +123,30 @@ impl VfioBackend for ModelBackend {
         })
     }
 
-    fn set_irqs(&mut self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError> {
+    fn set_irqs(&self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError> {
         let count = u32::try_from(events.len()).unwrap_or(u32::MAX);
         if count > self.irq(kind)?.count {
             return Err(BackendError::Absent("interrupt vector of that number"));
         }
-        self.vectors = count;
+        let events = events.iter().map(|event| event.try_clone());
+        let events = events.collect::<io::Result<Vec<_>>>();
+        let events = events.map_err(|source| refused("set interrupts", source))?;
+        self.interrupts.lock().insert(kind, events);
         Ok(())
     }
 
-    fn map_dma(&mut self, range: DmaRange, _access: DmaAccess) -> Result<(), BackendError> {
-        self.dma
-            .insert(range)
-            .map_err(|error| BackendError::Refused {
-                what: "map DMA",
-                source: std::io::Error::other(error),
-            })
+    fn unmask_intx(&self) -> Result<(), BackendError> {
+        Err(BackendError::Absent("legacy interrupt line"))
     }
 
-    fn unmap_dma(&mut self, range: DmaRange) -> Result<(), BackendError> {
-        let removed = self.dma.remove(range.iova);
-        removed.map(drop).map_err(|error| BackendError::Refused {
-            what: "unmap DMA",
-            source: std::io::Error::other(error),
-        })
+    fn dma(&self) -> &dyn DmaSpace {
+        &self.dma
     }
 
-    fn reset(&mut self) -> Result<(), BackendError> {
-        self.resets += 1;
-        self.vectors = 0;
-        let mut regions = self.regions.lock().expect("no test thread panicked");
-        for (index, bytes) in regions.iter_mut() {
+    fn reset(&self) -> Result<(), BackendError> {
+        *self.resets.lock() += 1;
+        self.interrupts.lock().clear();
+        for (index, bytes) in self.regions.lock().iter_mut() {
             if *index != RegionIndex::Config {
                 bytes.fill(0);
             }
@@ -134,16 +154,55 @@ impl VfioBackend for ModelBackend {
         Ok(())
     }
 
-    fn migration(&mut self) -> Option<&mut dyn VfioMigration> {
+    fn migration(&self) -> Option<&dyn VfioMigration> {
         None
     }
+}
+
+impl DmaSpace for ModelDma {
+    fn map(
+        &self,
+        range: DmaRange,
+        _access: DmaAccess,
+        _file: Option<DmaFile<'_>>,
+    ) -> Result<(), BackendError> {
+        let inserted = self.0.lock().insert(range);
+        inserted.map_err(|error| refused("map DMA", io::Error::other(error)))
+    }
+
+    fn unmap(&self, range: DmaRange) -> Result<(), BackendError> {
+        let removed = self.0.lock().remove(range.iova);
+        let removed = removed.map(drop);
+        removed.map_err(|error| refused("unmap DMA", io::Error::other(error)))
+    }
+}
+
+fn refused(what: &'static str, source: io::Error) -> BackendError {
+    BackendError::Refused { what, source }
+}
+
+/// A page that other processes can map: guest memory in small.
+///
+/// # Errors
+/// The host's refusal.
+pub fn shared_page() -> io::Result<(File, RegionMapping)> {
+    static PAGES: AtomicU32 = AtomicU32::new(0);
+    let number = PAGES.fetch_add(1, Ordering::Relaxed);
+    let path = env::temp_dir().join(format!("vfio-page-{}-{number}", std::process::id()));
+    let file = File::create_new(&path)?;
+    drop(file);
+    let file = File::options().read(true).write(true).open(&path)?;
+    fs::remove_file(&path)?;
+    file.set_len(0x1000)?;
+    let mapping = RegionMapping::new(file.as_fd(), 0, 0x1000, true)?;
+    Ok((file, mapping))
 }
 
 /// What every backend must do, checked over any of them. `backend` is fresh.
 ///
 /// # Panics
 /// When the backend breaks the contract.
-pub fn conformance(backend: &mut dyn VfioBackend) {
+pub fn conformance(backend: &dyn VfioBackend) {
     let config = backend
         .region(RegionIndex::Config)
         .expect("every function has one");
@@ -162,20 +221,21 @@ pub fn conformance(backend: &mut dyn VfioBackend) {
     if absent.size == 0 {
         assert!(backend.read(RegionIndex::Bar(5), 0, &mut byte).is_err());
     }
+    let (memory, page) = shared_page().expect("room for a page");
     let range = DmaRange {
-        iova: crate::dma::Iova(0x10_0000),
+        iova: Iova(0x10_0000),
         len: 0x1000,
-        host_address: 0x7000_0000_0000,
+        host_address: page.address(),
     };
-    backend
-        .map_dma(range, DmaAccess::ReadWrite)
-        .expect("a free range");
-    assert!(
-        backend.map_dma(range, DmaAccess::ReadWrite).is_err(),
-        "mapped twice"
-    );
-    backend.unmap_dma(range).expect("mapped above");
-    assert!(backend.unmap_dma(range).is_err(), "unmapped twice");
+    let file = Some(DmaFile {
+        file: memory.as_fd(),
+        offset: 0,
+    });
+    let map = || backend.dma().map(range, DmaAccess::ReadWrite, file);
+    map().expect("a free range");
+    assert!(map().is_err(), "mapped twice");
+    backend.dma().unmap(range).expect("mapped above");
+    assert!(backend.dma().unmap(range).is_err(), "unmapped twice");
     backend.reset().expect("a reset");
 }
 
@@ -185,12 +245,12 @@ mod tests {
 
     #[test]
     fn model_passes_conformance() {
-        conformance(&mut ModelBackend::new(&[0; 256]));
+        conformance(&ModelBackend::new(&[0; 256]));
     }
 
     #[test]
     fn reset_clears_bars_and_keeps_configuration() {
-        let mut model = ModelBackend::new(&[0xde; 256]);
+        let model = ModelBackend::new(&[0xde; 256]);
         model.write(RegionIndex::Bar(0), 0x10, &[1, 2]).unwrap();
         model.reset().unwrap();
         let mut data = [9; 2];

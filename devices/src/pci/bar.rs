@@ -1,11 +1,11 @@
 //! Base address registers (PCI 3.0 section 6.2.5.1).
 
-/// What a BAR decodes.
+/// What a BAR decodes, apart from whether memory is prefetchable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BarKind {
-    /// 32-bit memory, not prefetchable.
+    /// 32-bit memory.
     Memory32,
-    /// 64-bit prefetchable memory; takes two registers.
+    /// 64-bit memory; takes two registers.
     Memory64,
     /// Port I/O.
     Io,
@@ -18,6 +18,8 @@ pub struct BarSpec {
     pub index: u8,
     /// What it decodes.
     pub kind: BarKind,
+    /// Memory without side effects of reads.
+    pub prefetchable: bool,
     /// Size in bytes, a power of two of at least 16 (memory) or 4 (I/O).
     pub size_bytes: u64,
 }
@@ -73,9 +75,15 @@ impl Bar {
         }
         let flags = match self.spec.kind {
             BarKind::Memory32 => 0,
-            BarKind::Memory64 => MEMORY_64 | PREFETCHABLE,
+            BarKind::Memory64 => MEMORY_64,
             BarKind::Io => IO_SPACE,
         };
+        let flags = flags
+            | if self.spec.prefetchable {
+                PREFETCHABLE
+            } else {
+                0
+            };
         (self.address & 0xffff_ffff) as u32 | flags
     }
 
@@ -108,6 +116,7 @@ mod tests {
         let mut bar = Bar::new(BarSpec {
             index: 0,
             kind: BarKind::Memory64,
+            prefetchable: true,
             size_bytes: 0x1_0000,
         });
         bar.write(false, 0xffff_ffff);
@@ -117,6 +126,7 @@ mod tests {
         let mut io = Bar::new(BarSpec {
             index: 2,
             kind: BarKind::Io,
+            prefetchable: false,
             size_bytes: 8,
         });
         io.write(false, 0xffff_ffff);
@@ -128,6 +138,7 @@ mod tests {
         let bar = Bar::new(BarSpec {
             index: 2,
             kind: BarKind::Memory64,
+            prefetchable: true,
             size_bytes: 0x1000,
         });
         assert_eq!(

@@ -1,5 +1,7 @@
 //! What the root bus needs of a function.
 
+use std::sync::Arc;
+
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bar::{BarChange, BarSpec};
@@ -11,6 +13,23 @@ pub struct Doorbell<'a> {
     pub offset: u64,
     /// Signalled by the write.
     pub event: &'a EventFd,
+}
+
+/// Memory of this process that a guest may be shown: it stays mapped as long as this lives.
+pub trait HostMemory: Send + Sync {
+    /// Address of its first byte in this process, a multiple of the page size.
+    fn address(&self) -> u64;
+
+    /// Bytes, a multiple of the page size.
+    fn bytes(&self) -> u64;
+}
+
+/// A part of a BAR that guests reach without leaving for user space.
+pub struct BarMapping {
+    /// Offset within the BAR, a multiple of the page size.
+    pub offset: u64,
+    /// What is there.
+    pub memory: Arc<dyn HostMemory>,
 }
 
 /// A PCI function on the root bus. Methods are called on vCPU threads, several at once.
@@ -36,6 +55,10 @@ pub trait PciFunction: Send + Sync {
 
     /// Calls `visit` with every doorbell of `bar`.
     fn doorbells(&self, bar: u8, visit: &mut dyn FnMut(Doorbell<'_>));
+
+    /// Calls `visit` with every part of `bar` that the guest reaches directly; the rest goes through
+    /// [`PciFunction::read_bar`] and [`PciFunction::write_bar`].
+    fn mappings(&self, bar: u8, visit: &mut dyn FnMut(BarMapping));
 
     /// Puts configuration space back to power-on and reports the BARs that disappear.
     fn reset_config(&self) -> Vec<BarChange>;

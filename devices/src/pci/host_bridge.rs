@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bar::{BarChange, BarSpec};
 use super::config::{ConfigSpace, FunctionIdentity};
-use super::function::{Doorbell, PciFunction};
+use super::function::{BarMapping, Doorbell, PciFunction};
 use super::state::ConfigStateV1;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
 use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
@@ -83,6 +83,8 @@ impl PciFunction for HostBridge {
     fn place_bar(&self, _bar: u8, _address: u64) {}
 
     fn doorbells(&self, _bar: u8, _visit: &mut dyn FnMut(Doorbell<'_>)) {}
+
+    fn mappings(&self, _bar: u8, _visit: &mut dyn FnMut(BarMapping)) {}
 
     fn reset_config(&self) -> Vec<BarChange> {
         self.inner.lock().space.reset()

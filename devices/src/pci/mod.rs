@@ -16,9 +16,11 @@ mod state;
 pub use address::{Bdf, InvalidBdf};
 pub use bar::{BarChange, BarKind, BarLocation, BarSpec};
 pub use config::{CapabilityId, ConfigSpace, FunctionIdentity};
-pub use function::{Doorbell, PciFunction};
+pub use function::{BarMapping, Doorbell, HostMemory, PciFunction};
 pub(crate) use host_bridge::FORMAT as HOST_BRIDGE_FORMAT;
 pub use host_bridge::HostBridgeStateV1;
 pub use msix::{MSIX_CAP_LEN, Msix, MsixLayout};
-pub use root::{BarWindows, DoorbellRegistry, PciRoot, PciRootError, Window};
+pub use root::{
+    BarHooks, BarWindows, DoorbellRegistry, MemorySlots, PciRoot, PciRootError, Window,
+};
 pub use state::{BarStateV1, ConfigStateV1, MsixStateV1};

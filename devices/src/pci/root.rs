@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::address::Bdf;
 use super::bar::{BarChange, BarKind, BarLocation};
-use super::function::PciFunction;
+use super::function::{HostMemory, PciFunction};
 use super::host_bridge::HostBridge;
 use crate::bus::{Bus, IoHandler};
 use crate::device::Device;
@@ -34,6 +34,30 @@ pub trait DoorbellRegistry: Send + Sync {
     /// # Errors
     /// The kernel's refusal.
     fn unregister(&self, address: u64, event: &EventFd) -> io::Result<()>;
+}
+
+/// Where guests are shown memory of this process.
+pub trait MemorySlots: Send + Sync {
+    /// From now on the guest finds `memory` at `address`.
+    ///
+    /// # Errors
+    /// The kernel's refusal. Accesses then reach the function's BAR handler, slower.
+    fn map(&self, address: u64, memory: &Arc<dyn HostMemory>) -> io::Result<()>;
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    fn unmap(&self, address: u64) -> io::Result<()>;
+}
+
+/// What the kernel does for BARs that are on a bus.
+#[derive(Clone)]
+pub struct BarHooks {
+    /// Catches notifications.
+    pub doorbells: Arc<dyn DoorbellRegistry>,
+    /// Shows memory.
+    pub memory: Arc<dyn MemorySlots>,
 }
 
 /// A range of guest addresses for BARs.
@@ -123,7 +147,7 @@ pub struct PciRoot {
     windows: BarWindows,
     memory_bus: Arc<Bus>,
     io_bus: Arc<Bus>,
-    doorbells: Arc<dyn DoorbellRegistry>,
+    hooks: BarHooks,
 }
 
 impl PciRoot {
@@ -133,7 +157,7 @@ impl PciRoot {
         windows: BarWindows,
         memory_bus: Arc<Bus>,
         io_bus: Arc<Bus>,
-        doorbells: Arc<dyn DoorbellRegistry>,
+        hooks: BarHooks,
     ) -> Arc<Self> {
         let bridge = Arc::new(HostBridge::new());
         let function: Arc<dyn PciFunction> = bridge.clone();
@@ -152,7 +176,7 @@ impl PciRoot {
             windows,
             memory_bus,
             io_bus,
-            doorbells,
+            hooks,
         })
     }
 
@@ -325,8 +349,14 @@ impl PciRoot {
         }
         function.doorbells(bar, &mut |bell| {
             let address = address + bell.offset;
-            if let Err(error) = self.doorbells.register(address, bell.event) {
+            if let Err(error) = self.hooks.doorbells.register(address, bell.event) {
                 warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "doorbell is not caught in the kernel");
+            }
+        });
+        function.mappings(bar, &mut |part| {
+            let address = address + part.offset;
+            if let Err(error) = self.hooks.memory.map(address, &part.memory) {
+                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "BAR is not shown to the guest directly");
             }
         });
         true
@@ -336,8 +366,14 @@ impl PciRoot {
         self.bus_of(location).remove(location.address);
         function.doorbells(location.spec.index, &mut |bell| {
             let address = location.address + bell.offset;
-            if let Err(error) = self.doorbells.unregister(address, bell.event) {
+            if let Err(error) = self.hooks.doorbells.unregister(address, bell.event) {
                 warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "doorbell stays caught in the kernel");
+            }
+        });
+        function.mappings(location.spec.index, &mut |part| {
+            let address = location.address + part.offset;
+            if let Err(error) = self.hooks.memory.unmap(address) {
+                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "BAR stays where the guest had it");
             }
         });
     }

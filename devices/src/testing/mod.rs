@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{GuestRequest, GuestRequests};
 use crate::interrupt::{InterruptError, IrqLine, MsiMessage, MsiRoute, MsiRouter};
-use crate::pci::DoorbellRegistry;
+use crate::pci::{BarHooks, DoorbellRegistry, HostMemory, MemorySlots};
 use crate::virtio::worker::inline;
 
 /// From now on, workers that devices start on this thread get no threads of their own: they run
@@ -167,6 +167,48 @@ impl DoorbellRegistry for FakeDoorbells {
             .remove(&address)
             .map(drop)
             .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+/// Remembers what a guest would be shown, by address: host address and bytes.
+#[derive(Default)]
+pub struct FakeSlots {
+    shown: Mutex<BTreeMap<u64, (u64, u64)>>,
+}
+
+impl FakeSlots {
+    /// Guest addresses, host addresses and bytes of what is shown now.
+    #[must_use]
+    pub fn shown(&self) -> Vec<(u64, u64, u64)> {
+        let shown = self.shown.lock();
+        shown
+            .iter()
+            .map(|(at, (host, bytes))| (*at, *host, *bytes))
+            .collect()
+    }
+}
+
+impl MemorySlots for FakeSlots {
+    fn map(&self, address: u64, memory: &Arc<dyn HostMemory>) -> io::Result<()> {
+        let mut shown = self.shown.lock();
+        match shown.insert(address, (memory.address(), memory.bytes())) {
+            None => Ok(()),
+            Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        }
+    }
+
+    fn unmap(&self, address: u64) -> io::Result<()> {
+        let removed = self.shown.lock().remove(&address);
+        removed.map(drop).ok_or(io::ErrorKind::NotFound.into())
+    }
+}
+
+/// Hooks over two fakes.
+#[must_use]
+pub fn fake_hooks(doorbells: &Arc<FakeDoorbells>, slots: &Arc<FakeSlots>) -> BarHooks {
+    BarHooks {
+        doorbells: doorbells.clone(),
+        memory: slots.clone(),
     }
 }
 

@@ -11,9 +11,7 @@ use devices::irqchip::{IOAPIC_PINS, IoApic, IoApicEntryV1, IoApicStateV1};
 use devices::legacy::{Cmos, CmosStateV1, Serial, SerialStateV1};
 use devices::pci::{BarWindows, HostBridgeStateV1, PciRoot, Window};
 use devices::rate::RateLimits;
-use devices::testing::{
-    FakeDoorbells, FakeLine, FakePeer, FakeRequests, FakeRouter, MemoryDisk, ram,
-};
+use devices::testing::{FakeLine, FakePeer, FakeRequests, FakeRouter, MemoryDisk, fake_hooks, ram};
 use devices::virtio::balloon::{Balloon, BalloonOptions, BalloonStateV1, RamReclaim};
 use devices::virtio::block::{Block, BlockOptions, BlockStateV1};
 use devices::virtio::console::{Console, ConsoleStateV1};
@@ -145,7 +143,8 @@ fn bridge() -> Arc<dyn Device> {
         io: window(0x1_0000),
     };
     let bus = || Arc::new(Bus::new("sample"));
-    PciRoot::new(windows, bus(), bus(), Arc::new(FakeDoorbells::default())).bridge()
+    let hooks = fake_hooks(&Arc::default(), &Arc::default());
+    PciRoot::new(windows, bus(), bus(), hooks).bridge()
 }
 
 fn virtio(name: &str) -> Box<dyn VirtioDevice> {

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use devices::bus::Bus;
 use devices::pci::{
+    BarMapping,
     BarChange, BarKind, BarLocation, BarSpec, BarWindows, ConfigSpace, Doorbell, FunctionIdentity,
     PciFunction, PciRoot, Window,
 };
-use devices::testing::FakeDoorbells;
+use devices::testing::{FakeDoorbells, fake_hooks};
 use std::sync::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -89,7 +90,8 @@ impl Machine {
         let memory = Arc::new(Bus::new("memory"));
         let io = Arc::new(Bus::new("io"));
         let doorbells = Arc::new(FakeDoorbells::default());
-        let root = PciRoot::new(WINDOWS, memory.clone(), io.clone(), doorbells.clone());
+        let root = PciRoot::new(WINDOWS, memory.clone(), io.clone(),
+            fake_hooks(&doorbells, &Arc::default()));
         let functions: Vec<_> = (0..4)
             .map(|number| Arc::new(Function::new(number)))
             .collect();
@@ -283,6 +285,7 @@ impl Function {
             .map(|(index, kind, size_bytes)| BarSpec {
                 index: *index,
                 kind: *kind,
+                prefetchable: *kind == BarKind::Memory64,
                 size_bytes: *size_bytes,
             })
             .collect();
@@ -362,6 +365,7 @@ impl PciFunction for Function {
             visit(Doorbell { offset, event });
         }
     }
+    fn mappings(&self, _bar: u8, _visit: &mut dyn FnMut(BarMapping)) {}
     fn reset_config(&self) -> Vec<BarChange> {
         self.space().reset()
     }

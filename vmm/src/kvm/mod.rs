@@ -22,6 +22,7 @@ mod error;
 mod kick;
 mod msi;
 mod msrs;
+mod slots;
 mod state;
 mod system;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub use dirty_log::DirtyLog;
 pub use doorbell::KvmDoorbells;
 pub use error::KvmError;
 pub use msi::KvmMsiRouter;
+pub use slots::KvmMemorySlots;
 pub use state::VcpuState;
 pub use system::{Capability, REQUIRED, System};
 pub use thread::{GuestGate, VcpuContext, VcpuEvent, VcpuEvents, VcpuSet};

@@ -9,7 +9,7 @@ use devices::irqchip::{IOAPIC_BYTES, IoApic};
 use devices::legacy::{
     CMOS_BYTES, Cmos, I8042, I8042_BYTES, PVPANIC_BYTES, PvPanic, SERIAL_BYTES, Serial,
 };
-use devices::pci::PciRoot;
+use devices::pci::{BarHooks, PciRoot};
 use devices::virtio::VirtioPci;
 use devices::virtio::balloon::BalloonHandle;
 use devices::{Bus, BusError, Device, DeviceId, GuestRam, IoHandler};
@@ -23,7 +23,7 @@ use crate::arch::x86_64::platform::{
     SERIAL_GSI, SERIAL_PORT,
 };
 use crate::config::VmConfig;
-use crate::kvm::{Buses, KvmDoorbells, KvmMsiRouter, VcpuContext, Vm};
+use crate::kvm::{Buses, KvmDoorbells, KvmMemorySlots, KvmMsiRouter, VcpuContext, Vm};
 use crate::memory::{ECAM_BASE, ECAM_BYTES, IOAPIC_BASE, Layout, RamDiscard};
 
 fn id(name: &str) -> DeviceId {
@@ -54,9 +54,12 @@ impl Board {
         buses
             .memory
             .insert(IOAPIC_BASE, IOAPIC_BYTES, ioapic.clone())?;
-        let doorbells = Arc::new(KvmDoorbells::new(vm));
+        let hooks = BarHooks {
+            doorbells: Arc::new(KvmDoorbells::new(vm)),
+            memory: Arc::new(KvmMemorySlots::new(vm)),
+        };
         let (memory_bus, io_bus) = (Arc::clone(&buses.memory), Arc::clone(&buses.io));
-        let pci = PciRoot::new(layout.bar_windows(), memory_bus, io_bus, doorbells);
+        let pci = PciRoot::new(layout.bar_windows(), memory_bus, io_bus, hooks);
         buses.memory.insert(ECAM_BASE, ECAM_BYTES, pci.ecam())?;
         buses.io.insert(
             u64::from(PCI_CONFIG_PORT),

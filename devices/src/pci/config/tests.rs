@@ -3,6 +3,7 @@ use super::*;
 const BAR: BarSpec = BarSpec {
     index: 0,
     kind: BarKind::Memory64,
+    prefetchable: true,
     size_bytes: 0x1000,
 };
 

@@ -1,13 +1,14 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
-use crate::pci::{BarSpec, ConfigSpace, Doorbell, FunctionIdentity, HostBridgeStateV1};
+use crate::pci::{BarMapping, BarSpec, ConfigSpace, Doorbell, FunctionIdentity, HostBridgeStateV1};
 use crate::state::DeviceState;
-use crate::testing::FakeDoorbells;
+use crate::testing::{FakeDoorbells, FakeSlots, fake_hooks};
 
 const BAR: BarSpec = BarSpec {
     index: 0,
     kind: BarKind::Memory64,
+    prefetchable: true,
     size_bytes: 0x1_0000,
 };
 const WINDOWS: BarWindows = BarWindows {
@@ -24,6 +25,17 @@ const WINDOWS: BarWindows = BarWindows {
         len: 0x1000,
     },
 };
+
+struct TestMemory;
+
+impl HostMemory for TestMemory {
+    fn address(&self) -> u64 {
+        0x7000_0000_0000
+    }
+    fn bytes(&self) -> u64 {
+        0x2000
+    }
+}
 
 struct TestFunction {
     space: Mutex<ConfigSpace>,
@@ -74,6 +86,12 @@ impl PciFunction for TestFunction {
             event: &self.bell,
         });
     }
+    fn mappings(&self, _bar: u8, visit: &mut dyn FnMut(BarMapping)) {
+        visit(BarMapping {
+            offset: 0x4000,
+            memory: Arc::new(TestMemory),
+        });
+    }
     fn reset_config(&self) -> Vec<BarChange> {
         self.space.lock().reset()
     }
@@ -87,17 +105,20 @@ struct Fixture {
     root: Arc<PciRoot>,
     memory: Arc<Bus>,
     bells: Arc<FakeDoorbells>,
+    slots: Arc<FakeSlots>,
 }
 
 fn fixture() -> Fixture {
     let memory = Arc::new(Bus::new("mmio"));
     let bells = Arc::new(FakeDoorbells::default());
     let io = Arc::new(Bus::new("pio"));
-    let root = PciRoot::new(WINDOWS, Arc::clone(&memory), io, bells.clone());
+    let slots = Arc::new(FakeSlots::default());
+    let root = PciRoot::new(WINDOWS, Arc::clone(&memory), io, fake_hooks(&bells, &slots));
     Fixture {
         root,
         memory,
         bells,
+        slots,
     }
 }
 
@@ -182,14 +203,20 @@ fn bar_is_mapped_with_its_doorbell_moved_and_unmapped() {
     let ecam = f.root.ecam();
     ecam.write(ecam_address(bdf, 4), &[2, 0]);
     assert_eq!(f.bells.addresses(), [0x10_0000_3000]);
+    assert_eq!(
+        f.slots.shown(),
+        [(0x10_0000_4000, 0x7000_0000_0000, 0x2000)]
+    );
     f.memory.write(0x10_0000_0040, &[0]);
     assert_eq!(function.written.load(Ordering::Relaxed), 0x40);
 
     ecam.write(ecam_address(bdf, 0x10), &0xc001_0000_u32.to_le_bytes());
     ecam.write(ecam_address(bdf, 0x14), &0_u32.to_le_bytes());
     assert_eq!(f.bells.addresses(), [0xc001_3000]);
+    assert_eq!(f.slots.shown(), [(0xc001_4000, 0x7000_0000_0000, 0x2000)]);
     ecam.write(ecam_address(bdf, 4), &[0, 0]);
     assert!(f.bells.addresses().is_empty());
+    assert!(f.slots.shown().is_empty());
     let mut data = [0];
     f.memory.read(0xc001_0000, &mut data);
     assert_eq!(data, [0xff]);

@@ -6,6 +6,7 @@ use crate::pci::{BarKind, BarSpec, CapabilityId, ConfigSpace, MsixLayout};
 pub(super) const BAR: BarSpec = BarSpec {
     index: 0,
     kind: BarKind::Memory64,
+    prefetchable: true,
     size_bytes: 0x1_0000,
 };
 

@@ -12,7 +12,9 @@ use super::common::{self, QueueSlot};
 use crate::GuestRam;
 use crate::device::DeviceId;
 use crate::interrupt::{InterruptError, MsiRouter};
-use crate::pci::{BarChange, BarSpec, ConfigSpace, Doorbell, FunctionIdentity, Msix, PciFunction};
+use crate::pci::{
+    BarChange, BarMapping, BarSpec, ConfigSpace, Doorbell, FunctionIdentity, Msix, PciFunction,
+};
 use crate::virtio::device::{Activation, ActivationError, VirtioDevice};
 use crate::virtio::interrupt::{QueueInterrupt, VirtioInterrupt};
 use crate::virtio::queue::Virtqueue;
@@ -255,6 +257,8 @@ impl PciFunction for VirtioPci {
             });
         }
     }
+
+    fn mappings(&self, _bar: u8, _visit: &mut dyn FnMut(BarMapping)) {}
 
     fn reset_config(&self) -> Vec<BarChange> {
         self.lock().config.reset()

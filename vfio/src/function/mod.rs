@@ -1,0 +1,1 @@
+//! A PCI function over a backend.

@@ -1,0 +1,5 @@
+//! The kernel's VFIO.
+
+mod mapping;
+
+pub use mapping::RegionMapping;

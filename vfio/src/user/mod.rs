@@ -1,0 +1,1 @@
+//! Functions that other processes serve over vfio-user.
