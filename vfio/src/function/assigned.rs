@@ -1,0 +1,336 @@
+//! An assigned function as the PCI root and the machine see it.
+
+use std::sync::Arc;
+
+use devices::interrupt::{InterruptError, MsiRouter};
+use devices::pci::{BarChange, BarMapping, BarSpec, Doorbell, PciFunction};
+use devices::{
+    Device, DeviceError, DeviceId, DeviceState, Migratability, RestoreError, SaveError, StateFormat,
+};
+use parking_lot::{Mutex, MutexGuard};
+
+use super::bars::{self, Mapped};
+use super::config::{CONFIG_BYTES, Effects, VirtualConfig};
+use super::interrupts::{Interrupts, MsixPlace, told};
+use crate::backend::{BackendError, RegionIndex, VfioBackend};
+
+const COMMAND: u16 = 0x04;
+/// Read at once while a device is looked at.
+const CHUNK_BYTES: usize = 256;
+
+/// A device cannot be a function of the guest's.
+#[derive(Debug, thiserror::Error)]
+pub enum FunctionError {
+    /// The backend refused.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A BAR that PCI does not have.
+    #[error("BAR {bar} of {size_bytes:#x} bytes is none that PCI has")]
+    Bar {
+        /// Which.
+        bar: u8,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// Table or pending bits of MSI-X are outside the BAR that is to hold them.
+    #[error("the MSI-X table or its pending bits are outside BAR {bar}")]
+    Msix {
+        /// Which.
+        bar: u8,
+    },
+    /// Interrupt routes.
+    #[error(transparent)]
+    Interrupt(#[from] InterruptError),
+}
+
+/// A function of the host's, or of another process, as a function of the guest's.
+///
+/// Its state does not move yet. While the machine is paused, the device goes on: what it has been
+/// asked to do it does, and its interrupts wait.
+pub struct AssignedFunction {
+    id: DeviceId,
+    backend: Arc<dyn VfioBackend>,
+    bars: Vec<BarSpec>,
+    mapped: Vec<Mapped>,
+    msix: Option<MsixPlace>,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    config: VirtualConfig,
+    interrupts: Interrupts,
+}
+
+impl AssignedFunction {
+    /// A function over `backend`, which is reset first: what somebody else has left there is gone.
+    ///
+    /// # Errors
+    /// [`FunctionError`].
+    pub fn new(
+        id: DeviceId,
+        backend: Arc<dyn VfioBackend>,
+        router: Arc<dyn MsiRouter>,
+    ) -> Result<Self, FunctionError> {
+        match backend.reset() {
+            Ok(()) => {}
+            Err(BackendError::Absent(what)) => {
+                log::warn!(device:% = id; "the device has no {what}: what its last user left stays");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let config = read_all(&*backend)?;
+        let bars = bars::survey(&*backend, &config)?;
+        let config = VirtualConfig::new(&config, &bars, 0);
+        let msix = msix_place(&config, &bars)?;
+        let vectors = config.msix().map_or(0, |(vectors, ..)| vectors);
+        let mapped = bars::map(&*backend, &bars, msix.as_ref().map(|place| &place.table))?;
+        let function = Self {
+            id,
+            bars,
+            mapped,
+            msix,
+            inner: Mutex::new(Inner {
+                interrupts: Interrupts::new(router, vectors)?,
+                config,
+            }),
+            backend,
+        };
+        function.write_command(&function.lock())?;
+        Ok(function)
+    }
+
+    /// What the device may reach of guest memory.
+    #[must_use]
+    pub fn backend(&self) -> &Arc<dyn VfioBackend> {
+        &self.backend
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock()
+    }
+
+    fn write_command(&self, inner: &Inner) -> Result<(), BackendError> {
+        let command = inner.config.command().to_le_bytes();
+        let at = u64::from(COMMAND);
+        self.backend.write(RegionIndex::Config, at, &command)
+    }
+
+    /// A function-level reset. What the guest sees of it goes back to power-on, too.
+    fn reset_device(&self, inner: &mut Inner) -> Result<Vec<BarChange>, BackendError> {
+        let result = self.backend.reset();
+        inner.interrupts.reset();
+        let changes = inner.config.reset();
+        result.and_then(|()| self.write_command(inner))?;
+        Ok(changes)
+    }
+
+    fn follow(&self, inner: &mut Inner, effects: Effects) -> Vec<BarChange> {
+        let backend = &*self.backend;
+        if let Some((at, data)) = effects.device
+            && let Err(error) = backend.write(RegionIndex::Config, u64::from(at), &data)
+        {
+            told(&error, "configuration space of an assigned device");
+        }
+        if let Some(control) = effects.msix_control {
+            inner.interrupts.set_msix_control(control, backend);
+        }
+        if let Some(registers) = effects.msi {
+            inner.interrupts.set_msi(registers, backend);
+        }
+        let mut changes = effects.bars;
+        if effects.reset {
+            match self.reset_device(inner) {
+                Ok(more) => changes.extend(more),
+                Err(error) => told(
+                    &error,
+                    "an assigned device could not be reset for its guest",
+                ),
+            }
+        }
+        changes
+    }
+
+    /// Whether an access to a BAR is to the MSI-X table or the pending bits: which, and where.
+    fn msix_area(&self, bar: u8, offset: u64) -> Option<(MsixArea, u64)> {
+        let place = self.msix.as_ref()?;
+        let within = |(in_bar, range): &(u8, std::ops::Range<u64>)| {
+            (*in_bar == bar && range.contains(&offset)).then(|| offset - range.start)
+        };
+        let table = within(&place.table).map(|at| (MsixArea::Table, at));
+        table.or_else(|| within(&place.pba).map(|at| (MsixArea::Pending, at)))
+    }
+}
+
+#[derive(Clone, Copy)]
+enum MsixArea {
+    Table,
+    Pending,
+}
+
+/// As much of configuration space as the device has.
+fn read_all(backend: &dyn VfioBackend) -> Result<Vec<u8>, BackendError> {
+    let size = backend.region(RegionIndex::Config)?.size;
+    let size = usize::try_from(size)
+        .unwrap_or(CONFIG_BYTES)
+        .min(CONFIG_BYTES);
+    let mut config = vec![0; size];
+    for (chunk, at) in config
+        .chunks_mut(CHUNK_BYTES)
+        .zip((0..).step_by(CHUNK_BYTES))
+    {
+        backend.read(RegionIndex::Config, at, chunk)?;
+    }
+    Ok(config)
+}
+
+/// Both must lie within BARs that are there.
+fn msix_place(
+    config: &VirtualConfig,
+    bars: &[BarSpec],
+) -> Result<Option<MsixPlace>, FunctionError> {
+    let Some((vectors, table, pba)) = config.msix() else {
+        return Ok(None);
+    };
+    let bar = (table & 0b111) as u8;
+    let place = MsixPlace::new(vectors, table, pba).ok_or(FunctionError::Msix { bar })?;
+    for (bar, range) in [&place.table, &place.pba] {
+        let holds = |spec: &&BarSpec| spec.index == *bar && range.end <= spec.size_bytes;
+        if !bars.iter().any(|spec| holds(&spec)) {
+            return Err(FunctionError::Msix { bar: *bar });
+        }
+    }
+    Ok(Some(place))
+}
+
+impl PciFunction for AssignedFunction {
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        let device = |at: u16, data: &mut [u8]| {
+            if let Err(error) = self.backend.read(RegionIndex::Config, at.into(), data) {
+                data.fill(0xff);
+                told(&error, "configuration space of an assigned device");
+            }
+        };
+        self.lock().config.read(offset, &device, data);
+    }
+
+    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        let mut inner = self.lock();
+        let effects = inner.config.write(offset, data);
+        self.follow(&mut inner, effects)
+    }
+
+    fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        if let Some((area, at)) = self.msix_area(bar, offset) {
+            data.fill(0xff);
+            if let Some(msix) = &self.lock().interrupts.msix {
+                match area {
+                    MsixArea::Table => msix.read_table(at, data),
+                    MsixArea::Pending => msix.read_pba(at, data),
+                }
+            }
+            return;
+        }
+        if let Err(error) = self.backend.read(RegionIndex::Bar(bar), offset, data) {
+            data.fill(0xff);
+            told(&error, "registers of an assigned device");
+        }
+    }
+
+    fn write_bar(&self, bar: u8, offset: u64, data: &[u8]) {
+        if let Some((area, at)) = self.msix_area(bar, offset) {
+            if let (MsixArea::Table, Some(msix)) = (area, &mut self.lock().interrupts.msix) {
+                msix.write_table(at, data);
+            }
+            return;
+        }
+        if let Err(error) = self.backend.write(RegionIndex::Bar(bar), offset, data) {
+            told(&error, "registers of an assigned device");
+        }
+    }
+
+    fn bars(&self) -> Vec<BarSpec> {
+        self.bars.clone()
+    }
+
+    fn place_bar(&self, bar: u8, address: u64) {
+        self.lock().config.place_bar(bar, address);
+    }
+
+    fn doorbells(&self, _bar: u8, _visit: &mut dyn FnMut(Doorbell<'_>)) {}
+
+    fn mappings(&self, bar: u8, visit: &mut dyn FnMut(BarMapping)) {
+        for mapped in self.mapped.iter().filter(|mapped| mapped.bar == bar) {
+            visit(BarMapping {
+                offset: mapped.offset,
+                memory: mapped.memory.clone(),
+            });
+        }
+    }
+
+    fn reset_config(&self) -> Vec<BarChange> {
+        self.lock().config.reset()
+    }
+
+    fn decoded(&self) -> Vec<BarChange> {
+        let decoded = self.lock().config.header().decoded();
+        decoded.into_iter().map(BarChange::Map).collect()
+    }
+}
+
+impl Device for AssignedFunction {
+    fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
+    fn start(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        let mut inner = self.lock();
+        inner.interrupts.reset();
+        let reset = self.backend.reset();
+        let reset = reset.and_then(|()| self.write_command(&inner));
+        reset.map_err(|source| DeviceError::Internal {
+            id: self.id.clone(),
+            what: "device could not be reset",
+            source: Box::new(source),
+        })
+    }
+
+    fn migratability(&self) -> Migratability {
+        Migratability::Blocked(match self.backend.migration() {
+            Some(_) => "assigned devices cannot move yet".to_owned(),
+            None => "the device's driver cannot save its state".to_owned(),
+        })
+    }
+
+    fn state_formats(&self) -> Vec<StateFormat> {
+        Vec::new()
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Err(SaveError::Blocked {
+            device: self.id.to_string(),
+            reason: "assigned devices cannot be saved yet".to_owned(),
+        })
+    }
+
+    fn restore(&self, _state: &DeviceState) -> Result<(), RestoreError> {
+        let why = "assigned devices cannot be restored yet";
+        Err(RestoreError::field("assigned", "device", &self.id, why))
+    }
+}
+
+impl Drop for AssignedFunction {
+    /// Ends DMA, and leaves nothing behind for whoever has the device next.
+    fn drop(&mut self) {
+        if let Err(error) = self.backend.reset() {
+            told(&error, "an assigned device could not be reset in the end");
+        }
+    }
+}

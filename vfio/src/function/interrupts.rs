@@ -1,0 +1,138 @@
+//! MSI and MSI-X of an assigned function: what the guest programs, and who is signalled.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use devices::interrupt::{InterruptError, MsiMessage, MsiRoute, MsiRouter};
+use devices::pci::Msix;
+use devices::warn_limited;
+
+use super::config::MsiRegisters;
+use crate::backend::{BackendError, IrqKind, VfioBackend};
+
+/// Bytes per entry of the MSI-X table (PCI 3.0 section 6.8.2).
+const ENTRY_BYTES: u64 = 16;
+
+/// Where the MSI-X table and its pending bits are: BAR, and range within it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MsixPlace {
+    pub(super) table: (u8, Range<u64>),
+    pub(super) pba: (u8, Range<u64>),
+}
+
+impl MsixPlace {
+    /// By the capability's registers. `None` when one of them overflows.
+    pub(super) fn new(vectors: u16, table: u32, pba: u32) -> Option<Self> {
+        let place = |register: u32, bytes: u64| {
+            let offset = u64::from(register & !0b111);
+            let bar = u8::try_from(register & 0b111).ok()?;
+            Some((bar, offset..offset.checked_add(bytes)?))
+        };
+        Some(Self {
+            table: place(table, u64::from(vectors) * ENTRY_BYTES)?,
+            pba: place(pba, u64::from(vectors).div_ceil(64) * 8)?,
+        })
+    }
+}
+
+/// Turns the device's signals into interrupts of the guest.
+pub(super) struct Interrupts {
+    router: Arc<dyn MsiRouter>,
+    pub(super) msix: Option<Msix>,
+    msix_routes: Vec<Arc<dyn MsiRoute>>,
+    /// One per vector while MSI is on.
+    msi_routes: Vec<Arc<dyn MsiRoute>>,
+}
+
+impl Interrupts {
+    /// All off. `msix_vectors` is 0 without MSI-X.
+    pub(super) fn new(
+        router: Arc<dyn MsiRouter>,
+        msix_vectors: u16,
+    ) -> Result<Self, InterruptError> {
+        let routes = (0..msix_vectors).map(|_| router.allocate());
+        let msix_routes = routes.collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            router,
+            msix: (msix_vectors > 0).then(|| Msix::new(msix_routes.clone())),
+            msix_routes,
+            msi_routes: Vec::new(),
+        })
+    }
+
+    /// Follows a write to MSI-X message control.
+    pub(super) fn set_msix_control(&mut self, control: u16, backend: &dyn VfioBackend) {
+        let Some(msix) = &mut self.msix else {
+            return;
+        };
+        let before = msix.enabled();
+        msix.set_control(control);
+        match (before, msix.enabled()) {
+            (false, true) => switch(backend, IrqKind::MsiX, &self.msix_routes),
+            (true, false) => switch(backend, IrqKind::MsiX, &[]),
+            _ => {}
+        }
+    }
+
+    /// Follows a write to the MSI capability.
+    pub(super) fn set_msi(&mut self, registers: MsiRegisters, backend: &dyn VfioBackend) {
+        let on = !self.msi_routes.is_empty();
+        if registers.enabled && !on {
+            let routes = (0..registers.vectors).map(|_| self.router.allocate());
+            match routes.collect::<Result<Vec<_>, _>>() {
+                Ok(routes) => self.msi_routes = routes,
+                Err(error) => {
+                    warn_limited!(error:% = error; "no interrupt routes for MSI");
+                    return;
+                }
+            }
+            switch(backend, IrqKind::Msi, &self.msi_routes);
+        } else if !registers.enabled && on {
+            switch(backend, IrqKind::Msi, &[]);
+            self.msi_routes.clear();
+        }
+        self.route_msi(registers);
+    }
+
+    /// The vector's number is in the low bits of the data (PCI 3.0 section 6.8.1.6).
+    fn route_msi(&self, registers: MsiRegisters) {
+        for (route, vector) in self.msi_routes.iter().zip(0..) {
+            let numbers = u32::from(registers.vectors).saturating_sub(1);
+            let message = MsiMessage {
+                address: registers.address,
+                data: u32::from(registers.data) & !numbers | vector,
+            };
+            let result = match registers.masks & 1 << vector {
+                0 => route.unmask(message),
+                _ => route.mask(),
+            };
+            if let Err(error) = result {
+                warn_limited!(vector = vector, error:% = error; "MSI vector could not be changed");
+            }
+        }
+    }
+
+    /// Back to power-on. The device signals nobody any more, for it was reset.
+    pub(super) fn reset(&mut self) {
+        if let Some(msix) = &mut self.msix {
+            msix.reset();
+        }
+        self.msi_routes.clear();
+    }
+}
+
+fn switch(backend: &dyn VfioBackend, kind: IrqKind, routes: &[Arc<dyn MsiRoute>]) {
+    let events: Vec<_> = routes.iter().map(|route| route.eventfd()).collect();
+    if let Err(error) = backend.set_irqs(kind, &events) {
+        told(
+            &error,
+            "interrupts of an assigned device could not be switched",
+        );
+    }
+}
+
+/// What goes wrong because of the guest or the device is the guest's to see.
+pub(super) fn told(error: &BackendError, what: &str) {
+    let source = std::error::Error::source(error).map(ToString::to_string);
+    warn_limited!(error:% = error, source:? = source; "{what}");
+}
