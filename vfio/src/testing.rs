@@ -116,7 +116,11 @@ impl VfioBackend for ModelBackend {
     }
 
     fn irq(&self, kind: IrqKind) -> Result<Irq, BackendError> {
-        let count = if kind == IrqKind::MsiX { 2 } else { 0 };
+        let count = match kind {
+            IrqKind::MsiX => 2,
+            IrqKind::Msi => 4,
+            IrqKind::Intx | IrqKind::Error | IrqKind::Request => 0,
+        };
         Ok(Irq {
             count,
             automasked: false,

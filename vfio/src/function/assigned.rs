@@ -334,3 +334,6 @@ impl Drop for AssignedFunction {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

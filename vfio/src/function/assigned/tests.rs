@@ -1,0 +1,197 @@
+use devices::interrupt::{MsiMessage, MsiRoute};
+use devices::testing::FakeRouter;
+
+use super::*;
+use crate::backend::IrqKind;
+use crate::testing::ModelBackend;
+
+/// BAR 0 of 32 bits, BAR 2 of 64, MSI with 4 vectors, MSI-X with 2 in BAR 2, PCI Express.
+fn config() -> Vec<u8> {
+    let mut config = vec![0; 256];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x00, &[0x34, 0x12, 0x70, 0x64, 0, 0, 0x10, 0]);
+    put(0x18, &[0x0c]);
+    put(0x34, &[0x40]);
+    put(
+        0x40,
+        &[0x11, 0x50, 0x01, 0x80, 0x02, 0x10, 0, 0, 0x02, 0x20, 0, 0],
+    );
+    put(0x50, &[0x10, 0x90, 0x02, 0x00, 0, 0, 0, 0x10]);
+    put(0x90, &[0x05, 0x00, 0x04, 0x00]);
+    config
+}
+
+struct Fixture {
+    model: Arc<ModelBackend>,
+    router: Arc<FakeRouter>,
+    function: AssignedFunction,
+}
+
+fn fixture(config: &[u8]) -> Result<Fixture, FunctionError> {
+    let model = Arc::new(ModelBackend::new(config));
+    let router = Arc::new(FakeRouter::default());
+    let id = DeviceId::new("gpu").unwrap();
+    let function = AssignedFunction::new(id, model.clone(), router.clone())?;
+    Ok(Fixture {
+        model,
+        router,
+        function,
+    })
+}
+
+impl Fixture {
+    fn program_vector(&self, vector: u64, data: u32) {
+        let entry = 0x1000 + vector * 16;
+        let parts = [(0, 0xfee0_0000), (4, 0), (8, data), (12, 0)];
+        for (at, value) in parts {
+            self.function
+                .write_bar(2, entry + at, &u32::to_le_bytes(value));
+        }
+    }
+
+    fn signalled(&self, route: usize) -> bool {
+        let route = &self.router.routes()[route];
+        route.eventfd().read().is_ok_and(|count| count == 1)
+    }
+}
+
+#[test]
+fn device_is_reset_before_and_after() {
+    let f = fixture(&config()).unwrap();
+    assert_eq!(f.model.resets(), 1);
+    let mut command = [0; 2];
+    f.model.read(RegionIndex::Config, 4, &mut command).unwrap();
+    assert_eq!(command, [3, 0], "it decodes, whatever its guest says");
+    let model = Arc::clone(&f.model);
+    drop(f);
+    assert_eq!(model.resets(), 2);
+}
+
+#[test]
+fn bars_have_the_regions_sizes_and_the_registers_kinds() {
+    let f = fixture(&config()).unwrap();
+    let [first, second] = f.function.bars()[..] else {
+        panic!("two BARs");
+    };
+    assert_eq!(
+        (first.index, first.size_bytes, first.prefetchable),
+        (0, 0x1000, false)
+    );
+    assert_eq!(
+        (second.index, second.size_bytes, second.prefetchable),
+        (2, 0x4000, true)
+    );
+}
+
+#[test]
+fn registers_are_the_devices_and_the_vector_table_is_not() {
+    let f = fixture(&config()).unwrap();
+    f.function.write_bar(0, 0x20, &[1, 2, 3, 4]);
+    let mut data = [0; 4];
+    f.model.read(RegionIndex::Bar(0), 0x20, &mut data).unwrap();
+    assert_eq!(data, [1, 2, 3, 4]);
+    f.program_vector(1, 0x42);
+    f.model
+        .read(RegionIndex::Bar(2), 0x1018, &mut data)
+        .unwrap();
+    assert_eq!(data, [0; 4], "the guest's address is nothing to the device");
+    f.function.read_bar(2, 0x1018, &mut data);
+    assert_eq!(data, [0x42, 0, 0, 0]);
+    f.function.read_bar(2, 0xfff_0000, &mut data);
+    assert_eq!(data, [0xff; 4], "outside of the BAR");
+}
+
+#[test]
+fn msix_vectors_signal_their_routes_while_it_is_on() {
+    let f = fixture(&config()).unwrap();
+    assert!(!f.model.interrupt(IrqKind::MsiX, 1));
+    f.program_vector(1, 0x42);
+    f.function.write_config(0x42, &[0x01, 0x80]);
+    assert_eq!(f.model.vectors(IrqKind::MsiX), 2);
+    let routes = f.router.routes();
+    let message = MsiMessage {
+        address: 0xfee0_0000,
+        data: 0x42,
+    };
+    assert_eq!(routes[1].message(), Some(message));
+    assert_eq!(routes[0].message(), None, "masked in the table");
+    assert!(f.model.interrupt(IrqKind::MsiX, 1) && f.signalled(1));
+    f.function.write_config(0x42, &[0x01, 0x00]);
+    assert_eq!(f.model.vectors(IrqKind::MsiX), 0);
+}
+
+#[test]
+fn msi_vectors_differ_in_the_low_bits() {
+    let f = fixture(&config()).unwrap();
+    f.function
+        .write_config(0x94, &0xfee0_1000_u32.to_le_bytes());
+    f.function.write_config(0x98, &[0x41, 0x00]);
+    f.function.write_config(0x92, &[0x25, 0x00]);
+    assert_eq!(f.model.vectors(IrqKind::Msi), 4);
+    let routes = f.router.routes();
+    let data: Vec<_> = routes[2..]
+        .iter()
+        .map(|route| route.message().unwrap().data)
+        .collect();
+    assert_eq!(data, [0x40, 0x41, 0x42, 0x43]);
+    assert!(f.model.interrupt(IrqKind::Msi, 3) && f.signalled(5));
+    f.function.write_config(0x92, &[0x24, 0x00]);
+    assert_eq!(f.model.vectors(IrqKind::Msi), 0);
+}
+
+#[test]
+fn guests_function_level_reset_puts_everything_back() {
+    let f = fixture(&config()).unwrap();
+    f.function.place_bar(0, 0xc000_0000);
+    f.program_vector(0, 0x42);
+    f.function.write_config(0x42, &[0x01, 0x80]);
+    assert_eq!(f.function.write_config(4, &[6, 0]).len(), 2);
+    f.function.write_bar(0, 0, &[9]);
+    let changes = f.function.write_config(0x58, &[0, 0x80]);
+    assert_eq!(changes.len(), 2, "{changes:?}");
+    assert_eq!(f.model.resets(), 2);
+    let mut data = [9; 4];
+    f.function.read_config(4, &mut data);
+    assert_eq!(data[..2], [0, 0]);
+    f.function.read_config(0x40, &mut data);
+    assert_eq!(data[2..], [1, 0]);
+    assert_eq!(f.model.vectors(IrqKind::MsiX), 0);
+    f.function.read_bar(2, 0x1008, &mut data);
+    assert_eq!(data, [0; 4]);
+}
+
+#[test]
+fn impossible_devices_are_refused() {
+    let mut outside = config();
+    outside[0x45] = 0x40;
+    assert!(matches!(
+        fixture(&outside),
+        Err(FunctionError::Msix { bar: 2 })
+    ));
+    let mut no_bar = config();
+    no_bar[0x44] = 0x05;
+    assert!(matches!(
+        fixture(&no_bar),
+        Err(FunctionError::Msix { bar: 5 })
+    ));
+    let mut io = config();
+    io[0x10] = 0x01;
+    let io = fixture(&io);
+    assert!(matches!(
+        io,
+        Err(FunctionError::Bar {
+            bar: 0,
+            size_bytes: 0x1000
+        })
+    ));
+}
+
+#[test]
+fn assigned_devices_do_not_move() {
+    let f = fixture(&config()).unwrap();
+    assert!(matches!(
+        f.function.migratability(),
+        Migratability::Blocked(_)
+    ));
+    assert!(f.function.save().is_err());
+}
