@@ -1,0 +1,1 @@
+//! Servers, sound and hostile.
