@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use vmm::config::{
-    BalloonConfig, ByteSize, CharTarget, CpuModel, CpusConfig, DiskConfig, FsConfig, MemoryConfig,
-    NetConfig, OnGuestEnd, RngConfig, VmName, VsockConfig,
+    BalloonConfig, ByteSize, CharTarget, CpuModel, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
+    MemoryConfig, NetConfig, OnGuestEnd, RngConfig, VmName, VsockConfig,
 };
 use vmm::host::link::LinkUrl;
 use vmm::migrate::{EncodingChoice, OnTimeout};
 
+use crate::device::DeviceArgs;
 use crate::gpu::GpuArgs;
 use crate::values::{self, Bandwidth, Streams};
 
@@ -94,6 +95,8 @@ pub(crate) enum Command {
     Reset(NameJsonArgs),
     /// List a VM's devices.
     Devices(NameJsonArgs),
+    /// List, add and remove a VM's assigned devices while it runs.
+    Device(DeviceArgs),
     /// Show a VM's events.
     Events(EventsArgs),
     /// Show a VM's counters.
@@ -179,6 +182,9 @@ pub(crate) struct RunArgs {
     /// Shared directory behind virtiofsd: tag=NAME,socket=PATH[,queues=][,queue-size=][,id=].
     #[arg(long, value_name = "LIST", value_parser = values::fs)]
     pub(crate) fs: Vec<FsConfig>,
+    /// Assigned device: vfio=BDF|UUID[,iommufd=on|off] of the host, or vfio-user=SOCKET of another process[,id=].
+    #[arg(long, value_name = "LIST", value_parser = values::device)]
+    pub(crate) device: Vec<DeviceConfig>,
     /// When the guest powers off [default: exit].
     #[arg(long, value_name = "ACTION", value_parser = values::reaction())]
     pub(crate) on_poweroff: Option<OnGuestEnd>,

@@ -5,6 +5,7 @@ mod args;
 mod console;
 mod control;
 mod demo;
+mod device;
 mod doctor;
 mod ending;
 mod gpu;
@@ -66,6 +67,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Shutdown(args) => control::shutdown(&args),
         Command::Stop(args) => control::change(&args, "stop", VmState::Ended),
         Command::Reset(args) => control::change(&args, "reset", VmState::Running),
+        Command::Device(args) => device::device(args),
         Command::Devices(args) => control::devices(&args.name, args.json),
         Command::Events(args) => control::events(&args),
         Command::Metrics(args) => control::metrics(&args.name, args.json),

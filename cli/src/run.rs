@@ -56,6 +56,7 @@ fn overrides(args: RunArgs, file: &LifecycleConfig) -> Overrides {
         balloon: args.balloon,
         vsock: args.vsock,
         fs: args.fs,
+        device: args.device,
     }
 }
 

@@ -9,8 +9,8 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use vmm::config::{
-    BalloonConfig, CpusConfig, DiskConfig, FsConfig, LinkRate, MemoryConfig, NetConfig, OnGuestEnd,
-    RngConfig, VsockConfig, from_key_values,
+    BalloonConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig, LinkRate, MemoryConfig,
+    NetConfig, OnGuestEnd, RngConfig, VsockConfig, from_key_values,
 };
 use vmm::host::link::LinkUrl;
 use vmm::migrate::{EncodingChoice, MAX_STREAMS, OnTimeout};
@@ -164,6 +164,11 @@ pub(crate) fn vsock(text: &str) -> Result<VsockConfig, String> {
 
 /// `--fs`.
 pub(crate) fn fs(text: &str) -> Result<FsConfig, String> {
+    list(text, None)
+}
+
+/// `--device`.
+pub(crate) fn device(text: &str) -> Result<DeviceConfig, String> {
     list(text, None)
 }
 

@@ -5,8 +5,9 @@ mod registers;
 
 pub(crate) use registers::FORMAT;
 pub use registers::{
-    AcpiRegisters, AcpiRegistersStateV1, GED_EVENTS_OFFSET, GED_POWER_BUTTON, REGISTER_BYTES,
-    RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET, SLEEP_TYPE_S5,
+    AcpiRegisters, AcpiRegistersStateV1, GED_EVENTS_OFFSET, GED_PCI_SLOTS, GED_POWER_BUTTON,
+    PCI_ADDED_OFFSET, PCI_EJECT_OFFSET, PCI_LEAVING_OFFSET, REGISTER_BYTES, RESET_OFFSET,
+    RESET_VALUE, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET, SLEEP_TYPE_S5,
 };
 
 /// Something that the guest asks of the machine as a whole.
@@ -27,4 +28,7 @@ pub enum GuestRequest {
 pub trait GuestRequests: Send + Sync {
     /// Passes a request on.
     fn raise(&self, request: GuestRequest);
+
+    /// The guest has let PCI devices go: bit n stands for device n.
+    fn eject(&self, devices: u32);
 }

@@ -16,7 +16,7 @@ const KIND: &str = "acpi-registers";
 pub(crate) const FORMAT: StateFormat = StateFormat::first(KIND);
 
 /// Bytes of the block.
-pub const REGISTER_BYTES: u64 = 8;
+pub const REGISTER_BYTES: u64 = 20;
 /// `SLEEP_CONTROL_REG` (ACPI 6.5 section 4.8.3.7), one byte.
 pub const SLEEP_CONTROL_OFFSET: u64 = 0;
 /// `SLEEP_STATUS_REG`, one byte.
@@ -26,12 +26,21 @@ pub const RESET_OFFSET: u64 = 2;
 /// Pending events of the generic event device, four bytes; reading clears them.
 pub const GED_EVENTS_OFFSET: u64 = 4;
 
+/// PCI devices that have come, one bit each, four bytes; reading clears them.
+pub const PCI_ADDED_OFFSET: u64 = 8;
+/// PCI devices that the guest is asked to let go, one bit each, four bytes; reading clears them.
+pub const PCI_LEAVING_OFFSET: u64 = 12;
+/// PCI devices that the guest has let go, written as four bytes.
+pub const PCI_EJECT_OFFSET: u64 = 16;
+
 /// `RESET_VALUE`.
 pub const RESET_VALUE: u8 = 1;
 /// The `SLP_TYP` value of the S5 state, as the `_S5` package says.
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// Event bit: the power button was pressed.
 pub const GED_POWER_BUTTON: u32 = 1 << 0;
+/// Event bit: PCI devices have come, or shall go.
+pub const GED_PCI_SLOTS: u32 = 1 << 1;
 
 /// `SLP_EN`.
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -46,6 +55,21 @@ const WAKE_STATUS: u8 = 1 << 7;
 pub struct AcpiRegistersStateV1 {
     /// Events raised and not yet read.
     pub events: u32,
+    /// PCI devices that have come and whose coming was not yet read.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub pci_added: u32,
+    /// PCI devices that shall go, not yet read.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub pci_leaving: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_none(devices: &u32) -> bool {
+    *devices == 0
+}
+
+fn bit(number: u8) -> u32 {
+    1_u32.checked_shl(number.into()).unwrap_or(0)
 }
 
 /// Sleep, reset and event registers.
@@ -53,7 +77,17 @@ pub struct AcpiRegisters {
     id: DeviceId,
     requests: Arc<dyn GuestRequests>,
     line: Arc<dyn IrqLine>,
-    events: Mutex<u32>,
+    pending: Mutex<Pending>,
+}
+
+/// What the guest has not heard of yet, or may do.
+#[derive(Default)]
+struct Pending {
+    events: u32,
+    pci_added: u32,
+    pci_leaving: u32,
+    /// PCI devices that the guest can let go.
+    removable: u32,
 }
 
 impl AcpiRegisters {
@@ -64,18 +98,58 @@ impl AcpiRegisters {
             id,
             requests,
             line,
-            events: Mutex::new(0),
+            pending: Mutex::default(),
         }
     }
 
     /// Presses the power button: the guest decides what to do about it.
     pub fn press_power_button(&self) {
-        *self.events() |= GED_POWER_BUTTON;
+        self.pending().events |= GED_POWER_BUTTON;
         self.line.pulse();
     }
 
-    fn events(&self) -> MutexGuard<'_, u32> {
-        self.events.lock()
+    /// PCI device `number`, 0 to 31, may be let go by the guest from now on.
+    pub fn set_removable(&self, number: u8) {
+        self.pending().removable |= bit(number);
+    }
+
+    /// Tells the guest that PCI device `number` has come.
+    pub fn add_device(&self, number: u8) {
+        {
+            let mut pending = self.pending();
+            pending.pci_added |= bit(number);
+            pending.events |= GED_PCI_SLOTS;
+        }
+        self.line.pulse();
+    }
+
+    /// Asks the guest to let PCI device `number` go; it then calls [`GuestRequests::eject`].
+    pub fn remove_device(&self, number: u8) {
+        {
+            let mut pending = self.pending();
+            pending.pci_leaving |= bit(number);
+            pending.events |= GED_PCI_SLOTS;
+        }
+        self.line.pulse();
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock()
+    }
+
+    /// Each device goes once, so that a guest cannot ask without end.
+    fn eject(&self, devices: u32) {
+        let gone = {
+            let mut pending = self.pending();
+            let gone = devices & pending.removable;
+            pending.removable &= !gone;
+            pending.pci_added &= !gone;
+            pending.pci_leaving &= !gone;
+            gone
+        };
+        if gone != 0 {
+            self.requests.eject(gone);
+        }
     }
 }
 
@@ -83,7 +157,9 @@ impl IoHandler for AcpiRegisters {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let value = match (offset, data.len()) {
             (SLEEP_STATUS_OFFSET, 1) => u32::from(WAKE_STATUS),
-            (GED_EVENTS_OFFSET, 4) => std::mem::take(&mut *self.events()),
+            (GED_EVENTS_OFFSET, 4) => std::mem::take(&mut self.pending().events),
+            (PCI_ADDED_OFFSET, 4) => std::mem::take(&mut self.pending().pci_added),
+            (PCI_LEAVING_OFFSET, 4) => std::mem::take(&mut self.pending().pci_leaving),
             _ => 0,
         };
         data.fill(0);
@@ -93,6 +169,9 @@ impl IoHandler for AcpiRegisters {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        if let (PCI_EJECT_OFFSET, Ok(bytes)) = (offset, data.try_into()) {
+            return self.eject(u32::from_le_bytes(bytes));
+        }
         let &[value] = data else { return };
         match offset {
             SLEEP_CONTROL_OFFSET => {
@@ -121,7 +200,11 @@ impl Device for AcpiRegisters {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        *self.events() = 0;
+        let mut pending = self.pending();
+        *pending = Pending {
+            removable: pending.removable,
+            ..Pending::default()
+        };
         Ok(())
     }
 
@@ -134,13 +217,17 @@ impl Device for AcpiRegisters {
     }
 
     fn save(&self) -> Result<DeviceState, SaveError> {
-        let events = *self.events();
-        FORMAT.encode(&AcpiRegistersStateV1 { events })
+        let pending = self.pending();
+        FORMAT.encode(&AcpiRegistersStateV1 {
+            events: pending.events,
+            pci_added: pending.pci_added,
+            pci_leaving: pending.pci_leaving,
+        })
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
         let wire: AcpiRegistersStateV1 = FORMAT.decode(state)?;
-        if wire.events & !GED_POWER_BUTTON != 0 {
+        if wire.events & !(GED_POWER_BUTTON | GED_PCI_SLOTS) != 0 {
             let value = format!("{:#x}", wire.events);
             return Err(RestoreError::field(
                 KIND,
@@ -149,7 +236,10 @@ impl Device for AcpiRegisters {
                 "unknown event bits",
             ));
         }
-        *self.events() = wire.events;
+        let mut pending = self.pending();
+        pending.events = wire.events;
+        pending.pci_added = wire.pci_added;
+        pending.pci_leaving = wire.pci_leaving;
         Ok(())
     }
 }
@@ -202,6 +292,36 @@ mod tests {
     }
 
     #[test]
+    fn devices_come_and_go_by_their_bits() {
+        let (acpi, _requests, line) = registers();
+        let read = |offset| {
+            let mut data = [0; 4];
+            acpi.read(offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        acpi.add_device(3);
+        acpi.add_device(31);
+        acpi.remove_device(4);
+        assert_eq!(line.edges(), 3);
+        assert_eq!(read(GED_EVENTS_OFFSET), GED_PCI_SLOTS);
+        assert_eq!(read(PCI_ADDED_OFFSET), 1 << 3 | 1 << 31);
+        assert_eq!(read(PCI_LEAVING_OFFSET), 1 << 4);
+        assert_eq!([read(PCI_ADDED_OFFSET), read(PCI_LEAVING_OFFSET)], [0, 0]);
+    }
+
+    #[test]
+    fn only_removable_devices_are_let_go_and_only_once() {
+        let (acpi, requests, _line) = registers();
+        acpi.set_removable(4);
+        acpi.write(PCI_EJECT_OFFSET, &[0xff]);
+        assert_eq!(requests.ejected(), []);
+        for _ in 0..2 {
+            acpi.write(PCI_EJECT_OFFSET, &u32::MAX.to_le_bytes());
+        }
+        assert_eq!(requests.ejected(), [1 << 4]);
+    }
+
+    #[test]
     fn pending_event_survives_save_and_restore() {
         let (source, ..) = registers();
         source.press_power_button();
@@ -209,7 +329,16 @@ mod tests {
         let (target, ..) = registers();
         target.restore(&state).unwrap();
         assert_eq!(target.save().unwrap(), state);
-        let unknown = DeviceState::encode(KIND, 1, &AcpiRegistersStateV1 { events: 2 }).unwrap();
+        let unknown = DeviceState::encode(
+            KIND,
+            1,
+            &AcpiRegistersStateV1 {
+                events: 4,
+                pci_added: 0,
+                pci_leaving: 0,
+            },
+        )
+        .unwrap();
         assert!(target.restore(&unknown).is_err());
     }
 }

@@ -12,6 +12,7 @@ mod host_bridge;
 mod msix;
 mod root;
 mod state;
+mod windows;
 
 pub use address::{Bdf, InvalidBdf};
 pub use bar::{BarChange, BarKind, BarLocation, BarSpec};
@@ -20,7 +21,6 @@ pub use function::{BarMapping, Doorbell, HostMemory, PciFunction};
 pub(crate) use host_bridge::FORMAT as HOST_BRIDGE_FORMAT;
 pub use host_bridge::HostBridgeStateV1;
 pub use msix::{MSIX_CAP_LEN, Msix, MsixLayout};
-pub use root::{
-    BarHooks, BarWindows, DoorbellRegistry, MemorySlots, PciRoot, PciRootError, Window,
-};
+pub use root::{BarHooks, DoorbellRegistry, MemorySlots, PciRoot, PciRootError};
 pub use state::{BarStateV1, ConfigStateV1, MsixStateV1};
+pub use windows::{BarWindows, Window};

@@ -12,6 +12,7 @@ use super::address::Bdf;
 use super::bar::{BarChange, BarKind, BarLocation};
 use super::function::{HostMemory, PciFunction};
 use super::host_bridge::HostBridge;
+use super::windows::{Allocator, BarWindows, Window};
 use crate::bus::{Bus, IoHandler};
 use crate::device::Device;
 use crate::warn_limited;
@@ -60,33 +61,6 @@ pub struct BarHooks {
     pub memory: Arc<dyn MemorySlots>,
 }
 
-/// A range of guest addresses for BARs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// First address.
-    pub base: u64,
-    /// Bytes.
-    pub len: u64,
-}
-
-impl Window {
-    fn contains(&self, address: u64, len: u64) -> bool {
-        let last = len.checked_sub(1).and_then(|l| address.checked_add(l));
-        address >= self.base && last.is_some_and(|last| last - self.base < self.len)
-    }
-}
-
-/// Where BARs may lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BarWindows {
-    /// Below 4 GiB.
-    pub memory32: Window,
-    /// Above RAM.
-    pub memory64: Window,
-    /// Ports.
-    pub io: Window,
-}
-
 /// A function could not be placed on the bus.
 #[derive(Debug, thiserror::Error)]
 pub enum PciRootError {
@@ -108,27 +82,10 @@ pub enum PciRootError {
     },
 }
 
-/// Next free address of each window.
-struct Allocator {
-    windows: BarWindows,
-    next: [u64; 3],
-}
-
-impl Allocator {
-    fn take(&mut self, kind: BarKind, size: u64) -> Option<u64> {
-        let [next32, next64, next_io] = &mut self.next;
-        let (window, next) = match kind {
-            BarKind::Memory32 => (self.windows.memory32, next32),
-            BarKind::Memory64 => (self.windows.memory64, next64),
-            BarKind::Io => (self.windows.io, next_io),
-        };
-        let address = next.checked_next_multiple_of(size)?;
-        if !window.contains(address, size) {
-            return None;
-        }
-        *next = address + size;
-        Some(address)
-    }
+/// A function and where its BARs were placed at first.
+struct Seat {
+    function: Arc<dyn PciFunction>,
+    placed: Vec<(BarKind, u64)>,
 }
 
 /// Addresses of the BARs that are on a bus.
@@ -136,9 +93,9 @@ type Mapped = BTreeMap<(Bdf, u8), u64>;
 
 /// The PCI root: functions by address, the windows for their BARs and the buses they appear on.
 ///
-/// Lock order: `mapped` -> a function's own lock (released) -> a bus's lock.
+/// Lock order: `mapped` -> `functions` -> `allocator`; `mapped` -> a function's own lock (released) -> a bus's lock.
 pub struct PciRoot {
-    functions: RwLock<BTreeMap<Bdf, Arc<dyn PciFunction>>>,
+    functions: RwLock<BTreeMap<Bdf, Seat>>,
     allocator: Mutex<Allocator>,
     /// BARs on the buses, by function and index. Held over a configuration write and its effects,
     /// so that two vCPUs cannot apply their changes in another order than the function saw them.
@@ -160,18 +117,14 @@ impl PciRoot {
         hooks: BarHooks,
     ) -> Arc<Self> {
         let bridge = Arc::new(HostBridge::new());
-        let function: Arc<dyn PciFunction> = bridge.clone();
+        let seat = Seat {
+            function: bridge.clone(),
+            placed: Vec::new(),
+        };
         Arc::new(Self {
-            functions: RwLock::new(BTreeMap::from([(Bdf::from_requester_id(0), function)])),
+            functions: RwLock::new(BTreeMap::from([(Bdf::from_requester_id(0), seat)])),
             bridge,
-            allocator: Mutex::new(Allocator {
-                windows,
-                next: [
-                    windows.memory32.base,
-                    windows.memory64.base,
-                    windows.io.base,
-                ],
-            }),
+            allocator: Mutex::new(Allocator::new(windows)),
             mapped: Mutex::new(Mapped::new()),
             windows,
             memory_bus,
@@ -208,17 +161,46 @@ impl PciRoot {
             return Err(PciRootError::AddressInUse(bdf));
         }
         let mut allocator = self.allocator.lock();
+        let mut placed = Vec::new();
         for bar in function.bars() {
-            let address = allocator.take(bar.kind, bar.size_bytes);
-            let address = address.ok_or(PciRootError::NoRoom {
-                bdf,
-                bar: bar.index,
-                size_bytes: bar.size_bytes,
-            })?;
+            let Some(address) = allocator.of(bar.kind).take(bar.size_bytes) else {
+                allocator.give_back(&placed);
+                return Err(PciRootError::NoRoom {
+                    bdf,
+                    bar: bar.index,
+                    size_bytes: bar.size_bytes,
+                });
+            };
+            placed.push((bar.kind, address));
             function.place_bar(bar.index, address);
         }
-        functions.insert(bdf, function);
+        functions.insert(bdf, Seat { function, placed });
         Ok(())
+    }
+
+    /// Whether there is a function at `bdf`.
+    #[must_use]
+    pub fn has(&self, bdf: Bdf) -> bool {
+        self.functions.read().contains_key(&bdf)
+    }
+
+    /// Takes the function at `bdf` off the bus; false when there is none. Accesses that have begun
+    /// may still end in it.
+    pub fn remove(&self, bdf: Bdf) -> bool {
+        let mut mapped = self.mapped.lock();
+        let Some(seat) = self.functions.write().remove(&bdf) else {
+            return false;
+        };
+        for change in seat.function.decoded() {
+            if let BarChange::Map(location) = change
+                && mapped.remove(&(bdf, location.spec.index)).is_some()
+            {
+                self.unmap(&seat.function, &location);
+            }
+        }
+        self.map_refused(&mut mapped);
+        self.allocator.lock().give_back(&seat.placed);
+        true
     }
 
     /// Puts every function's configuration space back to power-on.
@@ -255,13 +237,13 @@ impl PciRoot {
         let functions = self.functions.read();
         let pairs = functions.iter();
         pairs
-            .map(|(bdf, function)| (*bdf, Arc::clone(function)))
+            .map(|(bdf, seat)| (*bdf, Arc::clone(&seat.function)))
             .collect()
     }
 
     fn get(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
         let functions = self.functions.read();
-        functions.get(&bdf).cloned()
+        functions.get(&bdf).map(|seat| Arc::clone(&seat.function))
     }
 
     /// Accesses wider than a register are split, as a bridge does; absent functions read as ones.
@@ -277,10 +259,11 @@ impl PciRoot {
     }
 
     fn write_config(&self, bdf: Bdf, offset: u16, data: &[u8]) {
+        let mut mapped = self.mapped.lock();
+        // Looked up under the lock: nobody takes it off the bus meanwhile.
         let Some(function) = self.get(bdf) else {
             return;
         };
-        let mut mapped = self.mapped.lock();
         for (part, at) in data.chunks(4).zip((offset..).step_by(4)) {
             let changes = function.write_config(at, part);
             if self.apply(&mut mapped, bdf, &function, &changes) {

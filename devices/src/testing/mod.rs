@@ -244,7 +244,7 @@ impl IrqLine for FakeLine {
 
 /// Remembers what the guest asked for.
 #[derive(Default)]
-pub struct FakeRequests(Mutex<Vec<GuestRequest>>);
+pub struct FakeRequests(Mutex<Vec<GuestRequest>>, Mutex<Vec<u32>>);
 
 impl FakeRequests {
     /// Takes the requests so far.
@@ -252,10 +252,20 @@ impl FakeRequests {
     pub fn taken(&self) -> Vec<GuestRequest> {
         std::mem::take(&mut *self.0.lock())
     }
+
+    /// Takes the devices that were let go so far, one bit each.
+    #[must_use]
+    pub fn ejected(&self) -> Vec<u32> {
+        std::mem::take(&mut *self.1.lock())
+    }
 }
 
 impl GuestRequests for FakeRequests {
     fn raise(&self, request: GuestRequest) {
         self.0.lock().push(request);
+    }
+
+    fn eject(&self, devices: u32) {
+        self.1.lock().push(devices);
     }
 }

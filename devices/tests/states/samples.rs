@@ -205,7 +205,14 @@ fn virtio(name: &str) -> Box<dyn VirtioDevice> {
 /// A state as this build writes it.
 pub(crate) fn state(name: &str) -> DeviceState {
     let made_up = match name {
-        "acpi" => encode("acpi-registers", &AcpiRegistersStateV1 { events: 1 }),
+        "acpi" => encode(
+            "acpi-registers",
+            &AcpiRegistersStateV1 {
+                events: 1,
+                pci_added: 0,
+                pci_leaving: 0,
+            },
+        ),
         "ioapic" => encode("ioapic", &ioapic()),
         "cmos" => encode(
             "cmos",

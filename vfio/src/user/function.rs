@@ -184,7 +184,10 @@ impl UserFunction {
         let checked = RegionAccess::decode(&reply.payload).and_then(|(answer, data)| {
             check_access(&access, &answer)?;
             match data.len() == part.len() {
-                true => Ok(part.copy_from_slice(data)),
+                true => {
+                    part.copy_from_slice(data);
+                    Ok(())
+                }
                 false => Err(Malformed::Length {
                     len: reply.payload.len(),
                     expected: room,

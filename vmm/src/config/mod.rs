@@ -4,6 +4,7 @@
 //! Parsing and checking are pure. [`VmConfig`] is what the user wrote, complete with defaults;
 //! [`VmConfig::validate`] checks everything that can be known without touching the host.
 
+mod assigned;
 mod cpus;
 mod devices;
 mod disk;
@@ -20,6 +21,7 @@ mod target;
 mod validate;
 mod vm;
 
+pub use assigned::{DeviceConfig, HostDevice, InvalidHostDevice};
 pub use cpus::{CpuModel, CpusConfig};
 pub use devices::{BalloonConfig, ConsoleConfig, FsConfig, RngConfig, VsockConfig};
 pub use disk::{DiskAio, DiskConfig, DiskFormat};

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::assigned::DeviceConfig;
 use super::cpus::{CpuModel, CpusConfig};
 use super::devices::{BalloonConfig, ConsoleConfig, FsConfig, RngConfig, VsockConfig};
 use super::disk::DiskConfig;
@@ -31,6 +32,7 @@ pub struct Overrides {
     pub balloon: Option<BalloonConfig>,
     pub vsock: Option<VsockConfig>,
     pub fs: Vec<FsConfig>,
+    pub device: Vec<DeviceConfig>,
 }
 
 impl Overrides {
@@ -69,5 +71,6 @@ impl Overrides {
         set(&mut config.balloon, self.balloon.map(Some));
         set(&mut config.vsock, self.vsock.map(Some));
         set_list(&mut config.fs, self.fs);
+        set_list(&mut config.device, self.device);
     }
 }

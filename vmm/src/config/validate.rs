@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use devices::DeviceId;
 
+use super::assigned::DeviceConfig;
 use super::devices::{BalloonConfig, FsConfig, VsockConfig};
 use super::disk::{DiskConfig, DiskFormat};
 use super::error::ConfigError;
@@ -57,6 +58,10 @@ impl VmConfig {
         for (fs, index) in self.fs.iter().zip(0..) {
             fs.validate(&format!("fs[{index}]"))?;
         }
+        for (device, index) in self.device.iter().zip(0..) {
+            device.validate(&format!("device[{index}]"))?;
+        }
+        self.validate_pinned()?;
         self.validate_tags()?;
         if let Some(rng) = &self.rng {
             check_rate("rng", "bytes", (rng.bytes_per_second, None), |v| {
@@ -97,6 +102,15 @@ impl VmConfig {
     #[must_use]
     pub fn fs_ids(&self) -> Vec<String> {
         ids("fs", self.fs.iter().map(|fs| fs.id.as_deref()))
+    }
+
+    /// Ids of assigned devices, in order.
+    #[must_use]
+    pub fn device_ids(&self) -> Vec<String> {
+        ids(
+            "device",
+            self.device.iter().map(|device| device.id.as_deref()),
+        )
     }
 
     fn validate_cpus(&self) -> Result<(), ConfigError> {
@@ -156,6 +170,7 @@ impl VmConfig {
             ("disk", self.disk_ids()),
             ("net", self.net_ids()),
             ("fs", self.fs_ids()),
+            ("device", self.device_ids()),
         ];
         let mut seen: BTreeSet<String> = RESERVED_IDS.map(str::to_owned).into();
         let mut count = [
@@ -195,6 +210,18 @@ impl VmConfig {
         Ok(())
     }
 
+    /// Devices of the host's keep all memory where it is: none can be taken out of the guest.
+    fn validate_pinned(&self) -> Result<(), ConfigError> {
+        let pinning = self.device.iter().find_map(|device| device.vfio.as_ref());
+        match (pinning, &self.balloon) {
+            (Some(device), Some(_)) => {
+                let why = format!("assigned device {device} needs all of the guest's memory");
+                Err(ConfigError::invalid("balloon", "on", why))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Guests tell shared directories apart by nothing but their tags.
     fn validate_tags(&self) -> Result<(), ConfigError> {
         let mut seen = BTreeSet::new();
@@ -223,6 +250,11 @@ impl VmConfig {
         let fs = self.fs.iter().map(|fs| ("fs.socket", &fs.socket));
         let net = self.net.iter().filter_map(|net| net.vhost_user.as_ref());
         let net = net.map(|path| ("net.vhost-user", path));
+        let device = self
+            .device
+            .iter()
+            .filter_map(|device| device.vfio_user.as_ref());
+        let device = device.map(|path| ("device.vfio-user", path));
         let vsock = self
             .vsock
             .iter()
@@ -234,7 +266,13 @@ impl VmConfig {
             CharTarget::Socket(path) | CharTarget::File(path) => Some((field, path)),
             CharTarget::Stdio | CharTarget::Null | CharTarget::Pty => None,
         });
-        for (field, path) in paths.chain(fs).chain(net).chain(vsock).chain(terminals) {
+        for (field, path) in paths
+            .chain(fs)
+            .chain(net)
+            .chain(device)
+            .chain(vsock)
+            .chain(terminals)
+        {
             if !seen.insert(path) {
                 return Err(ConfigError::invalid(
                     field,
@@ -435,6 +473,27 @@ impl FsConfig {
         }
         check_queues(at, self.queues, MAX_QUEUES - 1)?;
         check_queue_size(at, self.queue_size)
+    }
+}
+
+impl DeviceConfig {
+    fn validate(&self, at: &str) -> Result<(), ConfigError> {
+        match (&self.vfio, &self.vfio_user) {
+            (Some(_), None) => Ok(()),
+            (None, Some(_)) if self.iommufd.is_none() => Ok(()),
+            (None, Some(_)) => {
+                let why = "it is for devices of the kernel's, with vfio=";
+                Err(ConfigError::invalid(format!("{at}.iommufd"), "given", why))
+            }
+            (Some(device), Some(_)) => {
+                let why = "give either vfio= or vfio-user=";
+                Err(ConfigError::invalid(format!("{at}.vfio"), device, why))
+            }
+            (None, None) => {
+                let why = "expected vfio=BDF, vfio=UUID or vfio-user=SOCKET";
+                Err(ConfigError::invalid(at, "without a device", why))
+            }
+        }
     }
 }
 

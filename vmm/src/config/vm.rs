@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::assigned::DeviceConfig;
 use super::cpus::CpusConfig;
 use super::devices::{BalloonConfig, ConsoleConfig, FsConfig, RngConfig, VsockConfig};
 use super::disk::DiskConfig;
@@ -172,6 +173,9 @@ pub struct VmConfig {
     /// Shared directories.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fs: Vec<FsConfig>,
+    /// Assigned devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device: Vec<DeviceConfig>,
 }
 
 fn default_name() -> VmName {
@@ -201,6 +205,7 @@ impl Default for VmConfig {
             balloon: None,
             vsock: None,
             fs: Vec::new(),
+            device: Vec::new(),
         }
     }
 }

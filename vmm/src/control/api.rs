@@ -7,10 +7,10 @@ use std::os::unix::net::UnixListener;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
+use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use devices::virtio::console::ConsoleSize;
 use serde::Deserialize;
@@ -21,7 +21,7 @@ use utoipa::OpenApi;
 
 use super::errors::{ApiError, ErrorBody};
 use super::metrics;
-use crate::config::VmConfig;
+use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{BalloonInfo, ControllerClient, DeviceInfo, Request, Sample, VmEvent, VmInfo};
 use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning, SnapshotRequest};
 
@@ -60,6 +60,8 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         get_info,
         get_config,
         get_devices,
+        post_device,
+        delete_device,
         get_counters,
         get_balloon,
         put_balloon,
@@ -92,7 +94,8 @@ fn router(client: ControllerClient) -> Router {
     Router::new()
         .route("/v1/info", get(get_info))
         .route("/v1/config", get(get_config))
-        .route("/v1/devices", get(get_devices))
+        .route("/v1/devices", get(get_devices).post(post_device))
+        .route("/v1/devices/{id}", delete(delete_device))
         .route("/v1/counters", get(get_counters))
         .route("/v1/balloon", get(get_balloon).put(put_balloon))
         .route("/v1/console", put(put_console))
@@ -137,7 +140,8 @@ async fn get_info(State(client): State<ControllerClient>) -> Result<Json<VmInfo>
     Ok(Json(client.info().await?))
 }
 
-/// The configuration that the VM was started with, complete with defaults.
+/// The configuration that the VM was started with, complete with defaults and the devices that it
+/// has now.
 #[utoipa::path(get, path = "/v1/config", responses((status = 200, body = VmConfig)))]
 async fn get_config(State(client): State<ControllerClient>) -> Json<VmConfig> {
     Json((*client.config()).clone())
@@ -149,6 +153,44 @@ async fn get_devices(
     State(client): State<ControllerClient>,
 ) -> Result<Json<Vec<DeviceInfo>>, ApiError> {
     Ok(Json(client.devices().await?))
+}
+
+/// Adds an assigned device while the VM is there; the guest is told.
+#[utoipa::path(
+    post,
+    path = "/v1/devices",
+    request_body = DeviceConfig,
+    responses(
+        (status = 201, body = DeviceInfo),
+        (status = 400, body = ErrorBody),
+        (status = 409, body = ErrorBody),
+    ),
+)]
+async fn post_device(
+    State(client): State<ControllerClient>,
+    device: Result<Json<DeviceConfig>, JsonRejection>,
+) -> Result<(StatusCode, Json<DeviceInfo>), ApiError> {
+    let Json(device) = device.map_err(bad_body)?;
+    Ok((StatusCode::CREATED, Json(client.add_device(device).await?)))
+}
+
+/// Asks the guest to let an assigned device go. An event tells when it has.
+#[utoipa::path(
+    delete,
+    path = "/v1/devices/{id}",
+    params(("id" = String, Path, description = "The device's name")),
+    responses(
+        (status = 202),
+        (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody),
+    ),
+)]
+async fn delete_device(
+    State(client): State<ControllerClient>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    client.remove_device(id).await?;
+    Ok(StatusCode::ACCEPTED)
 }
 
 /// Counters of vCPUs and devices.

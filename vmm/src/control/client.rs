@@ -112,6 +112,23 @@ impl Client {
         self.exchange(Method::POST, path, body).await.map(drop)
     }
 
+    /// Posts JSON to `path` and reads JSON, for what may take longer than other answers.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn post_for<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+        within: Duration,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body)?.into();
+        let answer = self
+            .exchange_within(within, Method::POST, path, body)
+            .await?;
+        Ok(serde_json::from_slice(&answer)?)
+    }
+
     /// Deletes `path`.
     ///
     /// # Errors
@@ -164,12 +181,22 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<Bytes, ClientError> {
+        self.exchange_within(ANSWER_TIME, method, path, body).await
+    }
+
+    async fn exchange_within(
+        &self,
+        within: Duration,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Bytes, ClientError> {
         let whole = async {
             let response = self.send(method, path, body).await?;
             let body = accept(response).await?;
             Ok(body.collect().await?.to_bytes())
         };
-        let answered = tokio::time::timeout(ANSWER_TIME, whole).await;
+        let answered = tokio::time::timeout(within, whole).await;
         answered.unwrap_or(Err(ClientError::Timeout))
     }
 

@@ -38,12 +38,19 @@ impl From<CommandError> for ApiError {
             | CommandError::Waiting
             | CommandError::Migrating
             | CommandError::TakingSnapshot
+            | CommandError::Adding
+            | CommandError::Assign(_)
+            | CommandError::Bus(_)
+            | CommandError::NotRemovable(_)
             | CommandError::PagesMissing
             | CommandError::PagesCut
             | CommandError::InDoubt
             | CommandError::Disks(_) => StatusCode::CONFLICT,
-            CommandError::NoDevice(_) | CommandError::NoMigration => StatusCode::NOT_FOUND,
+            CommandError::NoDevice(_)
+            | CommandError::UnknownDevice(_)
+            | CommandError::NoMigration => StatusCode::NOT_FOUND,
             CommandError::Balloon(_)
+            | CommandError::InvalidDevice(_)
             | CommandError::InvalidMigration(_)
             | CommandError::InvalidSnapshot(_) => StatusCode::BAD_REQUEST,
             CommandError::Ended => StatusCode::GONE,

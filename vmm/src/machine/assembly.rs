@@ -12,7 +12,9 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Cap;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::assigned::{AssignError, Assigned};
 use super::board::Board;
+use super::hotplug::{Opened, removable_slots};
 use super::notices::Notices;
 use super::peripherals::ConsoleEnds;
 use super::placement::Placement;
@@ -78,6 +80,15 @@ pub enum BuildError {
         /// Why not.
         #[source]
         source: VirtioPciError,
+    },
+    /// An assigned device.
+    #[error("{id}")]
+    Assigned {
+        /// The device.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: AssignError,
     },
     /// The memory balloon.
     #[error(transparent)]
@@ -165,12 +176,13 @@ impl Machine {
             board.plug(peripheral, &memory)?;
         }
         let balloon = board.add_balloon(config, &memory, notices)?;
+        let slots = removable_slots(&board.pci);
 
         let (vcpus, cpuid) = create_vcpus(&system, &vm, topology, (config, &origin), &supported)?;
         let tsc_khz = vcpus.first().and_then(Vcpu::tsc_khz);
         if let Origin::Boot = origin {
             let fresh = RamContents::Fresh;
-            let entry = load_guest(&resources.boot, &memory, &layout, topology, fresh)?;
+            let entry = load_guest(&resources.boot, &memory, &layout, (topology, slots), fresh)?;
             for vcpu in vcpus.iter().take(1) {
                 set_entry(vcpu, &memory, entry)?;
             }
@@ -184,7 +196,7 @@ impl Machine {
             pumps.push(pump("console-io", port.clone(), endpoint, notices)?);
             console = Some(port);
         }
-        Ok(Self {
+        let mut machine = Self {
             vcpus,
             vcpu_cpus,
             pumps,
@@ -194,6 +206,8 @@ impl Machine {
             acpi,
             loading: None,
             pci: board.pci,
+            router: board.router,
+            slots,
             gate: Arc::clone(notices.gate()),
             vm,
             memory,
@@ -208,7 +222,24 @@ impl Machine {
             stopped: None,
             announce_due: false,
             has_run: false,
-        })
+        };
+        machine.plug_assigned(resources.peripherals.assigned)?;
+        Ok(machine)
+    }
+
+    /// Devices that are there from the start, and may go.
+    fn plug_assigned(&mut self, assigned: Vec<Assigned>) -> Result<(), BuildError> {
+        for device in assigned {
+            let (id, kind) = (device.id.clone(), device.kind);
+            let function = device.function(&self.memory, &self.router);
+            let function = function.map_err(|source| BuildError::Assigned {
+                id: id.clone(),
+                source,
+            })?;
+            let plugged = self.plug(Opened { function, kind });
+            plugged.map_err(|source| BuildError::Pci { id, source })?;
+        }
+        Ok(())
     }
 }
 
@@ -296,13 +327,14 @@ pub(super) fn load_guest(
     image: &BootImage,
     memory: &GuestRam,
     layout: &Layout,
-    topology: Topology,
+    (topology, removable_slots): (Topology, u32),
     contents: RamContents,
 ) -> Result<EntryPoint, BuildError> {
     let options = AcpiOptions {
         topology,
         windows: layout.bar_windows(),
         serial: true,
+        removable_slots,
     };
     let tables = acpi::build(&options, ACPI_TABLES_ADDRESS);
     if tables.len() > ACPI_TABLES_ROOM {

@@ -33,7 +33,7 @@ fn id(name: &str) -> DeviceId {
 /// What devices are plugged into.
 pub(super) struct Board {
     buses: Buses,
-    router: Arc<dyn MsiRouter>,
+    pub(super) router: Arc<dyn MsiRouter>,
     pub(super) pci: Arc<PciRoot>,
     ioapic: Arc<IoApic>,
     pub(super) devices: Vec<DeviceEntry>,
@@ -83,6 +83,7 @@ impl Board {
             device,
             kind,
             address: None,
+            removable: false,
             counters: None,
             interrupt: None,
         });
@@ -116,7 +117,8 @@ impl Board {
         self.devices.push(DeviceEntry {
             device: function,
             kind,
-            address: Some(bdf.to_string()),
+            address: Some(bdf),
+            removable: false,
             counters: Some(counters),
             interrupt: Some(interrupt),
         });

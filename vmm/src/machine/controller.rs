@@ -24,6 +24,7 @@ use crate::kvm::VcpuEvent;
 mod client;
 #[cfg(feature = "testing")]
 mod fake;
+mod hotplug;
 mod migration;
 mod postcopy;
 mod snapshot;
@@ -72,6 +73,10 @@ pub(crate) struct Controller {
     postcopy: Option<Arc<Fate>>,
     /// Whether the last migration ended so that another copy may be running.
     in_doubt: bool,
+    /// Whether a device is being opened.
+    adding: bool,
+    /// The configuration as others see it.
+    config_cell: ConfigCell,
 }
 
 impl Controller {
@@ -85,15 +90,15 @@ impl Controller {
         let (commands, inbox) = channel(QUEUE);
         let events = EventHub::default();
         let cell = ConfigCell::new(Arc::clone(&config));
-        let client = ControllerClient::new(commands, events.clone(), cell);
+        let client = ControllerClient::new(commands, events.clone(), cell.clone());
         let queues = (inbox, notices);
-        let controller = Self::assemble(machine, config, terminals, queues, events);
+        let controller = Self::assemble(machine, (config, cell), terminals, queues, events);
         (controller, client)
     }
 
     fn assemble(
         machine: Machine,
-        config: Arc<VmConfig>,
+        (config, config_cell): (Arc<VmConfig>, ConfigCell),
         terminals: Terminals,
         (commands, notices): (Receiver<Command>, UnboundedReceiver<Notice>),
         events: EventHub,
@@ -115,6 +120,8 @@ impl Controller {
             jobs_sender,
             postcopy: None,
             in_doubt: false,
+            adding: false,
+            config_cell,
         }
     }
 
@@ -178,6 +185,10 @@ impl Controller {
             }
             Command::Info(answer) => {
                 let _ = answer.send(Ok(self.info()));
+            }
+            Command::AddDevice(device, answer) => self.add_device(*device, answer),
+            Command::RemoveDevice(id, answer) => {
+                let _ = answer.send(self.remove_device(&id));
             }
             Command::Devices(answer) => {
                 let _ = answer.send(Ok(self.machine.device_infos()));
@@ -256,6 +267,10 @@ impl Controller {
                 self.events.publish(EventKind::VcpuFailed { vcpu, error });
                 Transition::End(EndReason::VcpuFailure)
             }
+            Notice::Eject(devices) => {
+                self.eject(devices);
+                Transition::Nothing
+            }
             Notice::Device(device, event) => {
                 self.events.publish(device_event(device.to_string(), event));
                 Transition::Nothing
@@ -317,7 +332,7 @@ impl Controller {
         self.state = VmState::Paused;
         // What the old guest asked for last does not concern the new one.
         while let Ok(notice) = self.notices.try_recv() {
-            if let Notice::Device(..) | Notice::Quit = notice {
+            if let Notice::Device(..) | Notice::Eject(_) | Notice::Quit = notice {
                 self.handle_notice(notice);
             }
         }

@@ -82,6 +82,16 @@ pub enum EventKind {
         /// What happened.
         reason: String,
     },
+    /// A device was added, and the guest told.
+    DeviceAdded {
+        /// The device.
+        device: String,
+    },
+    /// The guest has let a device go, and it is closed.
+    DeviceRemoved {
+        /// The device.
+        device: String,
+    },
     /// The guest has set its balloon.
     BalloonActual {
         /// Bytes taken out of the guest.

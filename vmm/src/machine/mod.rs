@@ -20,10 +20,12 @@
 
 mod arrival;
 mod assembly;
+mod assigned;
 mod board;
 mod controller;
 mod events;
 mod handle;
+mod hotplug;
 mod lifecycle;
 mod notices;
 mod peripherals;

@@ -9,12 +9,14 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::kvm::{GuestGate, VcpuEvent, VcpuEvents};
 
-/// One notice. Their number is bounded by what causes them: a guest request closes the gate, a
-/// vCPU waits after its event, device events are rate-limited.
+/// One notice. Their number is bounded by what causes them: a guest request closes the gate, each
+/// device is let go once, a vCPU waits after its event, device events are rate-limited.
 #[derive(Debug)]
 pub(super) enum Notice {
     /// The guest asks for something that concerns the whole machine.
     Guest(GuestRequest),
+    /// The guest has let PCI devices go, one bit each.
+    Eject(u32),
     /// A vCPU cannot go on.
     Vcpu(VcpuEvent),
     /// A device reports.
@@ -64,6 +66,10 @@ impl GuestRequests for Notices {
             self.gate.close();
         }
         self.send(Notice::Guest(request));
+    }
+
+    fn eject(&self, devices: u32) {
+        self.send(Notice::Eject(devices));
     }
 }
 

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use devices::acpi::AcpiRegisters;
 use devices::counters::Counters;
-use devices::pci::PciRoot;
+use devices::interrupt::MsiRouter;
+use devices::pci::{Bdf, PciRoot};
 use devices::virtio::VirtioInterrupt;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::console::ConsolePort;
@@ -43,7 +44,9 @@ pub(super) struct DeviceEntry {
     /// Kind for lists: `virtio-block`.
     pub(super) kind: &'static str,
     /// PCI address, if it has one.
-    pub(super) address: Option<String>,
+    pub(super) address: Option<Bdf>,
+    /// It may go while the machine stays.
+    pub(super) removable: bool,
     pub(super) counters: Option<Arc<dyn Counters>>,
     /// Of a virtio device.
     pub(super) interrupt: Option<Arc<VirtioInterrupt>>,
@@ -64,6 +67,9 @@ pub struct Machine {
     /// Brings memory in; gone only after everybody who touches it.
     pub(super) loading: Option<LazyMemory>,
     pub(super) pci: Arc<PciRoot>,
+    pub(super) router: Arc<dyn MsiRouter>,
+    /// Device numbers that come and go, one bit each.
+    pub(super) slots: u32,
     pub(super) gate: Arc<GuestGate>,
     pub(super) vm: Vm,
     pub(super) memory: Arc<GuestRam>,
@@ -179,7 +185,7 @@ impl Machine {
             &self.boot,
             &self.memory,
             &self.layout,
-            self.topology,
+            (self.topology, self.slots),
             RamContents::Used,
         )
         .map_err(MachineError::Reset)?;
@@ -211,7 +217,7 @@ impl Machine {
         let info = |entry: &DeviceEntry| DeviceInfo {
             id: entry.device.id().to_string(),
             kind: entry.kind.to_owned(),
-            address: entry.address.clone(),
+            address: entry.address.map(|bdf| bdf.to_string()),
             migration_blocked: match entry.device.migratability() {
                 Migratability::Supported => None,
                 Migratability::Blocked(reason) => Some(reason),

@@ -223,6 +223,28 @@ fn bar_is_mapped_with_its_doorbell_moved_and_unmapped() {
 }
 
 #[test]
+fn removed_function_leaves_nothing_on_the_bus() {
+    let f = fixture();
+    let ecam = f.root.ecam();
+    let bdf = f.root.next_free().unwrap();
+    f.root.add(bdf, TestFunction::new()).unwrap();
+    ecam.write(ecam_address(bdf, 4), &[2, 0]);
+    assert!(f.root.remove(bdf));
+    assert!(f.bells.addresses().is_empty() && f.slots.shown().is_empty());
+    assert_eq!(read32(&ecam, ecam_address(bdf, 0)), 0xffff_ffff);
+    let mut data = [0];
+    f.memory.read(0x10_0000_0000, &mut data);
+    assert_eq!(data, [0xff]);
+    assert!(!f.root.remove(bdf));
+    // Its place is free, and so are its addresses: the window has room for two.
+    for _ in 0..2 {
+        let next = f.root.next_free().unwrap();
+        f.root.add(next, TestFunction::new()).unwrap();
+    }
+    assert_eq!(f.root.next_free().unwrap(), Bdf::new(0, 3, 0).unwrap());
+}
+
+#[test]
 fn bar_on_top_of_another_is_not_mapped_and_does_not_unmap_it() {
     let f = fixture();
     let ecam = f.root.ecam();

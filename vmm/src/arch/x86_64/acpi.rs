@@ -3,8 +3,8 @@
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Equal, Field, FieldAccessType,
     FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method,
-    Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store,
-    ZERO,
+    MethodCall, Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope,
+    Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -17,8 +17,8 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use devices::acpi::{
-    GED_EVENTS_OFFSET, GED_POWER_BUTTON, RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET,
-    SLEEP_STATUS_OFFSET, SLEEP_TYPE_S5,
+    GED_EVENTS_OFFSET, GED_PCI_SLOTS, GED_POWER_BUTTON, RESET_OFFSET, RESET_VALUE,
+    SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET, SLEEP_TYPE_S5,
 };
 use devices::legacy::{CMOS_BYTES, PVPANIC_BYTES, SERIAL_BYTES};
 use devices::pci::{BarWindows, Window};
@@ -39,6 +39,8 @@ const OEM_REVISION: u32 = 1;
 /// Largest APIC id that fits a processor-local APIC structure; 255 is broadcast.
 const MAX_XAPIC_ID: u32 = 254;
 
+mod slots;
+
 /// What the tables describe.
 #[derive(Clone, Debug)]
 pub struct AcpiOptions {
@@ -48,6 +50,8 @@ pub struct AcpiOptions {
     pub windows: BarWindows,
     /// The machine has a serial port.
     pub serial: bool,
+    /// PCI devices that come and go: bit n stands for device n.
+    pub removable_slots: u32,
 }
 
 /// Builds all tables for a block of memory at `base`; the RSDP comes first.
@@ -172,6 +176,7 @@ fn dsdt(options: &AcpiOptions) -> Sdt {
     }
     platform_devices(&mut aml);
     event_device(&mut aml);
+    slots::describe(options.removable_slots, &mut aml);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&Scope::raw(Path::new("\\_SB_"), aml));
     let (s5, zero) = (SLEEP_TYPE_S5, ZERO);
@@ -335,6 +340,11 @@ fn event_device(sink: &mut dyn AmlSink) {
                         &Equal::new(&Local(1), &GED_POWER_BUTTON),
                         vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &pressed)],
                     ),
+                    &And::new(&Local(1), &Local(0), &GED_PCI_SLOTS),
+                    &If::new(
+                        &Equal::new(&Local(1), &GED_PCI_SLOTS),
+                        vec![&MethodCall::new(Path::new(slots::SCAN), Vec::new())],
+                    ),
                 ],
             ),
         ],
@@ -361,6 +371,7 @@ mod tests {
             topology: Topology::new(counts).unwrap(),
             windows,
             serial: true,
+            removable_slots: u32::MAX << 1,
         };
         build(&options, BASE)
     }

@@ -26,6 +26,7 @@ pub(super) fn adapt(config: &mut VmConfig, name: &VmName, options: &ArrivalOptio
     }
     reasons.extend(redirect(config, options));
     reasons.extend(config.net.iter().filter_map(foreign_descriptors));
+    reasons.extend(assigned(config));
     if let Err(error) = config.validate() {
         reasons.push(chain(&error));
     }
@@ -105,6 +106,12 @@ fn foreign_descriptors(net: &NetConfig) -> Option<String> {
              --tap {id}=NAME"
         )
     })
+}
+
+/// Devices of this host are nobody's to name from afar, and their state does not move yet.
+fn assigned(config: &VmConfig) -> Option<String> {
+    let ids = config.device_ids();
+    (!ids.is_empty()).then(|| format!("assigned devices cannot move yet, the VM has {ids:?}"))
 }
 
 /// TAPs that the source names and no option here.

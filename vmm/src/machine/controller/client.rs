@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use devices::pci::PciRootError;
 use devices::virtio::balloon::TargetError;
 use devices::virtio::console::ConsoleSize;
 use parking_lot::Mutex;
@@ -9,8 +10,9 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::oneshot;
 
 use super::views::{BalloonInfo, DeviceInfo, Sample, VmInfo};
-use crate::config::VmConfig;
+use crate::config::{DeviceConfig, VmConfig};
 use crate::host::disk::HandoverError;
+use crate::machine::assigned::AssignError;
 use crate::machine::events::EventHub;
 use crate::machine::lifecycle::{Rejection, Request};
 use crate::machine::runtime::MachineError;
@@ -70,6 +72,24 @@ pub enum CommandError {
     /// A snapshot cannot be like that.
     #[error("the snapshot cannot be taken: {0}")]
     InvalidSnapshot(String),
+    /// A device is being opened.
+    #[error("a device is being added to the VM")]
+    Adding,
+    /// A device cannot be like that.
+    #[error("the device cannot be added: {0}")]
+    InvalidDevice(String),
+    /// A device cannot be had.
+    #[error("the device cannot be added")]
+    Assign(#[source] AssignError),
+    /// There is no place for a device.
+    #[error("the device cannot be added")]
+    Bus(#[source] PciRootError),
+    /// No device has this name.
+    #[error("the VM has no device called {0:?}")]
+    UnknownDevice(String),
+    /// A device that belongs to the machine.
+    #[error("{0} cannot be removed while the VM is there: only assigned devices can")]
+    NotRemovable(String),
     /// The host refused a thread.
     #[error("thread for the migration or snapshot")]
     Thread(#[source] std::io::Error),
@@ -78,7 +98,7 @@ pub enum CommandError {
     Ended,
 }
 
-type Answer<T> = oneshot::Sender<Result<T, CommandError>>;
+pub(super) type Answer<T> = oneshot::Sender<Result<T, CommandError>>;
 
 /// Everything that can be asked of a VM.
 pub(super) enum Command {
@@ -88,6 +108,10 @@ pub(super) enum Command {
     Info(Answer<VmInfo>),
     /// Its devices.
     Devices(Answer<Vec<DeviceInfo>>),
+    /// To add a device.
+    AddDevice(Box<DeviceConfig>, Answer<DeviceInfo>),
+    /// To have the guest let a device go.
+    RemoveDevice(String, Answer<()>),
     /// Its counters.
     Counters(Answer<Vec<Sample>>),
     /// Its balloon.
@@ -165,6 +189,25 @@ impl ControllerClient {
     /// [`CommandError::Ended`].
     pub async fn devices(&self) -> Result<Vec<DeviceInfo>, CommandError> {
         self.ask(Command::Devices).await
+    }
+
+    /// Adds a device, which the guest is told of.
+    ///
+    /// # Errors
+    /// [`CommandError::InvalidDevice`], [`CommandError::Assign`], [`CommandError::Bus`],
+    /// [`CommandError::Adding`], [`CommandError::Migrating`].
+    pub async fn add_device(&self, device: DeviceConfig) -> Result<DeviceInfo, CommandError> {
+        self.ask(|answer| Command::AddDevice(Box::new(device), answer))
+            .await
+    }
+
+    /// Asks the guest to let a device go; an event tells when it has.
+    ///
+    /// # Errors
+    /// [`CommandError::UnknownDevice`], [`CommandError::NotRemovable`],
+    /// [`CommandError::Migrating`].
+    pub async fn remove_device(&self, id: String) -> Result<(), CommandError> {
+        self.ask(|answer| Command::RemoveDevice(id, answer)).await
     }
 
     /// The VM's counters.

@@ -74,6 +74,12 @@ impl Fake {
                 self.balloon_bytes = bytes;
                 let _ = answer.send(Ok(()));
             }
+            Command::AddDevice(_, answer) => {
+                let _ = answer.send(Err(CommandError::Adding));
+            }
+            Command::RemoveDevice(id, answer) => {
+                let _ = answer.send(Err(CommandError::UnknownDevice(id)));
+            }
             Command::Snapshot(_, answer) => {
                 let _ = answer.send(Ok(()));
             }

@@ -121,6 +121,7 @@ impl Controller {
     pub(super) fn migrate(&mut self, request: MigrationRequest) -> Result<(), CommandError> {
         self.check_idle()?;
         self.check_doubt()?;
+        self.check_adding()?;
         let invalid = |why: String| Err(CommandError::InvalidMigration(why));
         if request.urls.is_empty() {
             return invalid("no destination is given".to_owned());

@@ -28,6 +28,7 @@ impl Controller {
     pub(super) fn take_snapshot(&mut self, request: SnapshotRequest) -> Result<(), CommandError> {
         self.check_idle()?;
         self.check_doubt()?;
+        self.check_adding()?;
         let invalid = |why: &str| Err(CommandError::InvalidSnapshot(why.to_owned()));
         if !request.directory.is_absolute() {
             return invalid("its directory is not an absolute path");

@@ -86,12 +86,16 @@ impl Waiting {
                 return false;
             }
             Command::Request(_, answer)
+            | Command::RemoveDevice(_, answer)
             | Command::Migrate(_, answer)
             | Command::Snapshot(_, answer)
             | Command::CancelMigration(answer)
             | Command::TuneMigration(_, answer)
             | Command::SetBalloon(_, answer)
             | Command::ResizeConsole(_, answer) => {
+                let _ = answer.send(Err(CommandError::Waiting));
+            }
+            Command::AddDevice(_, answer) => {
                 let _ = answer.send(Err(CommandError::Waiting));
             }
             Command::Devices(answer) => {
@@ -138,7 +142,7 @@ impl Waiting {
         };
         let mut controller = Controller::assemble(
             arrived.machine,
-            config,
+            (config, self.config),
             arrived.terminals,
             (self.commands, self.notices),
             client.events().clone(),

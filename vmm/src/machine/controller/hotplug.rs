@@ -1,0 +1,134 @@
+//! Devices added and removed by operators. Opening one may take long, and is done on a thread of its
+//! own; letting one go is up to the guest.
+
+use std::sync::Arc;
+
+use super::client::Answer;
+use super::{CommandError, Controller, DeviceInfo};
+use crate::config::{DeviceConfig, VmConfig};
+use crate::control::errors::chain;
+use crate::machine::assigned::AssignError;
+use crate::machine::events::EventKind;
+use crate::machine::hotplug::Opened;
+
+impl Controller {
+    /// Begins to add a device; `answer` gets what has come of it.
+    pub(super) fn add_device(&mut self, config: DeviceConfig, answer: Answer<DeviceInfo>) {
+        let begun = self.begin_adding(config);
+        let (config, device) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                // The one who asked may no longer wait for the answer.
+                let _ = answer.send(Err(error));
+                return;
+            }
+        };
+        let opener = self.machine.opener();
+        let jobs = self.jobs_sender.clone();
+        let work = move || {
+            let opened = opener.open(&device);
+            // Without a controller the VM has ended, and the device is closed again.
+            let _ = jobs.send(Box::new(move |controller: &mut Controller| {
+                controller.adding = false;
+                let _ = answer.send(controller.finish_adding(config, opened));
+            }));
+        };
+        self.adding = true;
+        let thread = std::thread::Builder::new()
+            .name("plug".to_owned())
+            .spawn(work);
+        if let Err(error) = thread {
+            self.adding = false;
+            log::error!(error:% = error; "no thread to open a device on");
+        }
+    }
+
+    /// The configuration with the device, and the device with an id.
+    fn begin_adding(
+        &self,
+        mut device: DeviceConfig,
+    ) -> Result<(VmConfig, DeviceConfig), CommandError> {
+        self.check_idle()?;
+        self.check_doubt()?;
+        self.check_adding()?;
+        let mut config = self.config_with_ids();
+        if device.id.is_none() {
+            let ids = config.device_ids();
+            let free = (0..).map(|number| format!("device{number}"));
+            device.id = free.into_iter().find(|id| !ids.contains(id));
+        }
+        config.device.push(device.clone());
+        let checked = config.validate();
+        checked.map_err(|error| CommandError::InvalidDevice(chain(&error)))?;
+        Ok((config, device))
+    }
+
+    /// Names stay as they are, whatever comes and goes.
+    fn config_with_ids(&self) -> VmConfig {
+        let mut config = (*self.config).clone();
+        let ids = config.device_ids();
+        for (device, id) in config.device.iter_mut().zip(ids) {
+            device.id = Some(id);
+        }
+        config
+    }
+
+    fn finish_adding(
+        &mut self,
+        config: VmConfig,
+        opened: Result<Opened, AssignError>,
+    ) -> Result<DeviceInfo, CommandError> {
+        let opened = opened.map_err(CommandError::Assign)?;
+        let bdf = self.machine.plug(opened).map_err(CommandError::Bus)?;
+        self.machine.acpi.add_device(bdf.device());
+        self.set_config(config);
+        let info = self.machine.device_infos().pop();
+        let info = info.expect("the device that was added last");
+        let device = info.id.clone();
+        self.events.publish(EventKind::DeviceAdded { device });
+        Ok(info)
+    }
+
+    /// Asks the guest to let a device go.
+    pub(super) fn remove_device(&self, id: &str) -> Result<(), CommandError> {
+        self.check_idle()?;
+        if !self.machine.device_infos().iter().any(|info| info.id == id) {
+            return Err(CommandError::UnknownDevice(id.to_owned()));
+        }
+        let bdf = self.machine.removable(id);
+        let bdf = bdf.ok_or_else(|| CommandError::NotRemovable(id.to_owned()))?;
+        self.machine.acpi.remove_device(bdf.device());
+        Ok(())
+    }
+
+    /// The guest has let devices go: bit n stands for device n.
+    pub(super) fn eject(&mut self, devices: u32) {
+        for number in (0..32).filter(|number| devices & 1 << number != 0) {
+            let Some(device) = self.machine.unplug(number) else {
+                continue;
+            };
+            let mut config = self.config_with_ids();
+            config
+                .device
+                .retain(|config| config.id.as_ref() != Some(&device));
+            self.set_config(config);
+            self.events.publish(EventKind::DeviceRemoved { device });
+        }
+    }
+
+    fn set_config(&mut self, config: VmConfig) {
+        self.config = Arc::new(config);
+        self.config_cell.set(Arc::clone(&self.config));
+    }
+
+    /// Whether no device is on its way in.
+    ///
+    /// # Errors
+    /// [`CommandError::Adding`].
+    pub(super) fn check_adding(&self) -> Result<(), CommandError> {
+        match self.adding {
+            true => Err(CommandError::Adding),
+            false => Ok(()),
+        }
+    }
+}
