@@ -3,7 +3,8 @@
 //! The program (`bare/`) is a PVH ELF that runs in guest ring 3 and drives a virtual machine from the
 //! inside. This library holds its pure half, so that it is tested on the host, and so that a host
 //! program can reuse the formulas that both sides must share: the page contents ([`pattern`]), the
-//! heartbeat record's layout ([`heartbeat`]) and the network frames ([`packet`]).
+//! heartbeat record's layout ([`heartbeat`]), the network frames ([`packet`]) and the model GPU's
+//! commands ([`gpu`]).
 //!
 //! Not here: any hardware access, any allocation, any `std`.
 //!
@@ -13,6 +14,7 @@
 //! - [`acpi`]: the few facts taken from ACPI tables
 //! - [`bars`]: where unassigned PCI BARs go
 //! - [`cmdline`]: the grammar of the kernel command line
+//! - [`gpu`]: the model GPU's registers, commands and computation
 //! - [`heartbeat`]: the record a host process can watch
 //! - [`histogram`]: latencies to percentiles
 //! - [`line`](mod@line): the output format
@@ -29,6 +31,7 @@ extern crate std;
 pub mod acpi;
 pub mod bars;
 pub mod cmdline;
+pub mod gpu;
 pub mod heartbeat;
 pub mod histogram;
 pub mod line;
