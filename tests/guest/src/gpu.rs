@@ -71,7 +71,7 @@ pub mod registers {
     /// 64 bits, read-only: the address that an error is about.
     pub const ERROR_ADDRESS: u64 = 0x68;
     /// Bytes of registers; what lies behind them reads as 0.
-    pub const END: u64 = 0x70;
+    pub const END: usize = 0x70;
 }
 
 /// Bits of [`registers::STATUS`].

@@ -1,0 +1,40 @@
+//! The model GPU: a virtual function of a GPU that does not exist, served over vfio-user.
+//!
+//! It is a model for tests and demonstrations (`docs/model-gpu.md`): it has video memory that a guest
+//! maps, a command ring in guest memory, a compute engine whose results can be checked, interrupts,
+//! and partitions that share the memory of one parent. What its driver sees is in
+//! [`drover_guest::gpu`]; the guest's command `gpu` is that driver.
+//!
+//! Not here: anything of Drover. The protocol is written from its specification (QEMU's
+//! docs/interop/vfio-user.rst), so that Drover's client meets a server that it does not share code with.
+//!
+//! The nouns: a *device* is one virtual function; a *step* is as much of a command as is done before
+//! somebody else has a turn; a *session* is a client's connection, from which on the device is its own;
+//! the *tree* is the copy of `/sys` that tells of a parent and its partitions.
+//!
+//! - The device: `state` (all that a guest can have changed), `device` (registers), `engine` (commands),
+//!   `config` (configuration space), `vram`, `dma` (guest memory).
+//! - The server: [`Server`], `session` (messages), `wire` (their form).
+//! - The parent: [`Tree`]; the program: [`Options`] and [`run`].
+
+mod config;
+mod device;
+mod dma;
+mod engine;
+mod options;
+mod program;
+mod server;
+mod session;
+mod state;
+mod tree;
+mod vram;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use device::Shape;
+pub use options::{Mode, Options, USAGE};
+pub use program::run;
+pub use server::{Server, ServerError};
+pub use tree::{Tree, TreeError, TreeOptions};

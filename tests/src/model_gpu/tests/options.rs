@@ -1,0 +1,41 @@
+//! The program's command line.
+
+use crate::model_gpu::{Mode, Options};
+
+fn parse(text: &str) -> anyhow::Result<Option<Options>> {
+    Options::parse(text.split_whitespace().map(str::to_owned))
+}
+
+#[test]
+fn one_function_or_a_tree_is_served() {
+    let options = parse("--socket /a").unwrap().unwrap();
+    assert_eq!(options.vram_bytes, 64 << 20);
+    assert!(matches!(options.mode, Mode::Socket(path) if path.to_str() == Some("/a")));
+    let text = "--root /r --partitions-max 2 --vram 2G --address 0000:01:00.0";
+    let options = parse(text).unwrap().unwrap();
+    let Mode::Tree(tree) = options.mode else {
+        panic!("no tree");
+    };
+    assert_eq!((tree.partitions_max, tree.vram_bytes), (2, 2 << 30));
+    assert_eq!(tree.address, "0000:01:00.0");
+    assert!(parse("--help").unwrap().is_none());
+}
+
+#[test]
+fn what_is_not_understood_is_refused() {
+    for text in [
+        "",
+        "--socket",
+        "--socket /a --root /r",
+        "--socket /a --vram 1",
+        "--socket /a --vram 128G",
+        "--socket /a --vram 1000001",
+        "--socket /a --vram big",
+        "--root /r --partitions-max 0",
+        "--root /r --partitions-max 129 --vram 1G",
+        "--root /r --partitions-max 4 --vram 3M",
+        "--other",
+    ] {
+        assert!(parse(text).is_err(), "{text:?}");
+    }
+}
