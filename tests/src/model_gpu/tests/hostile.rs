@@ -273,7 +273,7 @@ impl Raw {
         self.reply()
     }
 
-    fn is_hung_up(mut self) -> bool {
+    fn is_hung_up(&mut self) -> bool {
         // What was left unread may become a reset instead of an end.
         matches!(self.socket.read(&mut [0; 16]), Ok(0) | Err(_))
     }

@@ -150,8 +150,9 @@ fn the_next_clients_memory_has_to_be_mapped_anew() {
     let mut client = stand.client();
     // A ring where the last client's memory was.
     client.region_write(CONFIG, 4, &[6, 0]).unwrap();
+    let base = u32::try_from(MEMORY).unwrap();
     let registers = [
-        (registers::RING_BASE, MEMORY as u32),
+        (registers::RING_BASE, base),
         (registers::RING_SIZE, 8),
         (registers::CONTROL, control::ENABLE),
         (registers::RING_TAIL, 1),

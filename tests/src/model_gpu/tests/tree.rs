@@ -142,7 +142,7 @@ fn partitions_keep_their_memory_apart() {
     };
     one.enable();
     one.run(&[fill]);
-    let mut seen = vec![1; MIB as usize];
+    let mut seen = vec![1; 1 << 20];
     other.client.region_read(4, 0, &mut seen).unwrap();
     assert!(seen.iter().all(|byte| *byte == 0));
 }
