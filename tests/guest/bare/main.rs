@@ -7,7 +7,7 @@
 //! - `cpu`, `intrinsics`, `paging`, `heap`, `exceptions`: the bare CPU made usable
 //! - `serial`, `heartbeat`, `clock`, `end`: talking to the outside, time, the end
 //! - `boot_info`, `firmware`, `machine`: what machine this is
-//! - `apic`, `pci`, `virtio`, `smp`: devices and other CPUs
+//! - `apic`, `pci`, `virtio`, `gpu`, `smp`: devices and other CPUs
 //! - `commands`: one module per group of commands
 //!
 //! Only the release profile builds the guest; elsewhere this is a stub (README.md, "Building").
@@ -28,6 +28,7 @@ mod cpu;
 mod end;
 mod exceptions;
 mod firmware;
+mod gpu;
 mod heap;
 mod heartbeat;
 #[cfg(guest_elf)]

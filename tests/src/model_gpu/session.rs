@@ -326,10 +326,11 @@ impl<'s> Session<'s> {
         if is_vram {
             flags |= REGION_MMAP | REGION_CAPABILITIES;
         }
-        // Who leaves too little room is told how much it takes, and asks again.
+        // Who leaves too little room is told how much it takes, and where they will be, and asks again.
         let fits = is_vram && room >= needed;
+        let capabilities = if is_vram { INFO_BYTES } else { 0 };
         let mut body = Vec::new();
-        for word in [needed, flags, index, if fits { INFO_BYTES } else { 0 }] {
+        for word in [needed, flags, index, capabilities] {
             body.extend(word.to_le_bytes());
         }
         for word in [bytes, 0] {

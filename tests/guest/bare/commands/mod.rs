@@ -6,6 +6,7 @@ mod block;
 mod console;
 mod cpus;
 mod dirty;
+mod gpu;
 mod info;
 mod interrupts;
 mod memory;
@@ -112,7 +113,7 @@ pub(crate) type Outcome = Result<(), Failure>;
 
 type Command = fn(&mut Context<'_>, &mut Line) -> Outcome;
 
-const COMMANDS: [(&str, Command); 21] = [
+const COMMANDS: [(&str, Command); 22] = [
     ("balloon", balloon::run),
     ("blk", block::run),
     ("blkbench", blkbench::run),
@@ -122,6 +123,7 @@ const COMMANDS: [(&str, Command); 21] = [
     ("cpus", cpus::run),
     ("dirty", dirty::run),
     ("fault", info::fault),
+    ("gpu", gpu::run),
     ("heartbeat", pulse::run),
     ("hello", info::hello),
     ("irq", interrupts::run),
