@@ -3,6 +3,9 @@
 use pci_ids::Device;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::address::Address;
+use super::claim::{ClaimError, Claims, Occupants, Owners};
+use super::holders::Holders;
 use super::provider::{self, Survey};
 use super::status::{self, Status};
 use super::tree::{Function, SysfsTree, TreeError};
@@ -61,6 +64,9 @@ pub struct Gpu {
     pub partition_count: Option<u32>,
     /// What it is divided into, by address.
     pub partitions: Vec<Partition>,
+    /// Whose all of it is.
+    #[serde(default)]
+    pub owner: Option<String>,
 }
 
 impl Gpu {
@@ -130,11 +136,61 @@ const CLASS_ACCELERATOR: u32 = 0x1200;
 /// [`TreeError`] when the host's devices cannot be listed. What cannot be read of one of them is not
 /// known, and no error.
 pub fn inventory(tree: &SysfsTree) -> Result<Vec<Gpu>, TreeError> {
-    let functions = tree.functions()?;
-    let gpus = functions
-        .iter()
-        .filter(|function| is_gpu(function) && !function.is_virtual());
-    Ok(gpus.filter_map(gpu).collect())
+    Ok(gpus(tree)?.iter().filter_map(gpu).collect())
+}
+
+/// The same, with who has what by these claims, and by who has a device open. Without claims, or where
+/// they cannot be read, nobody knows.
+///
+/// # Errors
+/// As [`inventory`].
+pub fn inventory_with(tree: &SysfsTree, claims: Option<&Claims>) -> Result<Vec<Gpu>, TreeError> {
+    let mut gpus = inventory(tree)?;
+    let Some(claims) = claims else {
+        return Ok(gpus);
+    };
+    let look = || match claims.look()? {
+        Some(allocation) => allocation.owners(),
+        None => Ok(Owners::default()),
+    };
+    let owners: Result<Owners, ClaimError> = look();
+    match owners {
+        Ok(owners) => {
+            let holders = &Holders::scan(tree);
+            let owners = &owners;
+            let occupants = Occupants {
+                tree,
+                owners,
+                holders,
+            };
+            gpus.iter_mut().for_each(|gpu| fill_in(gpu, &occupants));
+        }
+        Err(error) => log::warn!(error:%; "who has which GPU cannot be told"),
+    }
+    Ok(gpus)
+}
+
+fn fill_in(gpu: &mut Gpu, occupants: &Occupants<'_>) {
+    let whole = occupants.of(&Address::Pci(gpu.address));
+    gpu.owner = whole.map(|owner| owner.to_string());
+    for partition in &mut gpu.partitions {
+        let Ok(address) = partition.address.parse() else {
+            continue;
+        };
+        let owner = occupants.of(&address);
+        partition.state = Some(match owner {
+            Some(_) => PartitionState::Claimed,
+            None => PartitionState::Free,
+        });
+        partition.owner = owner.map(|owner| owner.to_string());
+    }
+}
+
+/// The functions of a host that are GPUs, by address.
+pub(super) fn gpus(tree: &SysfsTree) -> Result<Vec<Function<'_>>, TreeError> {
+    let mut functions = tree.functions()?;
+    functions.retain(|function| is_gpu(function) && !function.is_virtual());
+    Ok(functions)
 }
 
 fn is_gpu(function: &Function<'_>) -> bool {
@@ -170,6 +226,7 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
         valid_partition_counts: valid_counts,
         partition_count: count.and_then(|count| u32::try_from(count).ok()),
         partitions,
+        owner: None,
     })
 }
 

@@ -1,11 +1,12 @@
 //! GPUs of a host and the partitions that can be made of them.
 //!
-//! Nothing is asked of a driver but what it shows in `/sys`, and nothing is changed. What cannot be
-//! known that way, or cannot be read, is `None`.
+//! Nothing is asked of a driver but what it shows in `/sys`. What cannot be known that way, or cannot be
+//! read, is `None`.
 //!
 //! The nouns:
 //! - a [`Gpu`] is a physical function with the class of a display or a processing accelerator;
 //! - a [`Partition`] is what a VM can be given of it: a virtual function, or a mediated device;
+//! - a *claim* is a VM's lock on one, or on all of a GPU;
 //! - a *provider* is the driver that makes partitions, and the files by which it does.
 //!
 //! | module | what is in it |
@@ -14,15 +15,28 @@
 //! | `inventory` | the GPUs of a host: [`inventory()`] |
 //! | `status` | whether a GPU can be assigned, partitioned, or why not |
 //! | `provider` | one per way of partitioning |
+//! | `offer` | what a VM can be given, and how it becomes that |
+//! | `claim` | who has what: [`Claims`] |
+//! | `holders` | processes that have devices open |
+//! | `change` | writing what drivers read |
+//! | `address` | addresses of partitions |
 //! | `compare` | whether hosts have the same GPUs: [`compare()`] |
 
+mod address;
+mod change;
+mod claim;
 mod compare;
+mod holders;
 mod inventory;
+mod offer;
 mod provider;
 mod status;
 mod tree;
 
+pub use change::ChangeError;
+pub use claim::{CLAIMS_DIR, ClaimError, ClaimedPartition, Claims, GpuRequest, Owner};
 pub use compare::{Found, Mismatch, compare};
-pub use inventory::{Gpu, Partition, PartitionState, PciId, inventory};
+pub use inventory::{Gpu, Partition, PartitionState, PciId, inventory, inventory_with};
+pub use offer::Attachment;
 pub use status::Status;
 pub use tree::{SysfsTree, TreeError};

@@ -19,6 +19,8 @@ const VFS_MAX: usize = 256;
 #[derive(Clone, Debug)]
 pub struct SysfsTree {
     root: PathBuf,
+    /// Where its processes are, if there are any.
+    proc: Option<PathBuf>,
 }
 
 /// `/sys` cannot be read.
@@ -39,9 +41,34 @@ impl SysfsTree {
         Self::at("/sys")
     }
 
-    /// One that is kept elsewhere.
+    /// One that is kept elsewhere. The processes of this host have nothing to do with it.
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        let root = root.into();
+        let is_host = fs::canonicalize(&root).is_ok_and(|root| root == Path::new("/sys"));
+        let proc = is_host.then(|| PathBuf::from("/proc"));
+        Self { root, proc }
+    }
+
+    /// With the processes that are listed in `proc`, which is otherwise this host's `/proc` for this
+    /// host's `/sys`, and none for any other.
+    #[must_use]
+    pub fn with_proc(mut self, proc: impl Into<PathBuf>) -> Self {
+        self.proc = Some(proc.into());
+        self
+    }
+
+    pub(super) fn proc(&self) -> Option<&Path> {
+        self.proc.as_deref()
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whether it is the one of the running kernel.
+    #[allow(dead_code)]
+    pub(super) fn is_of_host(&self) -> bool {
+        self.proc.as_deref() == Some(Path::new("/proc"))
     }
 
     /// All PCI functions, by address.
@@ -110,9 +137,14 @@ pub(super) struct Function<'t> {
 }
 
 impl<'t> Function<'t> {
-    fn path(&self, name: &str) -> PathBuf {
+    /// Its folder.
+    pub(super) fn folder(&self) -> PathBuf {
         let devices = self.tree.root.join("bus/pci/devices");
-        devices.join(self.address.to_string()).join(name)
+        devices.join(self.address.to_string())
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder().join(name)
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -149,8 +181,7 @@ impl<'t> Function<'t> {
 
     /// What a link leads to, by its last name.
     pub(super) fn link(&self, name: &str) -> Option<String> {
-        let target = fs::read_link(self.path(name)).ok()?;
-        Some(printable(target.file_name()?.to_str()?))
+        link(&self.path(name))
     }
 
     /// The names in a folder; none when there is no such folder.
@@ -187,6 +218,12 @@ impl<'t> Function<'t> {
     }
 }
 
+/// What a link leads to, by its last name.
+pub(super) fn link(path: &Path) -> Option<String> {
+    let target = fs::read_link(path).ok()?;
+    Some(printable(target.file_name()?.to_str()?))
+}
+
 fn text(path: &Path) -> Option<String> {
     let read = open(path).and_then(|file| {
         let mut bytes = Vec::new();
@@ -212,14 +249,14 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 /// Without what could steer a terminal, and white space around it.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let is_kept = |letter: &char| *letter == '\n' || !letter.is_control();
     let kept: String = text.chars().filter(is_kept).collect();
     kept.trim().to_owned()
 }
 
 /// The names in a folder that can be shown.
-fn names(folder: &Path) -> io::Result<Vec<String>> {
+pub(super) fn names(folder: &Path) -> io::Result<Vec<String>> {
     let entries = fs::read_dir(folder)?.take(ENTRIES_MAX);
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let names = names.filter(|name| !name.contains(char::is_control));

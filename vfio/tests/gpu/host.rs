@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vfio::gpu::{Gpu, SysfsTree, inventory};
+use vfio::gpu::{Claims, Gpu, SysfsTree, inventory};
 
 /// A host; its files are removed at the end.
 pub(crate) struct Host {
@@ -37,6 +37,25 @@ impl Host {
         inventory(&SysfsTree::at(&self.root)).expect("it has PCI")
     }
 
+    pub(crate) fn tree(&self) -> SysfsTree {
+        SysfsTree::at(&self.root)
+    }
+
+    /// The claims of its partitions, in a folder of its own.
+    pub(crate) fn claims(&self) -> Claims {
+        Claims::at(self.claims_dir())
+    }
+
+    pub(crate) fn claims_dir(&self) -> PathBuf {
+        self.root.join("claims")
+    }
+
+    /// What a file says, without the line's end.
+    pub(crate) fn read(&self, path: &str) -> String {
+        let text = fs::read_to_string(self.root.join(path)).expect("the folder is ours");
+        text.trim().to_owned()
+    }
+
     /// The only one.
     pub(crate) fn gpu(&self) -> Gpu {
         let mut gpus = self.gpus();
@@ -50,7 +69,7 @@ impl Host {
         fs::write(path, content).expect("the folder is ours");
     }
 
-    fn link(&self, path: &str, target: &str) {
+    pub(crate) fn link(&self, path: &str, target: &str) {
         let path = self.root.join(path);
         fs::create_dir_all(path.parent().expect("the folder is ours")).expect("the folder is ours");
         let _ = fs::remove_file(&path);
@@ -79,6 +98,7 @@ impl Host {
             .set("class", &format!("{class:#08x}\n"))
             .set("subsystem_device", "0x1482\n")
             .set("numa_node", "0\n")
+            .set("driver_override", "(null)\n")
             .set("max_link_speed", "16.0 GT/s PCIe\n");
         self.write(&function.path("config"), config);
         function

@@ -1,8 +1,10 @@
 //! GPUs of recorded hosts: what is told of them, and what is not.
 
+mod claims;
 mod host;
 mod hostile;
 mod models;
+mod race;
 
 use vfio::gpu::{Found, Gpu, Status, compare};
 

@@ -15,6 +15,7 @@ pub(crate) const GPU: &str = "0000:41:00.0";
 
 pub(crate) const GIB: u64 = 1 << 30;
 
+#[derive(Clone)]
 /// A model of NVIDIA's: its name, device, GiB, and the GiB of its types.
 pub(crate) struct Nvidia {
     pub(crate) name: &'static str,

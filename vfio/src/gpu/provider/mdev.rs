@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{NOT_OPENED, PARTITIONS_MAX, Provider, Survey};
 use crate::gpu::inventory::Partition;
+use crate::gpu::offer::{self, Kind, Offer, Setup};
 use crate::gpu::tree::Function;
 
 const TYPES: &str = "mdev_supported_types";
@@ -58,10 +59,24 @@ impl Provider for Mediated {
             partitions,
         }
     }
+
+    fn offers(&self, gpu: &Function<'_>) -> Vec<Offer> {
+        let mut offers = Vec::new();
+        for parent in parents(gpu) {
+            for id in parent.names(TYPES).into_iter().take(TYPES_MAX) {
+                let kind = MdevType::read(&parent, &id);
+                offers.extend(kind.offers(&parent, &id));
+            }
+        }
+        offers.sort_by(|one, other| one.address.cmp(&other.address));
+        offers
+    }
 }
 
 /// A type of mediated device.
 struct MdevType {
+    name: String,
+    vram_bytes: Option<u64>,
     /// How many there can be, if it says so.
     most: Option<u32>,
     /// How many more there can be at this parent.
@@ -76,9 +91,11 @@ impl MdevType {
         let name = of("name").filter(|name| !name.is_empty());
         let description = of("description").unwrap_or_default();
         let devices = parent.names(&format!("{folder}/devices")).into_iter();
+        let name = name.unwrap_or_else(|| id.to_owned());
+        let vram_bytes = framebuffer(&description);
         let devices = devices.map(|uuid| Partition {
-            kind: Some(name.clone().unwrap_or_else(|| id.to_owned())),
-            vram_bytes: framebuffer(&description),
+            kind: Some(name.clone()),
+            vram_bytes,
             ..Partition::unknown(uuid, Some(NOT_OPENED.to_owned()))
         });
         let available = of("available_instances").and_then(|count| count.parse().ok());
@@ -86,7 +103,33 @@ impl MdevType {
             most: max_instance(&description),
             available: available.unwrap_or(0),
             devices: devices.collect(),
+            name,
+            vram_bytes,
         }
+    }
+
+    /// Those that there are, and one that could be made.
+    fn offers(&self, parent: &Function<'_>, id: &str) -> Vec<Offer> {
+        let offer = |address, setup| Offer {
+            address,
+            kind: Some(Kind {
+                id: id.to_owned(),
+                name: self.name.clone(),
+            }),
+            vram_bytes: self.vram_bytes,
+            setup,
+            obstacle: None,
+        };
+        let devices = self.devices.iter().take(PARTITIONS_MAX as usize);
+        let addresses = devices.filter_map(|device| device.address.parse().ok());
+        let ready = addresses.map(|address| offer(address, Setup::Ready));
+        let is_more = self.available > 0;
+        let address = is_more.then(offer::new_mediated).flatten();
+        let more = address.map(|address| {
+            let setup = Setup::Mediated(parent.address, id.to_owned());
+            offer(address, setup)
+        });
+        ready.chain(more).collect()
     }
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `nvidia` | nvidia, of vGPU 17 and later | virtual functions, each with a type written to `nvidia/current_vgpu_type` |
 //! | `mdev` | nvidia before that, and others | mediated devices of the types in `mdev_supported_types` |
-//! | `sriov` | xe, i915, gim | virtual functions, as many as `sriov_numvfs` or the driver's option says |
+//! | `sriov` | xe, i915, gim, and any other with `sriov_totalvfs` | virtual functions, as many as `sriov_numvfs` or the driver's option says |
 //! | `models` | | what vendors say of their GPUs |
 
 mod mdev;
@@ -13,6 +13,7 @@ mod nvidia;
 mod sriov;
 
 use super::inventory::Partition;
+use super::offer::Offer;
 use super::tree::Function;
 
 pub(super) use models::vram;
@@ -48,11 +49,14 @@ pub(super) trait Provider {
 
     /// What there is.
     fn survey(&self, gpu: &Function<'_>) -> Survey;
+
+    /// What VMs can be given of it as it is divided now, by address: whether others have it or not.
+    fn offers(&self, gpu: &Function<'_>) -> Vec<Offer>;
 }
 
 /// Who partitions a GPU, if its driver does.
 pub(super) fn of(gpu: &Function<'_>) -> Option<&'static dyn Provider> {
-    let driver = gpu.driver()?;
+    let driver = gpu.driver().unwrap_or_default();
     let has_mediated = || mdev::parents(gpu).next().is_some();
     match driver.as_str() {
         "nvidia" if has_mediated() => Some(&mdev::Mediated),
@@ -64,6 +68,7 @@ pub(super) fn of(gpu: &Function<'_>) -> Option<&'static dyn Provider> {
         "i915" if gpu.tree.has_parameter("i915", "max_vfs") => Some(&sriov::I915),
         "gim" => Some(&sriov::GIM),
         _ if has_mediated() => Some(&mdev::Mediated),
+        _ if sriov::is_generic(gpu, &driver) => Some(&sriov::GENERIC),
         _ => None,
     }
 }

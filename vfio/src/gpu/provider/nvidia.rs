@@ -8,10 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::models::{GIB, partition_sizes, vram};
 use super::{NOT_OPENED, Provider, SRIOV_TOTAL, Survey, sriov_obstacle, total_vfs};
+use crate::gpu::address::Address;
+use crate::gpu::change::CURRENT_VGPU_TYPE as CURRENT;
 use crate::gpu::inventory::Partition;
+use crate::gpu::offer::{Kind, Offer, Setup};
 use crate::gpu::tree::Function;
 
-const CURRENT: &str = "nvidia/current_vgpu_type";
 const CREATABLE: &str = "nvidia/creatable_vgpu_types";
 
 /// Lines of a list that are read: more types than any GPU has.
@@ -51,6 +53,42 @@ impl Provider for VendorVfio {
             valid_counts: counts(gpu, &types, &partitions),
             count: is_known.then_some(partitions.len()),
             partitions,
+        }
+    }
+
+    fn offers(&self, gpu: &Function<'_>) -> Vec<Offer> {
+        let vfs = gpu.virtual_functions();
+        let types: Types = vfs.iter().flat_map(|(_, vf)| creatable(vf)).collect();
+        vfs.iter()
+            .flat_map(|(_, vf)| offers_of(vf, &types))
+            .collect()
+    }
+}
+
+/// What a virtual function is, or all that it could be.
+fn offers_of(vf: &Function<'_>, types: &Types) -> Vec<Offer> {
+    let offer = |id: u32, name: String, setup| Offer {
+        address: Address::Pci(vf.address),
+        vram_bytes: framebuffer(&name),
+        kind: Some(Kind {
+            id: id.to_string(),
+            name,
+        }),
+        setup,
+        obstacle: None,
+    };
+    match vf.decimal::<u32>(CURRENT) {
+        None => Vec::new(),
+        Some(0) => {
+            let types = creatable(vf).into_iter();
+            types
+                .map(|(id, name)| offer(id, name, Setup::VgpuType(vf.address, id)))
+                .collect()
+        }
+        Some(id) => {
+            let known = types.get(&id).cloned();
+            let name = known.unwrap_or_else(|| format!("type {id}"));
+            vec![offer(id, name, Setup::Reset(vf.address, id))]
         }
     }
 }

@@ -2,11 +2,14 @@
 //!
 //! - Intel's xe and i915: by `sriov_numvfs`; each has an equal share unless it was given another
 //!   (Documentation/ABI/testing/sysfs-driver-intel-xe-sriov).
+//! - any other driver that has virtual functions: by `sriov_numvfs`;
 //! - AMD's gim: by the option `vf_num` of its module (amd/MxGPU-Virtualization, gim_config.c), and by
 //!   its release notes only as many as the GPU can be divided into.
 
 use super::{AMD, Provider, Survey, sriov_obstacle, total_vfs};
+use crate::gpu::address::Address;
 use crate::gpu::inventory::Partition;
+use crate::gpu::offer::{self, Offer, Setup};
 use crate::gpu::tree::Function;
 
 /// Virtual functions of one driver.
@@ -30,6 +33,32 @@ pub(super) static GIM: Sriov = Sriov {
     counts: gim_counts,
 };
 
+/// Whoever else has virtual functions. A model of a GPU does, too.
+pub(super) static GENERIC: Sriov = Sriov {
+    name: "its driver",
+    counts: any_count,
+};
+
+/// Drivers of GPUs that make no virtual functions, whatever the device could: `sriov_totalvfs` is the
+/// PCI core's. vfio-pci makes some whose owner it knows nothing of.
+const WITHOUT: [&str; 7] = [
+    "amdgpu",
+    "i915",
+    "nouveau",
+    "nova-core",
+    "nvidia",
+    "radeon",
+    "vfio-pci",
+];
+
+/// Whether a GPU is taken to be partitioned by `sriov_numvfs` alone.
+pub(super) fn is_generic(gpu: &Function<'_>, driver: &str) -> bool {
+    // The kernel has nobody to ask where there is no driver; a model's functions have none, nor this
+    // file of every device of a kernel.
+    let has_none = driver.is_empty() && gpu.has("driver_override");
+    total_vfs(gpu).is_some() && !has_none && !WITHOUT.contains(&driver)
+}
+
 /// The driver of virtual functions that can move (drivers/vfio/pci/xe).
 const MOVING: &str = "xe-vfio-pci";
 
@@ -52,6 +81,18 @@ impl Provider for Sriov {
             partitions,
         }
     }
+
+    fn offers(&self, gpu: &Function<'_>) -> Vec<Offer> {
+        let vfs = gpu.virtual_functions().into_iter();
+        let offer = |(number, vf): (u16, Function<'_>)| Offer {
+            address: Address::Pci(vf.address),
+            kind: None,
+            vram_bytes: share(gpu, &vf, number),
+            setup: Setup::Ready,
+            obstacle: offer::not_vfio(&vf),
+        };
+        vfs.map(offer).collect()
+    }
 }
 
 fn any_count(gpu: &Function<'_>) -> Option<Vec<u32>> {
@@ -70,18 +111,24 @@ fn gim_counts(gpu: &Function<'_>) -> Option<Vec<u32>> {
     Some(counts.into_iter().filter(|count| *count <= total).collect())
 }
 
-fn partition(gpu: &Function<'_>, vf: &Function<'_>, number: u16) -> Partition {
+/// Its memory: xe's is told by Linux 7.0 and later, a model's by its own file.
+fn share(gpu: &Function<'_>, vf: &Function<'_>, number: u16) -> Option<u64> {
     // From 1 there.
     let own = u32::from(number) + 1;
-    let share = gpu.decimal(&format!("sriov_admin/vf{own}/profile/vram_quota"));
+    let quota = gpu.decimal(&format!("sriov_admin/vf{own}/profile/vram_quota"));
+    quota
+        .or_else(|| vf.decimal("vram_bytes"))
+        .filter(|bytes| *bytes > 0)
+}
+
+fn partition(gpu: &Function<'_>, vf: &Function<'_>, number: u16) -> Partition {
     let (migratable, reason) = match vf.driver() {
         Some(driver) if driver == MOVING => (Some(true), None),
         Some(driver) => (Some(false), Some(format!("{driver} cannot move it"))),
         None => (None, Some("it is bound to no driver".to_owned())),
     };
     Partition {
-        // Only the kernel's 7.0 and later tell.
-        vram_bytes: share.filter(|bytes| *bytes > 0),
+        vram_bytes: share(gpu, vf, number),
         migratable,
         ..Partition::unknown(vf.address.to_string(), reason)
     }
