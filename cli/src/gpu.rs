@@ -1,5 +1,7 @@
 //! `drover gpu`: the GPUs of this host and of others.
 
+mod partition;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -7,7 +9,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use vmm::gpu::{Gpu, Partition, PartitionState, SysfsTree, compare, inventory};
+use vmm::gpu::{
+    Claims, Counts, Gpu, Partition, PartitionState, SysfsTree, compare, inventory_with,
+};
 
 use crate::units;
 
@@ -33,6 +37,9 @@ pub(crate) struct GpuArgs {
 enum GpuCommand {
     /// List this host's GPUs, and what each is divided into.
     List(ListArgs),
+    /// Divide a GPU into partitions that VMs can be given, or make it whole again.
+    #[command(after_help = partition::EXIT_CODES)]
+    Partition(partition::PartitionArgs),
     /// Tell whether hosts have the same GPUs to partition, so that VMs can move between them.
     #[command(after_help = COMPARE_EXIT_CODES)]
     Compare(CompareArgs),
@@ -43,9 +50,35 @@ struct ListArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// A copy of a host's /sys, to look at instead.
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+/// Whose GPUs.
+#[derive(Debug, Args)]
+struct HostArgs {
+    /// Of another /sys than this host's: a copy of one, or a model's.
     #[arg(long, value_name = "DIR")]
     sysfs_root: Option<PathBuf>,
+    /// Where it is kept who has which partition [default: $DROVER_GPU_CLAIMS, or /run/drover/gpu]
+    #[arg(long, value_name = "DIR")]
+    claims: Option<PathBuf>,
+}
+
+impl HostArgs {
+    fn tree(&self) -> SysfsTree {
+        match &self.sysfs_root {
+            Some(root) => SysfsTree::at(root),
+            None => SysfsTree::of_host(),
+        }
+    }
+
+    fn claims(&self) -> Claims {
+        match &self.claims {
+            Some(dir) => Claims::at(dir),
+            None => Claims::of_host(),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -61,16 +94,14 @@ struct CompareArgs {
 pub(crate) fn gpu(args: GpuArgs) -> Result<ExitCode> {
     match args.command {
         GpuCommand::List(args) => list(&args),
+        GpuCommand::Partition(args) => partition::partition(&args),
         GpuCommand::Compare(args) => compare_hosts(&args),
     }
 }
 
 fn list(args: &ListArgs) -> Result<ExitCode> {
-    let tree = match &args.sysfs_root {
-        Some(root) => SysfsTree::at(root),
-        None => SysfsTree::of_host(),
-    };
-    let gpus = inventory(&tree).context("the GPUs of this host cannot be listed")?;
+    let gpus = inventory_with(&args.host.tree(), Some(&args.host.claims()));
+    let gpus = gpus.context("the GPUs of this host cannot be listed")?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&gpus)?);
     } else if gpus.is_empty() {
@@ -90,7 +121,10 @@ fn show(gpu: &Gpu) {
     println!("{}  {name}, {memory}", gpu.address);
     println!("  {}: {}", gpu.status, gpu.reason);
     if let Some(counts) = &gpu.valid_partition_counts {
-        println!("  can be divided into {}", ranges(counts));
+        println!("  can be divided into {}", Counts(counts.clone()));
+    }
+    if let Some(owner) = &gpu.owner {
+        println!("  in use by {}", printable(owner));
     }
     println!("  {}", place(gpu));
     for partition in &gpu.partitions {
@@ -133,23 +167,6 @@ fn part(partition: &Partition) -> String {
         moves,
     ];
     known.into_iter().flatten().collect::<Vec<_>>().join("  ")
-}
-
-/// `1 to 4, 8`: numbers that follow each other are not all written.
-fn ranges(numbers: &[u32]) -> String {
-    let mut runs: Vec<(u32, u32)> = Vec::new();
-    for &number in numbers {
-        match runs.last_mut() {
-            Some((_, last)) if last.checked_add(1) == Some(number) => *last = number,
-            _ => runs.push((number, number)),
-        }
-    }
-    let written = runs.into_iter().map(|(first, last)| match last - first {
-        0 => first.to_string(),
-        1 => format!("{first}, {last}"),
-        _ => format!("{first} to {last}"),
-    });
-    written.collect::<Vec<_>>().join(", ")
 }
 
 fn compare_hosts(args: &CompareArgs) -> Result<ExitCode> {
@@ -201,22 +218,4 @@ fn read(path: &Path) -> Result<Vec<Gpu>> {
         format!("{path} is not what `drover gpu list --json` prints")
     };
     serde_json::from_str(&text).with_context(what)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn neighbours_are_written_as_a_range() {
-        for (numbers, written) in [
-            (&[][..], ""),
-            (&[1], "1"),
-            (&[1, 2], "1, 2"),
-            (&[1, 2, 3, 4, 6, 8, 12, 24], "1 to 4, 6, 8, 12, 24"),
-            (&[u32::MAX], "4294967295"),
-        ] {
-            assert_eq!(ranges(numbers), written);
-        }
-    }
 }

@@ -40,6 +40,15 @@ impl ChangeError {
         let (path, text) = (path.to_owned(), text.to_owned());
         Self { path, text, source }
     }
+
+    /// It was taken, and nothing came of it.
+    pub(super) fn without_effect(path: &Path, text: &str) -> Self {
+        let source = io::Error::new(
+            ErrorKind::TimedOut,
+            "it was written, and nothing came of it",
+        );
+        Self::new(path, text, source)
+    }
 }
 
 /// Writes to a driver's file, in one piece.
@@ -112,7 +121,7 @@ pub(super) fn create_mediated(
     let folder = Address::Mediated(uuid.clone()).folder(tree);
     match wait_until(APPEARANCE, || folder.exists()) {
         true => Ok(()),
-        false => Err(ChangeError::new(&path, &text, late())),
+        false => Err(ChangeError::without_effect(&path, &text)),
     }
 }
 
@@ -126,13 +135,6 @@ pub(super) fn remove_mediated(tree: &SysfsTree, uuid: &Uuid) -> Result<(), Chang
     }
     match wait_until(APPEARANCE, || !folder.exists()) {
         true => Ok(()),
-        false => Err(ChangeError::new(&path, "1", late())),
+        false => Err(ChangeError::without_effect(&path, "1")),
     }
-}
-
-fn late() -> io::Error {
-    io::Error::new(
-        ErrorKind::TimedOut,
-        "it was written, and nothing came of it",
-    )
 }

@@ -17,6 +17,7 @@
 //! | `provider` | one per way of partitioning |
 //! | `offer` | what a VM can be given, and how it becomes that |
 //! | `claim` | who has what: [`Claims`] |
+//! | `divide` | making partitions: [`Partitioner`] |
 //! | `holders` | processes that have devices open |
 //! | `change` | writing what drivers read |
 //! | `address` | addresses of partitions |
@@ -26,6 +27,7 @@ mod address;
 mod change;
 mod claim;
 mod compare;
+mod divide;
 mod holders;
 mod inventory;
 mod offer;
@@ -33,9 +35,16 @@ mod provider;
 mod status;
 mod tree;
 
+pub use crate::Bdf;
 pub use change::ChangeError;
-pub use claim::{CLAIMS_DIR, ClaimError, ClaimedPartition, Claims, GpuRequest, Owner};
+pub use claim::{
+    CLAIMS_DIR, CLAIMS_VARIABLE, ClaimError, ClaimedPartition, Claims, GpuRequest, Owner,
+};
 pub use compare::{Found, Mismatch, compare};
+pub use divide::{
+    Counts, Divided, Division, PartitionError, Partitioner, Restored, SETTINGS_FILE, Setting,
+    Settings, SettingsError, StepError,
+};
 pub use inventory::{Gpu, Partition, PartitionState, PciId, inventory, inventory_with};
 pub use offer::Attachment;
 pub use status::Status;

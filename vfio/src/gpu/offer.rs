@@ -130,6 +130,11 @@ fn socket(function: &Function<'_>) -> Option<PathBuf> {
         .then(|| path.into())
 }
 
+/// Whether a function is a model's, and can be opened.
+pub(super) fn has_socket(function: &Function<'_>) -> bool {
+    socket(function).is_some()
+}
+
 /// Why a function cannot be opened, whoever is to have it: it is bound to no driver of VFIO.
 pub(super) fn not_vfio(function: &Function<'_>) -> Option<String> {
     // Drivers of VFIO show a node of the device, before Linux 6.1 they did not.

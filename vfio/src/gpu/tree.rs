@@ -66,7 +66,6 @@ impl SysfsTree {
     }
 
     /// Whether it is the one of the running kernel.
-    #[allow(dead_code)]
     pub(super) fn is_of_host(&self) -> bool {
         self.proc.as_deref() == Some(Path::new("/proc"))
     }

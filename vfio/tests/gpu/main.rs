@@ -3,8 +3,11 @@
 mod claims;
 mod host;
 mod hostile;
+mod kernel;
 mod models;
+mod partition;
 mod race;
+mod settings;
 
 use vfio::gpu::{Found, Gpu, Status, compare};
 

@@ -20,6 +20,9 @@ use crate::gpu::tree::{SysfsTree, TreeError, names, printable};
 /// Where the claims of a host are.
 pub const CLAIMS_DIR: &str = "/run/drover/gpu";
 
+/// The environment's variable that names another folder.
+pub const CLAIMS_VARIABLE: &str = "DROVER_GPU_CLAIMS";
+
 /// Held by whoever looks at claims, or makes one.
 const ALLOCATION: &str = "allocation.lock";
 
@@ -130,6 +133,13 @@ impl Owners {
 }
 
 impl Claims {
+    /// This host's: of the folder that [`CLAIMS_VARIABLE`] names, or of [`CLAIMS_DIR`].
+    #[must_use]
+    pub fn of_host() -> Self {
+        let named = std::env::var_os(CLAIMS_VARIABLE).filter(|dir| !dir.is_empty());
+        Self::at(named.unwrap_or_else(|| CLAIMS_DIR.into()))
+    }
+
     /// Those of this folder, which is made when it is needed.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }

@@ -19,9 +19,9 @@ mod partition;
 mod request;
 mod view;
 
-pub use folder::{CLAIMS_DIR, ClaimError, Claims, Owner};
+pub use folder::{CLAIMS_DIR, CLAIMS_VARIABLE, ClaimError, Claims, Owner};
 pub use partition::ClaimedPartition;
 pub use request::GpuRequest;
 
-pub(super) use folder::Owners;
+pub(super) use folder::{Allocation, Owners};
 pub(super) use view::Occupants;

@@ -4,6 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{NOT_OPENED, PARTITIONS_MAX, Provider, Survey};
+use crate::Bdf;
+use crate::gpu::address::Uuid;
+use crate::gpu::divide::{self, PartitionError, Task};
 use crate::gpu::inventory::Partition;
 use crate::gpu::offer::{self, Kind, Offer, Setup};
 use crate::gpu::tree::Function;
@@ -71,6 +74,73 @@ impl Provider for Mediated {
         offers.sort_by(|one, other| one.address.cmp(&other.address));
         offers
     }
+
+    fn divide(&self, task: &Task<'_>) -> Result<bool, PartitionError> {
+        divide::mdev::divide(task)
+    }
+}
+
+/// A mediated device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::gpu) struct Device {
+    pub(in crate::gpu) uuid: Uuid,
+    pub(in crate::gpu) parent: Bdf,
+    /// Its type's folder.
+    pub(in crate::gpu) kind: String,
+}
+
+/// All of a GPU, by type.
+pub(in crate::gpu) fn devices(gpu: &Function<'_>) -> Vec<Device> {
+    let mut devices = Vec::new();
+    for parent in parents(gpu) {
+        for kind in parent.names(TYPES).into_iter().take(TYPES_MAX) {
+            let uuids = parent.names(&format!("{TYPES}/{kind}/devices")).into_iter();
+            devices.extend(uuids.take(PARTITIONS_MAX as usize).filter_map(|uuid| {
+                Some(Device {
+                    uuid: uuid.parse().ok()?,
+                    parent: parent.address,
+                    kind: kind.clone(),
+                })
+            }));
+        }
+    }
+    devices.sort_by(|one, other| (&one.kind, &one.uuid).cmp(&(&other.kind, &other.uuid)));
+    devices
+}
+
+/// A type, over all parents of a GPU.
+pub(in crate::gpu) struct GpuType {
+    pub(in crate::gpu) name: String,
+    /// How many there can be, with those that there are.
+    pub(in crate::gpu) most: u32,
+}
+
+/// A GPU's types, by their folders.
+pub(in crate::gpu) fn types(gpu: &Function<'_>) -> BTreeMap<String, GpuType> {
+    let mut types = BTreeMap::new();
+    for parent in parents(gpu) {
+        for id in parent.names(TYPES).into_iter().take(TYPES_MAX) {
+            let kind = MdevType::read(&parent, &id);
+            let there = u32::try_from(kind.devices.len()).unwrap_or(PARTITIONS_MAX);
+            let entry = types.entry(id).or_insert_with(|| GpuType {
+                name: kind.name.clone(),
+                most: 0,
+            });
+            let most = entry
+                .most
+                .saturating_add(kind.available)
+                .saturating_add(there);
+            entry.most = kind.most.unwrap_or(most).min(PARTITIONS_MAX);
+        }
+    }
+    types
+}
+
+/// A function of a GPU that can have one more of this type.
+pub(in crate::gpu) fn room(gpu: &Function<'_>, kind: &str) -> Option<Bdf> {
+    let mut parents = parents(gpu);
+    let has_room = |parent: &Function<'_>| MdevType::read(parent, kind).available > 0;
+    parents.find(has_room).map(|parent| parent.address)
 }
 
 /// A type of mediated device.

@@ -7,11 +7,12 @@
 //! | `sriov` | xe, i915, gim, and any other with `sriov_totalvfs` | virtual functions, as many as `sriov_numvfs` or the driver's option says |
 //! | `models` | | what vendors say of their GPUs |
 
-mod mdev;
+pub(super) mod mdev;
 mod models;
-mod nvidia;
+pub(super) mod nvidia;
 mod sriov;
 
+use super::divide::{PartitionError, Task};
 use super::inventory::Partition;
 use super::offer::Offer;
 use super::tree::Function;
@@ -52,6 +53,9 @@ pub(super) trait Provider {
 
     /// What VMs can be given of it as it is divided now, by address: whether others have it or not.
     fn offers(&self, gpu: &Function<'_>) -> Vec<Offer>;
+
+    /// Divides it; `false` when it was divided so already.
+    fn divide(&self, task: &Task<'_>) -> Result<bool, PartitionError>;
 }
 
 /// Who partitions a GPU, if its driver does.
@@ -77,7 +81,7 @@ pub(super) fn of(gpu: &Function<'_>) -> Option<&'static dyn Provider> {
 const SRIOV_TOTAL: &str = "sriov_totalvfs";
 
 /// The same; `None` where SR-IOV is off, or the number is none.
-fn total_vfs(gpu: &Function<'_>) -> Option<u32> {
+pub(super) fn total_vfs(gpu: &Function<'_>) -> Option<u32> {
     let total = gpu.decimal(SRIOV_TOTAL)?;
     (1..=PARTITIONS_MAX).contains(&total).then_some(total)
 }

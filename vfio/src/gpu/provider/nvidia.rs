@@ -10,6 +10,7 @@ use super::models::{GIB, partition_sizes, vram};
 use super::{NOT_OPENED, Provider, SRIOV_TOTAL, Survey, sriov_obstacle, total_vfs};
 use crate::gpu::address::Address;
 use crate::gpu::change::CURRENT_VGPU_TYPE as CURRENT;
+use crate::gpu::divide::{self, PartitionError, Task};
 use crate::gpu::inventory::Partition;
 use crate::gpu::offer::{Kind, Offer, Setup};
 use crate::gpu::tree::Function;
@@ -23,7 +24,7 @@ const TYPES_MAX: usize = 256;
 pub(super) struct VendorVfio;
 
 /// Types of vGPUs, by their numbers.
-type Types = BTreeMap<u32, String>;
+pub(in crate::gpu) type Types = BTreeMap<u32, String>;
 
 /// Whether the driver makes vGPUs of this GPU. The other driver has no such files and no such module.
 pub(super) fn is_vgpu_host(gpu: &Function<'_>) -> bool {
@@ -44,8 +45,7 @@ impl Provider for VendorVfio {
 
     fn survey(&self, gpu: &Function<'_>) -> Survey {
         let vfs = gpu.virtual_functions();
-        // What is left depends on what there is already, and is not the same everywhere.
-        let types: Types = vfs.iter().flat_map(|(_, vf)| creatable(vf)).collect();
+        let types = creatable_types(gpu);
         let partitions = vfs.iter().filter_map(|(_, vf)| partition(vf, &types));
         let partitions: Vec<_> = partitions.collect();
         let is_known = partitions.iter().all(|partition| partition.kind.is_some());
@@ -58,10 +58,14 @@ impl Provider for VendorVfio {
 
     fn offers(&self, gpu: &Function<'_>) -> Vec<Offer> {
         let vfs = gpu.virtual_functions();
-        let types: Types = vfs.iter().flat_map(|(_, vf)| creatable(vf)).collect();
+        let types = creatable_types(gpu);
         vfs.iter()
             .flat_map(|(_, vf)| offers_of(vf, &types))
             .collect()
+    }
+
+    fn divide(&self, task: &Task<'_>) -> Result<bool, PartitionError> {
+        divide::nvidia::divide(task)
     }
 }
 
@@ -112,8 +116,15 @@ fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
     })
 }
 
+/// The types of a GPU that can be made now: what is left depends on what there is already, and is not the
+/// same everywhere.
+pub(in crate::gpu) fn creatable_types(gpu: &Function<'_>) -> Types {
+    let vfs = gpu.virtual_functions();
+    vfs.iter().flat_map(|(_, vf)| creatable(vf)).collect()
+}
+
 /// The types that a virtual function can be given now: lines of number and name under a header.
-fn creatable(vf: &Function<'_>) -> Vec<(u32, String)> {
+pub(in crate::gpu) fn creatable(vf: &Function<'_>) -> Vec<(u32, String)> {
     let text = vf.text(CREATABLE).unwrap_or_default();
     let line = |line: &str| {
         let (id, name) = line.split_once(':')?;
@@ -145,9 +156,15 @@ fn counts(gpu: &Function<'_>, types: &Types, partitions: &[Partition]) -> Option
     (!counts.is_empty()).then(|| counts.into_iter().collect())
 }
 
+/// The memory of a GPU without vGPUs: as its vendor tells, or that of the largest type.
+pub(in crate::gpu) fn whole(gpu: &Function<'_>, types: &Types) -> Option<u64> {
+    let names = types.values().filter(|name| !is_mig(name));
+    vram(gpu).max(names.filter_map(|name| framebuffer(name)).max())
+}
+
 /// A type's video memory, by its name: `NVIDIA A10-6Q` has 6 GiB, `NVIDIA H100-2-20C` 20, and a 0
 /// stands for half a GiB (NVIDIA's vGPU user guide, "Virtual GPU types").
-fn framebuffer(name: &str) -> Option<u64> {
+pub(in crate::gpu) fn framebuffer(name: &str) -> Option<u64> {
     let (_, last) = name.rsplit_once('-')?;
     // Of vGPUs on a part of the GPU with media engines.
     let last = last.strip_suffix("ME").unwrap_or(last);

@@ -8,6 +8,7 @@
 
 use super::{AMD, Provider, Survey, sriov_obstacle, total_vfs};
 use crate::gpu::address::Address;
+use crate::gpu::divide::{self, PartitionError, Task};
 use crate::gpu::inventory::Partition;
 use crate::gpu::offer::{self, Offer, Setup};
 use crate::gpu::tree::Function;
@@ -16,27 +17,32 @@ use crate::gpu::tree::Function;
 pub(super) struct Sriov {
     name: &'static str,
     counts: fn(&Function<'_>) -> Option<Vec<u32>>,
+    divide: fn(&Task<'_>, Option<Vec<u32>>) -> Result<bool, PartitionError>,
 }
 
 pub(super) static XE: Sriov = Sriov {
     name: "xe",
     counts: any_count,
+    divide: |task, counts| divide::sriov::divide(task, counts, &[MOVING, "vfio-pci"]),
 };
 
 pub(super) static I915: Sriov = Sriov {
     name: "i915",
     counts: any_count,
+    divide: |task, counts| divide::sriov::divide(task, counts, &["vfio-pci"]),
 };
 
 pub(super) static GIM: Sriov = Sriov {
     name: "gim",
     counts: gim_counts,
+    divide: divide::gim::divide,
 };
 
 /// Whoever else has virtual functions. A model of a GPU does, too.
 pub(super) static GENERIC: Sriov = Sriov {
     name: "its driver",
     counts: any_count,
+    divide: |task, counts| divide::sriov::divide(task, counts, &["vfio-pci"]),
 };
 
 /// Drivers of GPUs that make no virtual functions, whatever the device could: `sriov_totalvfs` is the
@@ -92,6 +98,10 @@ impl Provider for Sriov {
             obstacle: offer::not_vfio(&vf),
         };
         vfs.map(offer).collect()
+    }
+
+    fn divide(&self, task: &Task<'_>) -> Result<bool, PartitionError> {
+        (self.divide)(task, (self.counts)(task.gpu()))
     }
 }
 

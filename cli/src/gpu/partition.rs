@@ -1,0 +1,158 @@
+//! `drover gpu partition`: dividing GPUs, now and at every boot.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::{Value, json};
+use vmm::gpu::{Bdf, Divided, Division, PartitionError, Partitioner, SETTINGS_FILE, Settings};
+
+use super::HostArgs;
+
+/// A VM or another program has a part of it, or all.
+const BUSY: u8 = 4;
+
+pub(super) const EXIT_CODES: &str = "Exit codes:
+  0  the GPU is divided as asked, or was so already
+  1  it could not be; nothing has changed, unless the message says so
+  2  the command line is wrong
+  4  it is in use; nothing has changed";
+
+/// How many partitions: a number, or `off` for none.
+#[derive(Clone, Copy, Debug)]
+struct Parts(u32);
+
+impl FromStr for Parts {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.parse()) {
+            ("off", _) => Ok(Self(0)),
+            (_, Ok(count @ 1..)) => Ok(Self(count)),
+            _ => Err("expected a number from 1, or off".to_owned()),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PartitionArgs {
+    /// The GPU's address, as `drover gpu list` shows it.
+    #[arg(
+        value_name = "GPU",
+        required_unless_present = "restore",
+        requires = "into"
+    )]
+    gpu: Option<Bdf>,
+    /// Into how many equal partitions, or off.
+    #[arg(value_name = "COUNT|off", required_unless_present = "restore")]
+    into: Option<Parts>,
+    /// The partitions' type, by name or number, for drivers that have types.
+    #[arg(long = "type", value_name = "NAME|ID")]
+    kind: Option<String>,
+    /// Keep it for the next boot, too.
+    #[arg(long)]
+    save: bool,
+    /// Divide all GPUs as it was kept: what drover-gpu.service does at boot.
+    #[arg(long, conflicts_with_all = ["gpu", "into", "kind", "save"])]
+    restore: bool,
+    /// Where it is kept.
+    #[arg(long, value_name = "FILE", default_value = SETTINGS_FILE)]
+    settings: PathBuf,
+    /// NVIDIA's sriov-manage, where it is not in /usr/lib/nvidia.
+    #[arg(long, value_name = "FILE")]
+    sriov_manage: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+pub(super) fn partition(args: &PartitionArgs) -> Result<ExitCode> {
+    let (tree, claims) = (args.host.tree(), args.host.claims());
+    let partitioner = Partitioner::new(&tree, &claims);
+    let partitioner = match &args.sriov_manage {
+        Some(program) => partitioner.with_sriov_manage(program),
+        None => partitioner,
+    };
+    let (Some(gpu), Some(into)) = (args.gpu, args.into) else {
+        return restore(args, &partitioner);
+    };
+    let division = Division {
+        count: into.0,
+        kind: args.kind.clone(),
+    };
+    let divided = match partitioner.divide(gpu, &division) {
+        Ok(divided) => divided,
+        Err(error) => {
+            let code = exit_code(&error);
+            eprintln!("drover: {:#}", anyhow::Error::from(error));
+            return Ok(ExitCode::from(code));
+        }
+    };
+    if args.save {
+        let mut settings = Settings::load(&args.settings)?;
+        settings.keep(&tree, gpu, &division);
+        let stored = settings.store(&args.settings);
+        stored.with_context(|| format!("GPU {gpu} is divided, but not at the next boot"))?;
+    }
+    match args.json {
+        true => println!("{}", serde_json::to_string_pretty(&divided)?),
+        false => show(&divided),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn exit_code(error: &PartitionError) -> u8 {
+    match error {
+        PartitionError::Busy { .. } => BUSY,
+        _ => 1,
+    }
+}
+
+fn show(divided: &Divided) {
+    let already = if divided.changed { "" } else { " already" };
+    match divided.partitions.len() {
+        0 => println!("{} is not divided{already}", divided.gpu),
+        1 => println!("{} is divided into 1 partition{already}:", divided.gpu),
+        count => println!(
+            "{} is divided into {count} partitions{already}:",
+            divided.gpu
+        ),
+    }
+    for address in &divided.partitions {
+        println!("  {address}");
+    }
+}
+
+/// All are tried; the worst of what came of it is the exit code.
+fn restore(args: &PartitionArgs, partitioner: &Partitioner<'_>) -> Result<ExitCode> {
+    let settings = Settings::load(&args.settings)?;
+    let mut codes = Vec::new();
+    let mut results = Vec::new();
+    for (gpu, result) in partitioner.replay(&settings) {
+        match result {
+            Ok(divided) => {
+                results.push(serde_json::to_value(&divided)?);
+                if !args.json {
+                    show(&divided);
+                }
+            }
+            Err(error) => {
+                codes.push(exit_code(&error));
+                let error = format!("{:#}", anyhow::Error::from(error));
+                eprintln!("drover: {error}");
+                results.push(json!({ "gpu": gpu, "error": error }));
+            }
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&Value::from(results))?);
+    }
+    Ok(match codes.iter().min() {
+        Some(code) => ExitCode::from(*code),
+        None => ExitCode::SUCCESS,
+    })
+}

@@ -1,0 +1,181 @@
+//! Divisions that are kept for the next boot.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::task::{Divided, Division, PartitionError, Partitioner};
+use crate::Bdf;
+use crate::gpu::inventory::PciId;
+use crate::gpu::tree::SysfsTree;
+
+/// Where they are.
+pub const SETTINGS_FILE: &str = "/etc/drover/gpu-partitions.toml";
+
+const MAX_BYTES: u64 = 1 << 20;
+
+/// Divisions of a host's GPUs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Each GPU's.
+    #[serde(default)]
+    pub gpu: Vec<Setting>,
+}
+
+/// Division of a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Setting {
+    /// Where it is.
+    pub address: Bdf,
+    /// What is to be there: another GPU is left alone.
+    pub vendor: PciId,
+    /// As above.
+    pub device: PciId,
+    /// Into how many.
+    pub partitions: u32,
+    /// Of which type.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+}
+
+/// The file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// It cannot be read or written.
+    #[error("{} cannot be {}", .path.display(), if *.is_writing { "written" } else { "read" })]
+    File {
+        /// Which one.
+        path: PathBuf,
+        /// Whether it was to be written.
+        is_writing: bool,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// It says something else.
+    #[error("{} does not say how GPUs are divided", .path.display())]
+    Syntax {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+impl Settings {
+    /// What a file says; nothing where there is none.
+    ///
+    /// # Errors
+    /// [`SettingsError`]: it cannot be read, or says something else.
+    pub fn load(path: &Path) -> Result<Self, SettingsError> {
+        let error = |source| SettingsError::File {
+            path: path.to_owned(),
+            is_writing: false,
+            source,
+        };
+        let mut text = String::new();
+        match File::open(path) {
+            Err(source) if source.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            file => file
+                .and_then(|file| file.take(MAX_BYTES).read_to_string(&mut text))
+                .map_err(error)?,
+        };
+        toml::from_str(&text).map_err(|source| SettingsError::Syntax {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// Writes all of them, or leaves the file as it is.
+    ///
+    /// # Errors
+    /// [`SettingsError`]: it cannot be written.
+    pub fn store(&self, path: &Path) -> Result<(), SettingsError> {
+        self.write(path).map_err(|source| SettingsError::File {
+            path: path.to_owned(),
+            is_writing: true,
+            source,
+        })
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let text = toml::to_string(self).map_err(io::Error::other)?;
+        let folder = path
+            .parent()
+            .filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(folder)?;
+        let name = path.file_name().ok_or(ErrorKind::InvalidInput)?;
+        let mut new = name.to_owned();
+        new.push(format!(".{}", std::process::id()));
+        let new = folder.join(new);
+        let written = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o644)
+            .open(&new);
+        let written = written.and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        });
+        let renamed = written.and_then(|()| fs::rename(&new, path));
+        if renamed.is_err() {
+            let _ = fs::remove_file(&new);
+        }
+        renamed?;
+        File::open(folder)?.sync_all()
+    }
+
+    /// Keeps how this GPU is divided; of one that is not, nothing is kept.
+    pub fn keep(&mut self, tree: &SysfsTree, gpu: Bdf, division: &Division) {
+        self.gpu.retain(|setting| setting.address != gpu);
+        let function = tree.function(gpu);
+        let ids = (function.hex16("vendor"), function.hex16("device"));
+        if let (Some(vendor), Some(device), 1..) = (ids.0, ids.1, division.count) {
+            self.gpu.push(Setting {
+                address: gpu,
+                vendor: PciId(vendor),
+                device: PciId(device),
+                partitions: division.count,
+                kind: division.kind.clone(),
+            });
+            self.gpu.sort_by_key(|setting| setting.address);
+        }
+    }
+}
+
+impl Partitioner<'_> {
+    /// Divides each GPU as it was kept; what came of it, by GPU. One that cannot be does not hinder the
+    /// others.
+    pub fn replay(&self, settings: &Settings) -> Vec<(Bdf, Result<Divided, PartitionError>)> {
+        let replayed = settings
+            .gpu
+            .iter()
+            .map(|setting| (setting.address, self.replay_one(setting)));
+        replayed.collect()
+    }
+
+    fn replay_one(&self, setting: &Setting) -> Result<Divided, PartitionError> {
+        let gpu = setting.address;
+        let function = self.tree().function(gpu);
+        let there = (function.hex16("vendor"), function.hex16("device"));
+        if there.0.is_some() && there != (Some(setting.vendor.0), Some(setting.device.0)) {
+            let expected = format!("{:04x}:{:04x}", setting.vendor.0, setting.device.0);
+            return Err(PartitionError::Replaced { gpu, expected });
+        }
+        let division = Division {
+            count: setting.partitions,
+            kind: setting.kind.clone(),
+        };
+        self.divide(gpu, &division)
+    }
+}
