@@ -19,5 +19,6 @@ units=$(dirname "$0")/systemd
 mkdir -p "$prefix/lib/systemd/system"
 install -m 644 "$units/drover-receive.socket" "$prefix/lib/systemd/system/"
 # Where the binary will be found, which DESTDIR is no part of.
-sed "s|@BINARY@|$final/bin/drover|" "$units/drover-receive@.service" \
-    > "$prefix/lib/systemd/system/drover-receive@.service"
+for unit in drover-receive@.service drover-gpu.service; do
+    sed "s|@BINARY@|$final/bin/drover|" "$units/$unit" > "$prefix/lib/systemd/system/$unit"
+done

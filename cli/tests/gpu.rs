@@ -33,6 +33,8 @@ impl Scratch {
                 ("max_link_speed", "32.0 GT/s PCIe\n"),
                 ("sriov_totalvfs", "12\n"),
                 ("numa_node", "-1\n"),
+                ("driver_override", "(null)\n"),
+                ("sriov_numvfs", "2\n"),
             ] {
                 fs::write(folder.join(file), text)?;
             }
@@ -61,6 +63,23 @@ fn gpu(arguments: &[&str]) -> Result<Output> {
     output.context("drover cannot be run")
 }
 
+/// The same, with claims in a folder of the test's own.
+fn of(scratch: &Scratch, arguments: &[&str]) -> Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_drover"));
+    let root = scratch.0.join("sys");
+    let output = command
+        .arg("gpu")
+        .args(arguments)
+        .args(["--sysfs-root", utf8(&root)?])
+        .env("DROVER_GPU_CLAIMS", scratch.0.join("claims"))
+        .output();
+    output.context("drover cannot be run")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
 fn utf8(path: &Path) -> Result<&str> {
     path.to_str().context("a plain path")
 }
@@ -72,8 +91,8 @@ fn stdout(output: &Output) -> String {
 #[test]
 fn list_tells_people_and_scripts_the_same() -> Result<()> {
     let scratch = Scratch::new("list")?;
-    let root = scratch.host()?;
-    let listed = gpu(&["list", "--sysfs-root", utf8(&root)?])?;
+    scratch.host()?;
+    let listed = of(&scratch, &["list"])?;
     ensure!(listed.status.success(), "{listed:?}");
     let text = stdout(&listed);
     for part in [
@@ -81,11 +100,11 @@ fn list_tells_people_and_scripts_the_same() -> Result<()> {
         "24 GiB",
         "Partitioned: xe has made 2 partitions of it",
         "can be divided into 1 to 12",
-        "0000:41:00.2  can move",
+        "0000:41:00.2  free  can move",
     ] {
         ensure!(text.contains(part), "{part:?} is not in:\n{text}");
     }
-    let listed = gpu(&["list", "--json", "--sysfs-root", utf8(&root)?])?;
+    let listed = of(&scratch, &["list", "--json"])?;
     let json: Value = serde_json::from_slice(&listed.stdout)?;
     let gpu = &json[0];
     assert_eq!(json.as_array().map(Vec::len), Some(1));
@@ -133,5 +152,172 @@ fn compare_ends_with_0_only_for_the_same() -> Result<()> {
         assert!(stdout(&compared).contains(said), "{compared:?}");
         assert_eq!(compared.stderr.is_empty(), code != 1, "{compared:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn partition_tells_by_its_exit_code() -> Result<()> {
+    const GPU: &str = "0000:41:00.0";
+    let scratch = Scratch::new("partition")?;
+    scratch.host()?;
+    for (arguments, code, out, error) in [
+        (
+            vec![GPU, "2"],
+            0,
+            "0000:41:00.0 is divided into 2 partitions already:\n  0000:41:00.1\n",
+            "",
+        ),
+        (vec!["41:00.0", "2"], 0, "already", ""),
+        (
+            vec![GPU, "13"],
+            1,
+            "",
+            "cannot be divided into 13, but into 1 to 12",
+        ),
+        (
+            vec![GPU, "2", "--type", "A10-6Q"],
+            1,
+            "",
+            "has no types of partitions",
+        ),
+        (
+            vec!["0000:99:00.0", "2"],
+            1,
+            "",
+            "0000:99:00.0 is no GPU of this host",
+        ),
+        // No kernel takes what is written.
+        (vec![GPU, "3"], 1, "", "sriov_numvfs does not take"),
+        (vec![GPU, "0"], 2, "", "expected a number from 1, or off"),
+        (vec![GPU, "many"], 2, "", "expected a number from 1, or off"),
+        (vec![GPU], 2, "", "COUNT|off"),
+        (
+            vec!["a GPU", "2"],
+            2,
+            "",
+            "is not the address of a PCI function",
+        ),
+        (vec!["--restore", GPU, "2"], 2, "", "cannot be used with"),
+        (vec![], 2, "", "required arguments"),
+    ] {
+        let ended = of(&scratch, &[&["partition"], &arguments[..]].concat())?;
+        let what = format!("{arguments:?}: {ended:?}");
+        assert_eq!(ended.status.code(), Some(code), "{what}");
+        assert!(
+            stdout(&ended).contains(out) && stderr(&ended).contains(error),
+            "{what}"
+        );
+        assert_eq!(ended.stderr.is_empty(), code == 0, "{what}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_partition_in_use_is_shown_with_its_owner_and_not_taken_away() -> Result<()> {
+    let scratch = Scratch::new("claimed")?;
+    scratch.host()?;
+    let listed = of(&scratch, &["list"])?;
+    assert!(
+        stdout(&listed).contains("0000:41:00.2  free  can move"),
+        "{listed:?}"
+    );
+    let claims = scratch.0.join("claims");
+    fs::create_dir(&claims)?;
+    fs::write(claims.join("allocation.lock"), "")?;
+    let claim = claims.join("0000:41:00.2");
+    fs::write(
+        &claim,
+        r#"{"vm":"web","pid":4711,"made":false,"sysfs":"/sys"}"#,
+    )?;
+    let lock = fs::File::open(&claim)?;
+    lock.lock()?;
+    let listed = of(&scratch, &["list"])?;
+    assert!(
+        stdout(&listed).contains("0000:41:00.2  in use by web (pid 4711)  can move"),
+        "{listed:?}"
+    );
+    let json: Value = serde_json::from_slice(&of(&scratch, &["list", "--json"])?.stdout)?;
+    let parts = &json[0]["partitions"];
+    assert_eq!(
+        (&parts[0]["state"], &parts[1]["state"]),
+        (&"free".into(), &"claimed".into())
+    );
+    assert_eq!(parts[1]["owner"], "web (pid 4711)");
+    let busy = of(&scratch, &["partition", "0000:41:00.0", "off"])?;
+    assert_eq!(busy.status.code(), Some(4), "{busy:?}");
+    assert!(
+        stderr(&busy).contains("in use: 0000:41:00.2 by web (pid 4711)"),
+        "{busy:?}"
+    );
+    let already = of(&scratch, &["partition", "0000:41:00.0", "2", "--json"])?;
+    let json: Value = serde_json::from_slice(&already.stdout)?;
+    assert_eq!(
+        (&json["changed"], &json["gpu"]),
+        (&false.into(), &"0000:41:00.0".into())
+    );
+    drop(lock);
+    let listed = of(&scratch, &["list"])?;
+    assert!(stdout(&listed).contains("0000:41:00.2  free"), "{listed:?}");
+    // Who has what cannot be told.
+    let unreadable = gpu(&[
+        "list",
+        "--sysfs-root",
+        utf8(&scratch.0.join("sys"))?,
+        "--claims",
+        "/dev/null",
+    ])?;
+    assert!(
+        stdout(&unreadable).contains("0000:41:00.2  can move"),
+        "{unreadable:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_saved_division_is_restored() -> Result<()> {
+    let scratch = Scratch::new("saved")?;
+    let root = scratch.host()?;
+    let settings = scratch.0.join("etc/gpus.toml");
+    let settings = utf8(&settings)?;
+    let nothing = of(
+        &scratch,
+        &["partition", "--restore", "--settings", settings],
+    )?;
+    assert!(
+        nothing.status.success() && nothing.stdout.is_empty(),
+        "{nothing:?}"
+    );
+    let saved = of(
+        &scratch,
+        &[
+            "partition",
+            "0000:41:00.0",
+            "2",
+            "--save",
+            "--settings",
+            settings,
+        ],
+    )?;
+    assert!(saved.status.success(), "{saved:?}");
+    let restored = of(
+        &scratch,
+        &["partition", "--restore", "--settings", settings],
+    )?;
+    assert!(
+        restored.status.success() && stdout(&restored).contains("into 2 partitions"),
+        "{restored:?}"
+    );
+    fs::write(root.join("bus/pci/devices/0000:41:00.0/device"), "0xe212\n")?;
+    let other = of(
+        &scratch,
+        &["partition", "--restore", "--json", "--settings", settings],
+    )?;
+    assert_eq!(other.status.code(), Some(1), "{other:?}");
+    assert!(
+        stderr(&other).contains("is not the 8086:e211 that was there"),
+        "{other:?}"
+    );
+    let json: Value = serde_json::from_slice(&other.stdout)?;
+    assert_eq!(json[0]["gpu"], "0000:41:00.0");
     Ok(())
 }

@@ -65,6 +65,11 @@ impl SysfsTree {
         &self.root
     }
 
+    /// What tells it from others, however it was named.
+    pub(super) fn place(&self) -> PathBuf {
+        fs::canonicalize(&self.root).unwrap_or_else(|_| self.root.clone())
+    }
+
     /// Whether it is the one of the running kernel.
     pub(super) fn is_of_host(&self) -> bool {
         self.proc.as_deref() == Some(Path::new("/proc"))

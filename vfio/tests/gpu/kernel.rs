@@ -99,7 +99,12 @@ impl At {
         let links = entries(gpu).into_iter();
         let is_link = |path: &PathBuf| path.to_string_lossy().contains("virtfn");
         let there: Vec<_> = links.filter(is_link).collect();
-        if asked == there.len() || asked > self.rules.most {
+        if asked == there.len() {
+            return;
+        }
+        if asked > self.rules.most {
+            let now = format!("{}\n", there.len());
+            fs::write(gpu.join("sriov_numvfs"), now).expect("the folder is ours");
             return;
         }
         for link in &there {

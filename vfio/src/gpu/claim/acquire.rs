@@ -54,7 +54,7 @@ fn claim(
     let new = NewClaim {
         vm,
         is_making,
-        sysfs: tree.root(),
+        tree,
     };
     let claimed = ClaimedPartition {
         tree: tree.clone(),

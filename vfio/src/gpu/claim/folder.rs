@@ -6,7 +6,7 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -267,6 +267,7 @@ impl Allocation<'_> {
         tree: &SysfsTree,
         holders: &Holders,
     ) -> Result<(), ClaimError> {
+        let place = tree.place();
         for (name, address) in self.entries()? {
             let Ok(file) = self.claims.file(&name, false) else {
                 continue;
@@ -275,7 +276,7 @@ impl Allocation<'_> {
                 continue;
             }
             let left = record(&file).filter(|record| record.made);
-            if left.as_ref().is_some_and(|left| left.sysfs != tree.root()) {
+            if left.as_ref().is_some_and(|left| left.sysfs != place) {
                 continue;
             }
             if left.is_some() {
@@ -315,7 +316,7 @@ impl Allocation<'_> {
             vm: claim.vm.to_owned(),
             pid: std::process::id(),
             made: claim.is_making,
-            sysfs: claim.sysfs.to_owned(),
+            sysfs: claim.tree.place(),
         };
         let mut claim = Claim(file);
         claim.write(&record).map_err(error)?;
@@ -328,7 +329,7 @@ impl Allocation<'_> {
 pub(super) struct NewClaim<'v> {
     pub(super) vm: &'v str,
     pub(super) is_making: bool,
-    pub(super) sysfs: &'v Path,
+    pub(super) tree: &'v SysfsTree,
 }
 
 /// A lock on a claim's file.

@@ -82,7 +82,10 @@ fn set_count(gpu: &Function<'_>, count: u32) -> Result<(), StepError> {
     let set = |count: u32| {
         let text = count.to_string();
         change::set(&path, &text)?;
-        match wait_until(APPEARANCE, || has(count)) {
+        // A model puts back what it refuses, after it was written.
+        let is_refused = || gpu.decimal::<u32>(COUNT).is_some_and(|now| now != count);
+        wait_until(APPEARANCE, || has(count) || is_refused());
+        match has(count) {
             true => Ok(()),
             false => Err(ChangeError::without_effect(&path, &text)),
         }

@@ -52,12 +52,12 @@ fn find(gpu: &Function<'_>) -> Option<&'static Model> {
         .find(|model| (model.vendor, model.device) == ids)
 }
 
-/// A GPU's memory: what its driver tells (amdgpu's `mem_info_vram_total`, in bytes), else what its
-/// vendor does.
+/// A GPU's memory: what its driver tells (amdgpu's `mem_info_vram_total`, a model's `vram_bytes`), else
+/// what its vendor does.
 pub(in crate::gpu) fn vram(gpu: &Function<'_>) -> Option<u64> {
-    let told = gpu
-        .decimal("mem_info_vram_total")
-        .filter(|bytes| *bytes > 0);
+    let files = ["mem_info_vram_total", "vram_bytes"];
+    let told = files.iter().find_map(|file| gpu.decimal(file));
+    let told = told.filter(|bytes| *bytes > 0);
     told.or_else(|| find(gpu).map(|model| model.gib * GIB))
 }
 

@@ -6,7 +6,7 @@
 //! - AMD's gim: by the option `vf_num` of its module (amd/MxGPU-Virtualization, gim_config.c), and by
 //!   its release notes only as many as the GPU can be divided into.
 
-use super::{AMD, Provider, Survey, sriov_obstacle, total_vfs};
+use super::{AMD, NOT_OPENED, Provider, Survey, sriov_obstacle, total_vfs};
 use crate::gpu::address::Address;
 use crate::gpu::divide::{self, PartitionError, Task};
 use crate::gpu::inventory::Partition;
@@ -135,6 +135,7 @@ fn partition(gpu: &Function<'_>, vf: &Function<'_>, number: u16) -> Partition {
     let (migratable, reason) = match vf.driver() {
         Some(driver) if driver == MOVING => (Some(true), None),
         Some(driver) => (Some(false), Some(format!("{driver} cannot move it"))),
+        None if offer::has_socket(vf) => (None, Some(NOT_OPENED.to_owned())),
         None => (None, Some("it is bound to no driver".to_owned())),
     };
     Partition {
