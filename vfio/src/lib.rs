@@ -1,9 +1,9 @@
 //! Assigned PCI functions: what Drover asks of VFIO, whoever provides it.
 //!
 //! Not here yet: the kernel's backend (`vfio-ioctls`, iommufd), the vfio-user client, the
-//! virtualized PCI function over a backend, VFIO migration, and making and claiming GPU partitions.
+//! virtualized PCI function over a backend, and VFIO migration.
 //! Here are the port that they share, [`VfioBackend`], the book-keeping of what a device may reach by
-//! DMA, and what GPUs a host has.
+//! DMA, and what GPUs a host has, with their partitions and who has which.
 //!
 //! The nouns:
 //! - a [`VfioBackend`] is one opened function: [`Region`]s, [`Irq`]s, a reset;
