@@ -31,7 +31,7 @@ macro_rules! targets {
 }
 
 targets! {
-    kernel, config, keyvalue, api, qcow2,
+    kernel, config, gpu, keyvalue, api, qcow2,
     serial, platform, msix, ioapic,
     pci, virtio_pci, virtio_block, virtio_net, virtio_console, virtio_rng, virtio_balloon,
     virtio_vsock, restore,

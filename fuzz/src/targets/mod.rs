@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod config;
+pub mod gpu;
 pub mod ioapic;
 pub mod kernel;
 mod kernel_seeds;
