@@ -312,6 +312,7 @@ fn units_for_a_service_manager_are_installed_and_sound() -> Outcome {
     verify.args(["verify", "--man=no"]);
     verify.arg(units.join("drover-receive.socket"));
     verify.arg(units.join("drover-receive@.service"));
+    verify.arg(units.join("drover-gpu.service"));
     let Ok(finished) = process::run(&mut verify, SOON) else {
         return tests::harness::ground::skip("systemd", "systemd-analyze is not installed");
     };

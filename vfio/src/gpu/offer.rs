@@ -150,3 +150,28 @@ pub(super) fn not_vfio(function: &Function<'_>) -> Option<String> {
         None => Some("it is bound to no driver of VFIO".to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_type_is_meant_by_its_number_or_its_name_with_or_without_the_vendor() {
+        let kind = Kind {
+            id: "586".to_owned(),
+            name: "NVIDIA A10-6Q".to_owned(),
+        };
+        for (asked, is_meant) in [
+            ("586", true),
+            ("NVIDIA A10-6Q", true),
+            ("A10-6Q", true),
+            ("0-6Q", false),
+            ("6Q", false),
+            ("58", false),
+            ("a10-6q", false),
+            ("", false),
+        ] {
+            assert_eq!(kind.is(asked), is_meant, "{asked}");
+        }
+    }
+}

@@ -430,6 +430,34 @@ fn a_mediated_device_lives_as_long_as_its_claim() {
     assert_eq!(host.gpu().partition_count, Some(1));
 }
 
+/// A driver may refuse to take back what a claim has made; whoever comes next tries again.
+#[test]
+fn what_cannot_be_taken_back_is_by_the_next() {
+    let (host, _kernel) = mediated(&[GPU], 2);
+    let request = GpuRequest {
+        kind: Some("A10-6Q".to_owned()),
+        ..GpuRequest::default()
+    };
+    let acquire = || host.claims().acquire(&host.tree(), &request, "web");
+    let made = acquire().expect("there is room").remove(0);
+    let first = made.address();
+    let remove = host
+        .root()
+        .join("bus/mdev/devices")
+        .join(&first)
+        .join("remove");
+    std::fs::remove_file(&remove).expect("the folder is ours");
+    std::fs::create_dir(&remove).expect("the folder is ours");
+    let error = made.release().expect_err("it is no file").to_string();
+    assert!(error.contains("remove does not take \"1\""), "{error}");
+    assert_eq!(host.gpu().partition_count, Some(1));
+    std::fs::remove_dir(&remove).expect("the folder is ours");
+    std::fs::write(&remove, "").expect("the folder is ours");
+    let next = acquire().expect("there is room");
+    assert_ne!(next[0].address(), first);
+    assert_eq!(host.gpu().partition_count, Some(1));
+}
+
 /// The program that comes with NVIDIA's driver, over plain files.
 const SRIOV_MANAGE: &str = r#"#!/bin/sh
 cd "$(dirname "$0")/bus/pci/devices" || exit 1

@@ -83,3 +83,21 @@ impl GpuRequest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_read_with_its_defaults() {
+        let read = serde_json::from_str::<GpuRequest>;
+        assert_eq!(read("{}").ok(), Some(GpuRequest::default()));
+        let all = r#"{"pci":"41:00.0","count":2,"type":"A10-6Q","min-vram-bytes":4294967296}"#;
+        let all = read(all).expect("it is one");
+        let text = "2 GPU partitions of type A10-6Q with 4096 MiB or more at 0000:41:00.0";
+        assert_eq!(all.to_string(), text);
+        for wrong in [r#"{"pci":"x"}"#, r#"{"count":-1}"#, r#"{"kind":"A10-6Q"}"#] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+    }
+}

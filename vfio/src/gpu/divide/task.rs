@@ -344,3 +344,21 @@ impl<'t> Task<'t> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_written_as_a_range() {
+        for (numbers, written) in [
+            (&[][..], "nothing"),
+            (&[1], "1"),
+            (&[1, 2], "1, 2"),
+            (&[1, 2, 3, 4, 6, 8, 12, 24], "1 to 4, 6, 8, 12, 24"),
+            (&[u32::MAX], "4294967295"),
+        ] {
+            assert_eq!(Counts(numbers.to_vec()).to_string(), written);
+        }
+    }
+}
