@@ -17,17 +17,18 @@ const EDGES: [(&str, &[&str]); 5] = [
 ];
 
 /// Crates that only one of ours may name.
-const OWNERS: [(&str, &str); 6] = [
+const OWNERS: [(&str, &str); 7] = [
     ("kvm-ioctls", "vmm"),
     ("kvm-bindings", "vmm"),
-    ("vfio-ioctls", "vfio"),
+    ("iommufd-ioctls", "vfio"),
+    ("iommufd-bindings", "vfio"),
     ("vfio-bindings", "vfio"),
     ("lz4_flex", "migration"),
     ("clap", "drover"),
 ];
 
 /// Crates whose types cross our seams: one version each in the whole tree.
-const SINGLE_VERSION: [&str; 14] = [
+const SINGLE_VERSION: [&str; 13] = [
     "event-manager",
     "kvm-bindings",
     "kvm-ioctls",
@@ -35,7 +36,6 @@ const SINGLE_VERSION: [&str; 14] = [
     "serde",
     "tokio",
     "vfio-bindings",
-    "vfio-ioctls",
     "vhost",
     "virtio-bindings",
     "virtio-queue",

@@ -2,6 +2,8 @@
 //!
 //! Not here yet: the kernel's backend (`vfio-ioctls`, iommufd), the vfio-user client, the
 //! virtualized PCI function over a backend, and VFIO migration.
+//! Not here yet: the vfio-user client, the
+//! virtualized PCI function over a backend, VFIO migration, and making and claiming GPU partitions.
 //! Here are the port that they share, [`VfioBackend`], the book-keeping of what a device may reach by
 //! DMA, and what GPUs a host has, with their partitions and who has which.
 //!

@@ -1,0 +1,229 @@
+//! The system calls of VFIO (include/uapi/linux/vfio.h), each with the kernel's own answer.
+//!
+//! The descriptors are the caller's and open for the length of a call, which the borrow says. Every
+//! structure begins with its size, and the kernel writes no further.
+
+#![expect(unsafe_code)]
+
+use std::ffi::CStr;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
+    vfio_device_info, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+    vfio_iommu_type1_info, vfio_irq_info, vfio_region_info,
+};
+use vmm_sys_util::ioctl::{
+    ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val,
+};
+use vmm_sys_util::ioctl_io_nr;
+
+const TYPE: u32 = VFIO_TYPE as u32;
+
+ioctl_io_nr!(VFIO_GET_API_VERSION, TYPE, VFIO_BASE);
+ioctl_io_nr!(VFIO_CHECK_EXTENSION, TYPE, VFIO_BASE + 1);
+ioctl_io_nr!(VFIO_SET_IOMMU, TYPE, VFIO_BASE + 2);
+ioctl_io_nr!(VFIO_GROUP_GET_STATUS, TYPE, VFIO_BASE + 3);
+ioctl_io_nr!(VFIO_GROUP_SET_CONTAINER, TYPE, VFIO_BASE + 4);
+ioctl_io_nr!(VFIO_GROUP_GET_DEVICE_FD, TYPE, VFIO_BASE + 6);
+ioctl_io_nr!(VFIO_DEVICE_GET_INFO, TYPE, VFIO_BASE + 7);
+ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, TYPE, VFIO_BASE + 8);
+ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, TYPE, VFIO_BASE + 9);
+ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, TYPE, VFIO_BASE + 10);
+ioctl_io_nr!(VFIO_DEVICE_RESET, TYPE, VFIO_BASE + 11);
+ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, TYPE, VFIO_BASE + 18);
+ioctl_io_nr!(VFIO_DEVICE_ATTACH_IOMMUFD_PT, TYPE, VFIO_BASE + 19);
+ioctl_io_nr!(VFIO_IOMMU_GET_INFO, TYPE, VFIO_BASE + 12);
+ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, TYPE, VFIO_BASE + 13);
+ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, TYPE, VFIO_BASE + 14);
+
+/// Bytes of what a region's capabilities are read into; sparse lists have 16 bytes an entry.
+const REGION_INFO_MAX: u32 = 64 << 10;
+
+/// The size that a structure begins with.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "these structures have some dozen bytes"
+)]
+pub(super) const fn argsz<T>() -> u32 {
+    mem::size_of::<T>() as u32
+}
+
+fn answer(result: i32) -> io::Result<u32> {
+    u32::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+fn done(result: i32) -> io::Result<()> {
+    answer(result).map(drop)
+}
+
+fn word(value: u32) -> libc::c_ulong {
+    libc::c_ulong::from(value)
+}
+
+/// The version of the container's interface.
+pub(super) fn api_version(container: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: this takes no argument.
+    answer(unsafe { ioctl(&container, VFIO_GET_API_VERSION()) })
+}
+
+pub(super) fn has_extension(container: BorrowedFd<'_>, extension: u32) -> bool {
+    // SAFETY: the argument is a number.
+    let result = unsafe { ioctl_with_val(&container, VFIO_CHECK_EXTENSION(), word(extension)) };
+    result > 0
+}
+
+/// Whether a container has groups and an IOMMU model.
+pub(super) fn has_iommu(container: BorrowedFd<'_>) -> bool {
+    let mut info = vfio_iommu_type1_info {
+        argsz: argsz::<vfio_iommu_type1_info>(),
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    let result = unsafe { ioctl_with_mut_ref(&container, VFIO_IOMMU_GET_INFO(), &mut info) };
+    result == 0
+}
+
+pub(super) fn set_iommu(container: BorrowedFd<'_>, model: u32) -> io::Result<()> {
+    // SAFETY: the argument is a number.
+    done(unsafe { ioctl_with_val(&container, VFIO_SET_IOMMU(), word(model)) })
+}
+
+/// The flags of a group: viable, in a container.
+pub(super) fn group_flags(group: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut status = vfio_group_status {
+        argsz: argsz::<vfio_group_status>(),
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_mut_ref(&group, VFIO_GROUP_GET_STATUS(), &mut status) })?;
+    Ok(status.flags)
+}
+
+pub(super) fn set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) -> io::Result<()> {
+    let container = container.as_raw_fd();
+    // SAFETY: the argument is a number, a descriptor that is open.
+    done(unsafe { ioctl_with_ref(&group, VFIO_GROUP_SET_CONTAINER(), &container) })
+}
+
+pub(super) fn device_of_group(group: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
+    // SAFETY: the name ends with a zero byte.
+    let fd = unsafe { ioctl_with_ptr(&group, VFIO_GROUP_GET_DEVICE_FD(), name.as_ptr()) };
+    answer(fd)?;
+    // SAFETY: the kernel made this descriptor just now, and nobody else has its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Lets the devices of a container reach memory of this process. The range's owner keeps it mapped
+/// until it is unmapped here.
+pub(super) fn map_dma(container: BorrowedFd<'_>, map: &vfio_iommu_type1_dma_map) -> io::Result<()> {
+    // SAFETY: the kernel reads a structure of the size that it begins with; it pins the memory that
+    // the structure names, or refuses what is none of this process's.
+    done(unsafe { ioctl_with_ref(&container, VFIO_IOMMU_MAP_DMA(), map) })
+}
+
+/// Ends that; how many bytes were unmapped is told in the structure.
+pub(super) fn unmap_dma(
+    container: BorrowedFd<'_>,
+    unmap: &mut vfio_iommu_type1_dma_unmap,
+) -> io::Result<()> {
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_mut_ref(&container, VFIO_IOMMU_UNMAP_DMA(), unmap) })
+}
+
+/// Makes an iommufd the one of a device that was opened by its own node.
+pub(super) fn bind_iommufd(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut bind = vfio_device_bind_iommufd {
+        argsz: argsz::<vfio_device_bind_iommufd>(),
+        iommufd: iommufd.as_raw_fd(),
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_mut_ref(&device, VFIO_DEVICE_BIND_IOMMUFD(), &mut bind) })
+}
+
+/// Gives a bound device the address space `ioas`.
+pub(super) fn attach_ioas(device: BorrowedFd<'_>, ioas: u32) -> io::Result<()> {
+    let mut attach = vfio_device_attach_iommufd_pt {
+        argsz: argsz::<vfio_device_attach_iommufd_pt>(),
+        pt_id: ioas,
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_mut_ref(&device, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut attach) })
+}
+
+pub(super) fn device_info(device: BorrowedFd<'_>) -> io::Result<vfio_device_info> {
+    let mut info = vfio_device_info {
+        argsz: argsz::<vfio_device_info>(),
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_mut_ref(&device, VFIO_DEVICE_GET_INFO(), &mut info) })?;
+    Ok(info)
+}
+
+/// A region's `vfio_region_info` and the capabilities behind it.
+pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u8>> {
+    let mut size = argsz::<vfio_region_info>();
+    loop {
+        // In words, for the alignment: the size and the flags, the index and where capabilities are.
+        let mut words = vec![0_u64; (size as usize).div_ceil(8)];
+        if let [first, second, ..] = words.as_mut_slice() {
+            (*first, *second) = (u64::from(size), u64::from(index));
+        }
+        let at = words.as_mut_ptr();
+        // SAFETY: there are at least as many bytes as the structure says in its beginning.
+        done(unsafe { ioctl_with_mut_ptr(&device, VFIO_DEVICE_GET_REGION_INFO(), at) })?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        // It tells the size that it needs for everything.
+        let needed = words.first().map_or(0, |word| *word & u64::from(u32::MAX));
+        let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+        if needed <= size {
+            return Ok(bytes);
+        }
+        if needed > REGION_INFO_MAX {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        size = needed;
+    }
+}
+
+pub(super) fn irq_info(device: BorrowedFd<'_>, index: u32) -> io::Result<vfio_irq_info> {
+    let mut info = vfio_irq_info {
+        argsz: argsz::<vfio_irq_info>(),
+        index,
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_mut_ref(&device, VFIO_DEVICE_GET_IRQ_INFO(), &mut info) })?;
+    Ok(info)
+}
+
+/// `vfio_irq_set`: `flags`, `index` and `count` as they are, one descriptor or -1 per vector. Fewer
+/// vectors than asked for are an error that tells how many there are.
+pub(super) fn set_irqs(
+    device: BorrowedFd<'_>,
+    (flags, index, count): (u32, u32, u32),
+    events: &[i32],
+) -> io::Result<()> {
+    // The size, the flags, the index, the first vector and the count.
+    let size = u32::try_from((5 + events.len()) * 4).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut words = vec![size, flags, index, 0, count];
+    words.extend(events.iter().map(|event| event.cast_unsigned()));
+    // SAFETY: there are as many bytes as the structure says in its beginning.
+    let result = unsafe { ioctl_with_ptr(&device, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) };
+    match answer(result)? {
+        0 => Ok(()),
+        fewer => Err(io::Error::other(format!(
+            "the host gives {fewer} of {count} vectors"
+        ))),
+    }
+}
+
+pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: this takes no argument.
+    done(unsafe { ioctl(&device, VFIO_DEVICE_RESET()) })
+}

@@ -1,0 +1,110 @@
+//! What is looked at before a device is opened: that it is one, and that nothing of the host's is in
+//! the way.
+
+use std::path::Path;
+
+use super::error::OpenError;
+use super::sysfs::{Folder, Host, is_harmless, is_vfio_driver};
+
+/// What VFIO calls groups that it makes without an IOMMU.
+const NOIOMMU: &str = "vfio-noiommu";
+
+/// A device that can be opened, as far as `/sys` tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Located {
+    /// Its address or UUID.
+    pub(super) name: String,
+    /// Its group's number.
+    pub(super) group: Option<u32>,
+    /// Its own node's name.
+    pub(super) cdev: Option<String>,
+}
+
+impl Located {
+    /// One that somebody else has opened.
+    pub(super) fn handed_over(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            group: None,
+            cdev: None,
+        }
+    }
+
+    /// Its group's node, below `/dev`.
+    pub(super) fn group_node(&self) -> Option<String> {
+        self.group.map(|group| format!("vfio/{group}"))
+    }
+
+    /// Its own node, below `/dev`.
+    pub(super) fn cdev_node(&self) -> Option<String> {
+        let cdev = self.cdev.as_ref();
+        cdev.map(|name| format!("vfio/devices/{name}"))
+    }
+
+    /// All nodes through which it can be open.
+    pub(super) fn nodes(&self) -> Vec<String> {
+        let nodes = [self.group_node(), self.cdev_node()];
+        let nodes = nodes.iter().flatten();
+        nodes.map(|node| format!("/dev/{node}")).collect()
+    }
+}
+
+/// Looks at a device's folder.
+pub(super) fn examine(host: &Host, path: &Path) -> Result<Located, OpenError> {
+    let Some(folder) = Folder::find(path) else {
+        return Err(OpenError::NoDevice(path.to_owned()));
+    };
+    let name = folder.name();
+    if folder.is_bridge() {
+        return Err(OpenError::Bridge(name));
+    }
+    let cdev = folder.cdev();
+    // Where a driver has made a node, it is one of VFIO, whatever its name is: those of vendors are
+    // called as they like.
+    let is_vfio = cdev.is_some() || folder.driver().is_some_and(|name| is_vfio_driver(&name));
+    match folder.group() {
+        // Mediated devices have a group without any IOMMU, as long as their driver is bound.
+        Some(_) if folder.group_name().as_deref() != Some(NOIOMMU) => {}
+        _ => return Err(OpenError::NoIommu(name)),
+    }
+    match folder.driver() {
+        _ if is_vfio => {}
+        // Drivers of mediated devices are called as their parents are.
+        Some(_) if is_mediated(&folder) => {}
+        Some(driver) => {
+            return Err(OpenError::WrongDriver {
+                device: name,
+                driver,
+            });
+        }
+        None => return Err(OpenError::Unbound(name)),
+    }
+    let located = Located {
+        name,
+        group: folder.group(),
+        cdev: cdev.filter(|cdev| host.dev.join("vfio/devices").join(cdev).exists()),
+    };
+    let used: Vec<String> = folder
+        .neighbours()
+        .into_iter()
+        .filter_map(|(name, driver)| Some((name, driver?)))
+        .filter(|(_, driver)| !is_harmless(driver))
+        .map(|(name, driver)| format!("{name} ({driver})"))
+        .collect();
+    match used.is_empty() {
+        true => Ok(located),
+        false => Err(shared_group(&located, &used.join(", "))),
+    }
+}
+
+pub(super) fn shared_group(located: &Located, others: &str) -> OpenError {
+    OpenError::SharedGroup {
+        device: located.name.clone(),
+        group: located.group.unwrap_or(0),
+        others: others.to_owned(),
+    }
+}
+
+fn is_mediated(folder: &Folder) -> bool {
+    folder.link("subsystem").as_deref() == Some("mdev") || folder.link("mdev_type").is_some()
+}

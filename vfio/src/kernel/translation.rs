@@ -1,0 +1,189 @@
+//! What translates the addresses of devices: a container with a type 1 IOMMU, or an I/O address space.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use iommufd_bindings::iommufd::{
+    iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_unmap,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as MAP_WRITEABLE,
+};
+use iommufd_ioctls::{IommuFd, IommufdError};
+use vfio_bindings::bindings::vfio::{
+    VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE1v2_IOMMU,
+    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+};
+
+use super::ioctl;
+use crate::dma::{DmaAccess, DmaRange};
+
+/// What translates addresses for devices.
+pub(super) trait Translation: Send + Sync {
+    fn map(&self, range: DmaRange, access: DmaAccess) -> io::Result<()>;
+    fn unmap(&self, range: DmaRange) -> io::Result<()>;
+}
+
+/// A container of groups with a type 1 IOMMU (Documentation/driver-api/vfio.rst).
+pub(super) struct Container(OwnedFd);
+
+impl Container {
+    /// An open `/dev/vfio/vfio`.
+    pub(super) fn new(file: OwnedFd) -> io::Result<Self> {
+        let version = ioctl::api_version(file.as_fd())?;
+        if version != VFIO_API_VERSION || !ioctl::has_extension(file.as_fd(), VFIO_TYPE1v2_IOMMU) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(Self(file))
+    }
+
+    /// Adds a group. The first one brings the IOMMU with it, which leaves with the last.
+    pub(super) fn add(&self, group: BorrowedFd<'_>) -> io::Result<()> {
+        ioctl::set_container(group, self.0.as_fd())?;
+        match ioctl::has_iommu(self.0.as_fd()) {
+            true => Ok(()),
+            false => ioctl::set_iommu(self.0.as_fd(), VFIO_TYPE1v2_IOMMU),
+        }
+    }
+}
+
+impl Translation for Container {
+    fn map(&self, range: DmaRange, access: DmaAccess) -> io::Result<()> {
+        let flags = match access {
+            DmaAccess::Read => VFIO_DMA_MAP_FLAG_READ,
+            DmaAccess::ReadWrite => VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE,
+        };
+        let map = vfio_iommu_type1_dma_map {
+            argsz: ioctl::argsz::<vfio_iommu_type1_dma_map>(),
+            flags,
+            vaddr: range.host_address,
+            iova: range.iova.0,
+            size: range.len,
+        };
+        ioctl::map_dma(self.0.as_fd(), &map)
+    }
+
+    fn unmap(&self, range: DmaRange) -> io::Result<()> {
+        let mut unmap = vfio_iommu_type1_dma_unmap {
+            argsz: ioctl::argsz::<vfio_iommu_type1_dma_unmap>(),
+            flags: 0,
+            iova: range.iova.0,
+            size: range.len,
+            ..Default::default()
+        };
+        ioctl::unmap_dma(self.0.as_fd(), &mut unmap)?;
+        // A range that is not there is no error to the kernel.
+        match unmap.size == range.len {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
+/// An I/O address space of an iommufd (Documentation/userspace-api/iommufd.rst).
+pub(super) struct Ioas {
+    iommufd: IommuFd,
+    id: u32,
+}
+
+impl Ioas {
+    /// A new one of an open `/dev/iommu`.
+    pub(super) fn new(file: OwnedFd) -> io::Result<Self> {
+        let iommufd = IommuFd::new_from_fd(file.into());
+        let mut alloc = iommu_ioas_alloc {
+            size: ioctl::argsz::<iommu_ioas_alloc>(),
+            flags: 0,
+            out_ioas_id: 0,
+        };
+        iommufd.alloc_iommu_ioas(&mut alloc).map_err(plain)?;
+        let id = alloc.out_ioas_id;
+        Ok(Self { iommufd, id })
+    }
+
+    /// Lets a device that was opened by its own node use it.
+    pub(super) fn add(&self, device: BorrowedFd<'_>) -> io::Result<()> {
+        ioctl::bind_iommufd(device, self.fd())
+    }
+
+    /// Makes it the address space of a device that was added.
+    pub(super) fn attach(&self, device: BorrowedFd<'_>) -> io::Result<()> {
+        ioctl::attach_ioas(device, self.id)
+    }
+
+    #[expect(unsafe_code)]
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as `self.iommufd` is there, which is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.iommufd.as_raw_fd()) }
+    }
+}
+
+impl Translation for Ioas {
+    fn map(&self, range: DmaRange, access: DmaAccess) -> io::Result<()> {
+        let writeable = match access {
+            DmaAccess::Read => 0,
+            DmaAccess::ReadWrite => MAP_WRITEABLE,
+        };
+        let map = iommu_ioas_map {
+            size: ioctl::argsz::<iommu_ioas_map>(),
+            flags: MAP_FIXED_IOVA | MAP_READABLE | writeable,
+            ioas_id: self.id,
+            user_va: range.host_address,
+            length: range.len,
+            iova: range.iova.0,
+            ..Default::default()
+        };
+        self.iommufd.map_iommu_ioas(&map).map_err(plain)
+    }
+
+    fn unmap(&self, range: DmaRange) -> io::Result<()> {
+        let mut unmap = iommu_ioas_unmap {
+            size: ioctl::argsz::<iommu_ioas_unmap>(),
+            ioas_id: self.id,
+            iova: range.iova.0,
+            length: range.len,
+        };
+        self.iommufd.unmap_iommu_ioas(&mut unmap).map_err(plain)
+    }
+}
+
+impl Drop for Ioas {
+    fn drop(&mut self) {
+        // An iommufd of others outlives this. Where a part of a device is still mapped into this
+        // process, the device is still attached: then the address space goes with the iommufd.
+        if let Err(error) = self.iommufd.destroy_iommu_object(self.id) {
+            log::debug!(ioas = self.id, error:%; "an I/O address space stays until its iommufd is closed");
+        }
+    }
+}
+
+/// The kernel's answer, without the crate's words around it.
+fn plain(error: IommufdError) -> io::Error {
+    match error {
+        IommufdError::IommuIoasAlloc(source)
+        | IommufdError::IommuIoasMap(source)
+        | IommufdError::IommuIoasUnmap(source) => source.into(),
+        other => io::Error::other(other),
+    }
+}
+
+/// The one that all functions of a VM share.
+pub(super) enum Iommu {
+    Container(Container),
+    Ioas(Ioas),
+}
+
+impl Translation for Iommu {
+    fn map(&self, range: DmaRange, access: DmaAccess) -> io::Result<()> {
+        match self {
+            Self::Container(container) => container.map(range, access),
+            Self::Ioas(ioas) => ioas.map(range, access),
+        }
+    }
+
+    fn unmap(&self, range: DmaRange) -> io::Result<()> {
+        match self {
+            Self::Container(container) => container.unmap(range),
+            Self::Ioas(ioas) => ioas.unmap(range),
+        }
+    }
+}
