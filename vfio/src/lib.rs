@@ -6,6 +6,9 @@
 //! virtualized PCI function over a backend, VFIO migration, and making and claiming GPU partitions.
 //! Here are the port that they share, [`VfioBackend`], the book-keeping of what a device may reach by
 //! DMA, and what GPUs a host has, with their partitions and who has which.
+//! Not here yet: the vfio-user client, the virtualized PCI function over a backend, VFIO migration,
+//! and making and claiming GPU partitions. Here are the port that they share, [`VfioBackend`], the
+//! kernel's backend, the book-keeping of what a device may reach by DMA, and what GPUs a host has.
 //!
 //! The nouns:
 //! - a [`VfioBackend`] is one opened function: [`Region`]s, [`Irq`]s, a reset;
@@ -16,6 +19,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`backend`] | the port |
+//! | [`kernel`] | functions that the kernel's VFIO opens |
 //! | [`dma`] | I/O virtual addresses and what is mapped there |
 //! | [`bdf`] | addresses of PCI functions |
 //! | [`gpu`] | a host's GPUs and their partitions |

@@ -1,7 +1,7 @@
 //! One L1: a QEMU process and what it says.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 
 use super::artefacts::Artefacts;
+use super::nvme;
 use super::protocol::Event;
 use super::shape::Shape;
 use super::tsc;
@@ -57,6 +58,7 @@ impl BootFolder {
         }
         let folder = Self { path };
         fs::create_dir_all(folder.share().join("logs"))?;
+        File::create(folder.nvme())?.write_all(&nvme::image())?;
         let scratch = folder.scratch();
         File::create(&scratch)?.set_len(SCRATCH_BYTES)?;
         let made = Command::new("mkfs.ext4")
@@ -89,6 +91,10 @@ impl BootFolder {
 
     fn scratch(&self) -> PathBuf {
         self.path.join("scratch.img")
+    }
+
+    fn nvme(&self) -> PathBuf {
+        self.path.join("nvme.img")
     }
 
     fn verdicts(&self) -> PathBuf {
@@ -233,7 +239,6 @@ fn command(artefacts: &Artefacts, shape: Shape, folder: &BootFolder, purpose: Pu
         // With two CPUs at work at the same moment, QEMU's emulated SVM resets or hangs a guest
         // now and then (docs/testing-lab.md).
         .args(["-cpu", "EPYC,+svm", "-smp", "1"])
-        .args(shape.qemu_args())
         .args([
             "-device",
             "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on",
@@ -250,6 +255,10 @@ fn command(artefacts: &Artefacts, shape: Shape, folder: &BootFolder, purpose: Pu
         &folder.scratch(),
         ",cache=unsafe,discard=unmap",
     );
+    if shape == Shape::Vfio {
+        drive(&mut command, "nvme", &folder.nvme(), ",cache=unsafe");
+    }
+    command.args(shape.qemu_args());
     share(&mut command, "host", &folder.share(), "");
     share(&mut command, "media", &artefacts.media, ",readonly=on");
     process::die_with_parent(&mut command, libc::SIGKILL);
@@ -257,13 +266,15 @@ fn command(artefacts: &Artefacts, shape: Shape, folder: &BootFolder, purpose: Pu
 }
 
 fn disk(command: &mut Command, id: &str, file: &Path, options: &str) {
-    command
-        .arg("-drive")
-        .arg(format!(
-            "if=none,id={id},format=raw,file={}{options}",
-            escaped(file)
-        ))
-        .args(["-device", &format!("virtio-blk-pci,drive={id}")]);
+    drive(command, id, file, options);
+    command.args(["-device", &format!("virtio-blk-pci,drive={id}")]);
+}
+
+fn drive(command: &mut Command, id: &str, file: &Path, options: &str) {
+    command.arg("-drive").arg(format!(
+        "if=none,id={id},format=raw,file={}{options}",
+        escaped(file)
+    ));
 }
 
 fn share(command: &mut Command, tag: &str, folder: &Path, options: &str) {

@@ -19,7 +19,7 @@
 //!   [`crate::harness::process`].
 //! - L1: [`agent`], [`ctx`] (what a scenario gets), [`vm_spec`] and [`vmm`] (a Drover
 //!   process before and after its start), [`console`], [`network`], [`memory`],
-//!   [`image`], [`hosts`] and [`migration`] (a VM that moves), [`scenarios`].
+//!   [`sriov`] and [`nvme`] (devices to assign), [`image`], [`hosts`] and [`migration`] (a VM that moves), [`scenarios`].
 //! - L1 and L2: [`witness`].
 
 pub mod agent;
@@ -34,6 +34,7 @@ pub mod l1;
 pub mod memory;
 pub mod migration;
 pub mod network;
+pub mod nvme;
 pub mod options;
 pub mod prerequisites;
 pub mod programs;
@@ -43,6 +44,7 @@ pub mod runner;
 pub mod scenario;
 pub mod scenarios;
 pub mod shape;
+pub mod sriov;
 pub mod tsc;
 pub mod vm_spec;
 pub mod vmm;

@@ -10,11 +10,36 @@ pub enum Shape {
     Small,
     /// 12 GiB in two NUMA nodes: guests past the 4 GiB hole, host NUMA binding.
     Large,
+    /// As small, with devices to assign: an NVMe controller and a network card with virtual functions,
+    /// and an NVMe controller without.
+    Vfio,
 }
+
+/// Each behind a root port, as devices with virtual functions must be. The VFs' queues and vectors are
+/// taken from what the NVMe controller calls flexible.
+const DEVICES: [&str; 16] = [
+    "-device",
+    "pcie-root-port,id=port1,chassis=1,slot=1",
+    "-device",
+    "nvme-subsys,id=subsystem",
+    "-device",
+    "nvme,id=nvme0,bus=port1,serial=lab-sriov,subsys=subsystem,sriov_max_vfs=4,sriov_vq_flexible=8,\
+     sriov_vi_flexible=4,max_ioqpairs=10,msix_qsize=8",
+    "-device",
+    "nvme-ns,drive=nvme,bus=nvme0,shared=on",
+    "-device",
+    "pcie-root-port,id=port2,chassis=2,slot=2",
+    "-device",
+    "igb,bus=port2,mac=52:54:00:aa:bb:01,romfile=",
+    "-device",
+    "pcie-root-port,id=port3,chassis=3,slot=3",
+    "-device",
+    "nvme,id=nvme1,bus=port3,serial=lab-plain",
+];
 
 impl Shape {
     /// Every shape.
-    pub const ALL: [Self; 2] = [Self::Small, Self::Large];
+    pub const ALL: [Self; 3] = [Self::Small, Self::Large, Self::Vfio];
 
     /// The name that `--list` and `--shell` use.
     #[must_use]
@@ -22,6 +47,7 @@ impl Shape {
         match self {
             Self::Small => "small",
             Self::Large => "large",
+            Self::Vfio => "vfio",
         }
     }
 
@@ -31,11 +57,13 @@ impl Shape {
         Self::ALL.into_iter().find(|shape| shape.name() == name)
     }
 
-    /// QEMU's arguments for memory and NUMA nodes.
+    /// QEMU's arguments for memory, NUMA nodes and devices to assign; the drive `nvme` comes from
+    /// elsewhere.
     #[must_use]
     pub fn qemu_args(self) -> Vec<&'static str> {
         match self {
             Self::Small => vec!["-m", "4G"],
+            Self::Vfio => ["-m", "4G"].into_iter().chain(DEVICES).collect(),
             Self::Large => vec![
                 "-m",
                 "12G",

@@ -62,15 +62,15 @@ pub(super) fn examine(host: &Host, path: &Path) -> Result<Located, OpenError> {
     // Where a driver has made a node, it is one of VFIO, whatever its name is: those of vendors are
     // called as they like.
     let is_vfio = cdev.is_some() || folder.driver().is_some_and(|name| is_vfio_driver(&name));
-    match folder.group() {
-        // Mediated devices have a group without any IOMMU, as long as their driver is bound.
-        Some(_) if folder.group_name().as_deref() != Some(NOIOMMU) => {}
-        _ => return Err(OpenError::NoIommu(name)),
+    let is_mediated = is_mediated(&folder);
+    // Groups of mediated devices have the same name: their parents' drivers do the translating.
+    let is_translated = is_mediated || folder.group_name().as_deref() != Some(NOIOMMU);
+    if folder.group().is_none() || !is_translated {
+        return Err(OpenError::NoIommu(name));
     }
     match folder.driver() {
-        _ if is_vfio => {}
         // Drivers of mediated devices are called as their parents are.
-        Some(_) if is_mediated(&folder) => {}
+        _ if is_vfio || is_mediated => {}
         Some(driver) => {
             return Err(OpenError::WrongDriver {
                 device: name,

@@ -1,5 +1,22 @@
-//! The kernel's VFIO.
+//! The kernel's VFIO (Documentation/driver-api/vfio.rst).
+//!
+//! A VM has one [`KernelVfio`], which opens its functions. They share an address space: that of an
+//! iommufd, or that of a container of IOMMU groups.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | `vm` | [`KernelVfio`]: opening, either way |
+//! | `locate`, `sysfs` | what `/sys` tells before |
+//! | `refusals`, `holders`, `error` | what the kernel's refusals mean: [`OpenError`] |
+//! | `function`, `regions`, `irqs`, `group` | [`KernelFunction`], the backend |
+//! | `translation`, `space` | the shared address space |
+//! | `mapping` | parts of regions in this process |
+//! | `kvm` | what KVM is told |
+//! | `bind` | giving a function to vfio-pci and back |
+//! | `memory_lock`, `support` | what a process may lock, what a host has |
+//! | `ioctl` | the system calls |
 
+mod bind;
 mod error;
 mod function;
 mod group;
@@ -13,14 +30,17 @@ mod memory_lock;
 mod refusals;
 mod regions;
 mod space;
+mod support;
 mod sysfs;
 mod translation;
 mod vm;
 
+pub use bind::{BindError, bind_vfio, release_vfio};
 pub use error::{KernelPath, OpenError};
 pub use function::KernelFunction;
 pub use holders::{Holder, Holders};
 pub use kvm::KvmFiles;
 pub use mapping::RegionMapping;
 pub use memory_lock::{MemoryLockError, check_memory_lock};
+pub use support::{VfioSupport, support};
 pub use vm::{KernelVfio, PathChoice, Source};

@@ -12,6 +12,8 @@ mod migrate_neighbours;
 mod migrate_postcopy;
 mod network;
 mod snapshot;
+mod vfio;
+mod vfio_mediated;
 mod watched;
 
 use super::scenario::{Group, Scenario};
@@ -238,6 +240,42 @@ pub const TABLE: &[Scenario] = &[
         "of a guest at work, restored at once, lazily, and paused with its disk",
         snapshot::of_a_guest_at_work,
     ),
+    vfio(
+        "vfio-conformance",
+        120,
+        "an NVMe VF through iommufd and its group: registers, DMA, MSI-X, reset",
+        vfio::conformance,
+    ),
+    vfio(
+        "vfio-shared-space",
+        120,
+        "two VFs of one VM share an address space; each takes only its own ranges out",
+        vfio::shared_space,
+    ),
+    vfio(
+        "vfio-intx",
+        120,
+        "the legacy line of an NVMe controller: masked when it fires, fires again",
+        vfio::intx,
+    ),
+    vfio(
+        "vfio-refusals",
+        120,
+        "what cannot be opened is told with its reason; binding and giving back",
+        vfio::refusals,
+    ),
+    vfio(
+        "vfio-handed-over",
+        120,
+        "functions by descriptors that somebody else has opened",
+        vfio::handed_over,
+    ),
+    vfio(
+        "vfio-mediated",
+        120,
+        "mediated devices through iommufd and their group",
+        vfio_mediated::conformance,
+    ),
 ];
 
 const fn lab(name: &'static str, limit_s: u64, about: &'static str, run: Run) -> Scenario {
@@ -267,6 +305,17 @@ const fn large(name: &'static str, limit_s: u64, about: &'static str, run: Run) 
         name,
         group: Group::Drover,
         shape: Shape::Large,
+        limit_s,
+        about,
+        run,
+    }
+}
+
+const fn vfio(name: &'static str, limit_s: u64, about: &'static str, run: Run) -> Scenario {
+    Scenario {
+        name,
+        group: Group::Lab,
+        shape: Shape::Vfio,
         limit_s,
         about,
         run,

@@ -1,0 +1,415 @@
+//! The kernel's VFIO as `vfio::kernel` uses it, over real devices of L1.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use devices::pci::HostMemory;
+use vfio::kernel::{
+    KernelFunction, KernelPath, KernelVfio, OpenError, PathChoice, Source, bind_vfio, release_vfio,
+    support,
+};
+use vfio::testing::conformance as check_conformance;
+use vfio::{BackendError, Bdf, IrqKind, RegionIndex, VfioBackend};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::harness::process::wait_until;
+use crate::lab::ctx::Ctx;
+use crate::lab::nvme::AdminQueue;
+use crate::lab::sriov::{NvmeController, PCI_DEVICES};
+
+const SYSFS: &str = "/sys";
+/// For an interrupt that must come.
+const SOON: Duration = Duration::from_secs(10);
+/// For one that must not: the emulated controller answers within microseconds.
+const MEANWHILE: Duration = Duration::from_millis(300);
+const BOTH: [(PathChoice, KernelPath); 2] = [
+    (PathChoice::Iommufd, KernelPath::Iommufd),
+    (PathChoice::Group, KernelPath::Group),
+];
+const BAR0: RegionIndex = RegionIndex::Bar(0);
+/// QEMU's own vendor id: Red Hat's.
+const VENDOR: u16 = 0x1b36;
+
+fn folder(address: &str) -> PathBuf {
+    Path::new(PCI_DEVICES).join(address)
+}
+
+fn bind(address: &str) -> anyhow::Result<()> {
+    bind_vfio(Path::new(SYSFS), address.parse::<Bdf>()?)?;
+    Ok(())
+}
+
+/// Two VFs of the NVMe controller, bound to vfio-pci.
+fn assigned_vfs() -> anyhow::Result<Vec<String>> {
+    let vfs = NvmeController::find()?.virtual_functions(2)?;
+    for vf in &vfs {
+        bind(vf)?;
+    }
+    Ok(vfs)
+}
+
+/// Opens a VF, each time anew, through each of the kernel's paths.
+pub(super) fn conformance(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let host = support(Path::new("/"));
+    ctx.say(format!("{host:?}"));
+    ensure!(
+        host.iommu && host.iommufd && host.container && host.driver,
+        "L1 is no host for assigned devices"
+    );
+    ensure!(
+        host.interrupt_remapping == Some(true),
+        "L1 does not remap interrupts"
+    );
+    let vfs = assigned_vfs()?;
+    ctx.say(format!("virtual functions {vfs:?}"));
+    for (choice, path) in BOTH {
+        let vm = KernelVfio::new(choice);
+        let function = vm.open(&folder(&vfs[0]))?;
+        ensure!(
+            function.path() == path,
+            "opened through {}",
+            function.path()
+        );
+        ctx.say(format!("{path}: conformance"));
+        check_conformance(&function);
+        examine(ctx, &function)?;
+        drop(function);
+        ctx.say(format!("{path}: once more"));
+        vm.open(&folder(&vfs[0]))?.reset()?;
+    }
+    let chosen = KernelVfio::new(PathChoice::Auto).open(&folder(&vfs[0]))?;
+    ensure!(
+        chosen.path() == KernelPath::Iommufd,
+        "iommufd is there and was not chosen"
+    );
+    Ok(())
+}
+
+fn examine(ctx: &Ctx, function: &KernelFunction) -> anyhow::Result<()> {
+    ctx.say("configuration space and a mapped BAR");
+    let mut vendor = [0; 2];
+    function.read(RegionIndex::Config, 0, &mut vendor)?;
+    // A VF's own vendor register has no vendor (SR-IOV 1.1, 3.4.1.1): vfio-pci fills it in.
+    ensure!(
+        u16::from_le_bytes(vendor) == VENDOR,
+        "vendor id {vendor:02x?}"
+    );
+    let bar = function.region(BAR0)?;
+    ctx.say(format!("BAR0: {bar:x?}"));
+    let [(0, len), ..] = bar.mappable[..] else {
+        bail!("the registers cannot be mapped: {bar:?}");
+    };
+    let mapping = function.map_region(BAR0, 0, len)?;
+    ensure!(
+        function.map_region(BAR0, 0, bar.size + 0x1000).is_err(),
+        "more than the region was mapped"
+    );
+
+    let mut queue = AdminQueue::new(function, 0)?;
+    queue.start()?;
+    let mut version = [0; 4];
+    function.read(BAR0, 8, &mut version)?;
+    let register = ptr::with_exposed_provenance::<u32>(usize::try_from(mapping.address() + 8)?);
+    // SAFETY: the first page of the BAR is mapped there as long as `mapping` is, and the version
+    // register is in it.
+    #[allow(unsafe_code)]
+    let mapped = unsafe { register.read_volatile() };
+    ensure!(
+        mapped == u32::from_le_bytes(version) && mapped >> 16 > 0,
+        "version {mapped:#x} in the mapping, {version:02x?} by a read"
+    );
+
+    ctx.say("DMA and MSI-X");
+    let irq = function.irq(IrqKind::MsiX)?;
+    ensure!(irq.count >= 1 && !irq.automasked, "{irq:?}");
+    let [first, second] = [EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?];
+    function.set_irqs(IrqKind::MsiX, &[&first])?;
+    ask(&mut queue, &first, "lab-sriov")?;
+    ctx.say("another event for the vector, then none");
+    function.set_irqs(IrqKind::MsiX, &[&second])?;
+    ask(&mut queue, &second, "lab-sriov")?;
+    ensure!(first.read().is_err(), "the old event fired, too");
+    function.set_irqs(IrqKind::MsiX, &[])?;
+    function.set_irqs(IrqKind::MsiX, &[])?;
+    let many = vec![&first; irq.count as usize + 1];
+    ensure!(
+        function.set_irqs(IrqKind::MsiX, &many).is_err(),
+        "more vectors than there are"
+    );
+    ctx.say("errors and requests of the host");
+    for kind in [IrqKind::Error, IrqKind::Request] {
+        ctx.say(format!("{kind:?}: {:?}", function.irq(kind)?));
+        if function.irq(kind)?.count == 1 {
+            function.set_irqs(kind, &[&first])?;
+        }
+    }
+
+    ctx.say("reset");
+    function.set_irqs(IrqKind::MsiX, &[&first])?;
+    ensure!(queue.is_on()?, "the controller was on");
+    function.reset()?;
+    // The reset turned memory off as well.
+    let command = 2_u16.to_le_bytes();
+    function.write(RegionIndex::Config, 4, &command)?;
+    ensure!(!queue.is_on()?, "the controller is still on");
+    queue.start()?;
+    queue.ask()?;
+    stays_silent(&first)?;
+    queue.unmap_for(function)
+}
+
+/// One command whose completion is told by `event`.
+fn ask(queue: &mut AdminQueue<'_>, event: &EventFd, serial: &str) -> anyhow::Result<()> {
+    queue.ask()?;
+    fires(event)?;
+    let (told, model) = queue.answer()?;
+    ensure!(
+        told == serial && model.contains("NVMe"),
+        "it says that it is {model:?}, {told:?}"
+    );
+    queue.acknowledge()
+}
+
+fn fires(event: &EventFd) -> anyhow::Result<()> {
+    let fired = wait_until(Instant::now() + SOON, || event.read().ok());
+    fired.map(drop).context("no interrupt came")
+}
+
+fn stays_silent(event: &EventFd) -> anyhow::Result<()> {
+    let fired = wait_until(Instant::now() + MEANWHILE, || event.read().ok());
+    ensure!(fired.is_none(), "an interrupt came that was off");
+    Ok(())
+}
+
+/// Two functions of one VM see the same memory, until the last one has taken it out.
+pub(super) fn shared_space(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vfs = assigned_vfs()?;
+    for (choice, path) in BOTH {
+        ctx.say(path);
+        let vm = KernelVfio::new(choice);
+        let one = vm.open(&folder(&vfs[0]))?;
+        let two = vm.open(&folder(&vfs[1]))?;
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let mut queue = AdminQueue::new(&two, 0)?;
+        queue.map_for(&one)?;
+        ensure!(queue.map_for(&one).is_err(), "mapped twice");
+        two.set_irqs(IrqKind::MsiX, &[&event])?;
+        queue.start()?;
+        ask(&mut queue, &event, "lab-sriov")?;
+        ctx.say("the other function takes its part out, and is closed");
+        queue.unmap_for(&one)?;
+        ask(&mut queue, &event, "lab-sriov")?;
+        queue.map_for(&one)?;
+        drop(one);
+        ask(&mut queue, &event, "lab-sriov")?;
+        ctx.say("then this one: its command is answered no more");
+        queue.unmap_for(&two)?;
+        queue.ask()?;
+        stays_silent(&event)?;
+        ensure!(
+            queue.answer().is_err(),
+            "the memory was written all the same"
+        );
+    }
+    Ok(())
+}
+
+/// The controller without virtual functions: its address.
+fn plain_controller() -> anyhow::Result<String> {
+    for entry in fs::read_dir(PCI_DEVICES)? {
+        let folder = entry?.path();
+        let class = fs::read_to_string(folder.join("class"))?;
+        let is_virtual = folder.join("physfn").exists();
+        if class.trim() == "0x010802" && !folder.join("sriov_totalvfs").exists() && !is_virtual {
+            let name = folder.file_name().context("no name")?;
+            return Ok(name.to_string_lossy().into_owned());
+        }
+    }
+    bail!("L1 has no NVMe controller without virtual functions")
+}
+
+/// The legacy line of a controller whose MSI-X is off.
+pub(super) fn intx(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let address = plain_controller()?;
+    bind(&address)?;
+    for (choice, path) in BOTH {
+        ctx.say(path);
+        let function = KernelVfio::new(choice).open(&folder(&address))?;
+        let irq = function.irq(IrqKind::Intx)?;
+        ensure!(irq.count == 1 && irq.automasked, "{irq:?}");
+        ensure!(
+            function.unmask_intx().is_err(),
+            "a line was unmasked that is off"
+        );
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let mut queue = AdminQueue::new(&function, 0)?;
+        function.set_irqs(IrqKind::Intx, &[&event])?;
+        queue.start()?;
+        queue.ask()?;
+        fires(&event)?;
+        ctx.say("masked as long as it is not unmasked");
+        queue.ask()?;
+        stays_silent(&event)?;
+        ctx.say("the line is still up: it fires again");
+        function.unmask_intx()?;
+        fires(&event)?;
+        queue.acknowledge()?;
+        function.unmask_intx()?;
+        stays_silent(&event)?;
+        ctx.say("a new command");
+        ask(&mut queue, &event, "lab-plain")?;
+        function.set_irqs(IrqKind::Intx, &[])?;
+        let msix = function.irq(IrqKind::MsiX)?.count;
+        let events: Vec<EventFd> = (0..msix)
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<Result<_, _>>()?;
+        let events: Vec<&EventFd> = events.iter().collect();
+        ctx.say(format!("{msix} vectors: one, all of them, one"));
+        for count in [1, events.len(), 1] {
+            function.set_irqs(IrqKind::MsiX, &events[..count])?;
+            ask(&mut queue, events[0], "lab-plain")?;
+        }
+    }
+    let driver = release_vfio(Path::new(SYSFS), address.parse()?)?;
+    ensure!(driver.as_deref() == Some("nvme"), "{driver:?} has it now");
+    Ok(())
+}
+
+/// Somebody else who has a node open.
+struct Other(Child);
+
+impl Other {
+    fn with(node: &Path) -> anyhow::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(node)?;
+        let mut command = Command::new("sleep");
+        command.arg("1000").stdin(file).stdout(Stdio::null());
+        Ok(Self(command.spawn()?))
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        // Both fail only when it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Each reason for which a device cannot be opened, as far as L1 has it.
+pub(super) fn refusals(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let controller = NvmeController::find()?;
+    let vfs = controller.virtual_functions(2)?;
+    let vf = folder(&vfs[0]);
+    let open = |path: &Path| KernelVfio::new(PathChoice::Auto).open(path);
+    let refused = |path: &Path, choice| match KernelVfio::new(choice).open(path) {
+        Ok(function) => bail!("{} was opened", function.name()),
+        Err(error) => {
+            ctx.say(&error);
+            Ok(error)
+        }
+    };
+    let error = refused(&vf, PathChoice::Auto)?;
+    ensure!(matches!(error, OpenError::Unbound(_)), "{error:?}");
+    let error = refused(&folder(&controller.address()?), PathChoice::Auto)?;
+    ensure!(
+        matches!(&error, OpenError::WrongDriver { driver, .. } if driver == "nvme"),
+        "{error:?}"
+    );
+    let error = refused(&folder("0000:7f:00.0"), PathChoice::Auto)?;
+    ensure!(matches!(error, OpenError::NoDevice(_)), "{error:?}");
+    let port = fs::canonicalize(folder(&controller.address()?).join(".."))?;
+    let error = refused(
+        &fs::canonicalize(folder(&controller.address()?))?.join(".."),
+        PathChoice::Auto,
+    )?;
+    ensure!(
+        matches!(error, OpenError::Bridge(_)),
+        "{error:?} of {}",
+        port.display()
+    );
+
+    ctx.say("bound, given back, bound");
+    let device: Bdf = vfs[0].parse()?;
+    let sysfs = Path::new(SYSFS);
+    ensure!(bind_vfio(sysfs, device)?.is_none(), "it had no driver");
+    ensure!(
+        bind_vfio(sysfs, device)?.as_deref() == Some("vfio-pci"),
+        "it had vfio-pci"
+    );
+    drop(open(&vf)?);
+    release_vfio(sysfs, device)?;
+    ensure!(open(&vf).is_err(), "it was given back");
+    bind_vfio(sysfs, device)?;
+
+    ctx.say("in use, by another process and by this VM");
+    let group = fs::read_link(vf.join("iommu_group"))?;
+    let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
+    let other = Other::with(&group)?;
+    for choice in [PathChoice::Group, PathChoice::Iommufd] {
+        let error = refused(&vf, choice)?;
+        let text = error.to_string();
+        let pid = format!("process {} (sleep)", other.0.id());
+        ensure!(
+            matches!(error, OpenError::InUse { .. }) && text.contains(&pid),
+            "{text}"
+        );
+    }
+    drop(other);
+    for (choice, _) in BOTH {
+        let vm = KernelVfio::new(choice);
+        let _function = vm.open(&vf)?;
+        let again = vm.open(&vf).err().context("opened twice")?;
+        ensure!(matches!(again, OpenError::Twice(_)), "{again:?}");
+    }
+    Ok(())
+}
+
+/// Descriptors that an orchestrator has opened.
+pub(super) fn handed_over(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vfs = assigned_vfs()?;
+    let node = |path: PathBuf| -> anyhow::Result<File> {
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        file.with_context(|| format!("cannot open {}", path.display()))
+    };
+    let cdev = |vf: &str| -> anyhow::Result<File> {
+        let mut names = fs::read_dir(folder(vf).join("vfio-dev"))?;
+        let name = names.next().context("no node")??.file_name();
+        node(Path::new("/dev/vfio/devices").join(name))
+    };
+    let group = |vf: &str| -> anyhow::Result<File> {
+        let group = fs::read_link(folder(vf).join("iommu_group"))?;
+        node(Path::new("/dev/vfio").join(group.file_name().context("no group")?))
+    };
+    ctx.say("iommufd");
+    let iommufd = node("/dev/iommu".into())?;
+    let vm = KernelVfio::new(PathChoice::Iommufd).with_iommufd(iommufd.try_clone()?.into());
+    for vf in &vfs {
+        let device = cdev(vf)?.into();
+        let function = vm.open_source(Source::Device { name: vf, device })?;
+        check_conformance(&function);
+    }
+    ctx.say("group and container");
+    let container = node("/dev/vfio/vfio".into())?;
+    let vm = KernelVfio::new(PathChoice::Group).with_container(container.try_clone()?.into());
+    for vf in &vfs {
+        let group = group(vf)?.into();
+        let function = vm.open_source(Source::Group { name: vf, group })?;
+        check_conformance(&function);
+    }
+    ctx.say("a file that is no device");
+    let device = File::open("/dev/null")?.into();
+    let name = &vfs[0];
+    let vm = KernelVfio::new(PathChoice::Iommufd);
+    let refused = vm.open_source(Source::Device { name, device });
+    let Err(OpenError::Kernel { source, .. }) = refused else {
+        bail!("/dev/null was opened as a device");
+    };
+    ensure!(source.kind() != ErrorKind::NotFound, "{source}");
+    ensure!(BackendError::Absent("x").to_string().contains('x'));
+    Ok(())
+}

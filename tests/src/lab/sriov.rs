@@ -1,0 +1,162 @@
+//! The virtual functions of L1's NVMe controller.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+
+use crate::harness::process::wait_until;
+
+/// Where PCI functions are.
+pub const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+
+/// For a controller to be usable after its reset.
+const LIVE_LIMIT: Duration = Duration::from_secs(20);
+
+/// `NVME_IOCTL_ADMIN_CMD` (include/uapi/linux/nvme_ioctl.h).
+const NVME_IOCTL_ADMIN_CMD: libc::c_ulong = 0xc048_4e41;
+
+/// `struct nvme_passthru_cmd` there.
+#[repr(C)]
+#[derive(Default)]
+struct AdminCommand {
+    opcode: u8,
+    flags: u8,
+    reserved: u16,
+    namespace: u32,
+    words_2_to_3: [u32; 2],
+    metadata: u64,
+    address: u64,
+    metadata_len: u32,
+    data_len: u32,
+    words_10_to_15: [u32; 6],
+    timeout_ms: u32,
+    result: u32,
+}
+
+/// Virtualization Management (NVM Express 2.0, 5.26): what to do with a controller's resources.
+#[derive(Clone, Copy)]
+enum Action {
+    PrimaryFlexible = 1,
+    SecondaryAssign = 8,
+    SecondaryOnline = 9,
+}
+
+/// Kinds of resources there: queues and interrupt vectors.
+#[derive(Clone, Copy)]
+enum Resource {
+    Queues = 0,
+    Vectors = 1,
+}
+
+/// The NVMe controller of L1 that has virtual functions.
+#[derive(Debug)]
+pub struct NvmeController {
+    folder: PathBuf,
+    name: String,
+}
+
+impl NvmeController {
+    /// L1 of the shape `vfio` has one.
+    ///
+    /// # Errors
+    /// When L1 has none.
+    pub fn find() -> anyhow::Result<Self> {
+        for entry in fs::read_dir(PCI_DEVICES)? {
+            let folder = entry?.path();
+            if !folder.join("sriov_totalvfs").exists() {
+                continue;
+            }
+            let mut controllers = fs::read_dir(folder.join("nvme")).into_iter().flatten();
+            if let Some(controller) = controllers.next() {
+                let name = controller?.file_name().to_string_lossy().into_owned();
+                return Ok(Self { folder, name });
+            }
+        }
+        bail!("L1 has no NVMe controller with virtual functions")
+    }
+
+    /// Its own address.
+    ///
+    /// # Errors
+    /// When its folder has no name.
+    pub fn address(&self) -> anyhow::Result<String> {
+        name_of(&self.folder)
+    }
+
+    /// Makes `count` virtual functions, bound to no driver, each with an admin queue, an I/O queue pair
+    /// and a vector; their addresses. Those that were there are gone.
+    ///
+    /// # Errors
+    /// When the controller or the kernel refuses.
+    pub fn virtual_functions(&self, count: u16) -> anyhow::Result<Vec<String>> {
+        self.set("sriov_numvfs", "0")?;
+        // What is flexible must leave the physical function, which lets go of it by a reset.
+        for resource in [Resource::Vectors, Resource::Queues] {
+            self.manage(0, Action::PrimaryFlexible, resource, 0)?;
+        }
+        self.set("reset", "1")?;
+        self.wait_live()?;
+        self.set("sriov_drivers_autoprobe", "0")?;
+        self.set("sriov_numvfs", &count.to_string())?;
+        let mut addresses = Vec::new();
+        for number in 1..=count {
+            self.manage(number, Action::SecondaryAssign, Resource::Vectors, 1)?;
+            self.manage(number, Action::SecondaryAssign, Resource::Queues, 2)?;
+            self.manage(number, Action::SecondaryOnline, Resource::Queues, 0)?;
+            let link = self.folder.join(format!("virtfn{}", number - 1));
+            addresses.push(name_of(&fs::canonicalize(link)?)?);
+        }
+        Ok(addresses)
+    }
+
+    fn set(&self, file: &str, text: &str) -> anyhow::Result<()> {
+        let path = self.folder.join(file);
+        fs::write(&path, text).with_context(|| format!("cannot write {text} to {}", path.display()))
+    }
+
+    fn wait_live(&self) -> anyhow::Result<()> {
+        let state = Path::new("/sys/class/nvme").join(&self.name).join("state");
+        let is_live = || fs::read_to_string(&state).is_ok_and(|text| text.trim() == "live");
+        let live = wait_until(Instant::now() + LIVE_LIMIT, || is_live().then_some(()));
+        live.with_context(|| format!("{} is not live after its reset", self.name))
+    }
+
+    fn manage(
+        &self,
+        controller: u16,
+        action: Action,
+        resource: Resource,
+        count: u32,
+    ) -> anyhow::Result<()> {
+        let first = action as u32 | (resource as u32) << 8 | u32::from(controller) << 16;
+        let mut command = AdminCommand {
+            opcode: 0x1c,
+            words_10_to_15: [first, count, 0, 0, 0, 0],
+            ..AdminCommand::default()
+        };
+        let file = open(&Path::new("/dev").join(&self.name))?;
+        // SAFETY: the kernel reads and writes this structure, which is the one that it defines.
+        #[allow(unsafe_code)]
+        let status =
+            unsafe { libc::ioctl(file.as_raw_fd(), NVME_IOCTL_ADMIN_CMD, &raw mut command) };
+        ensure!(
+            status == 0,
+            "virtualization management {first:#x} of {count}: status {status}, {}",
+            std::io::Error::last_os_error()
+        );
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> anyhow::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    file.with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn name_of(folder: &Path) -> anyhow::Result<String> {
+    let name = folder.file_name().context("a folder without a name")?;
+    Ok(name.to_string_lossy().into_owned())
+}
