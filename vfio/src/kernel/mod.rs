@@ -44,3 +44,6 @@ pub use mapping::RegionMapping;
 pub use memory_lock::{MemoryLockError, check_memory_lock};
 pub use support::{VfioSupport, support};
 pub use vm::{KernelVfio, PathChoice, Source};
+
+#[cfg(test)]
+mod tests;

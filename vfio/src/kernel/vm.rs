@@ -79,9 +79,13 @@ impl KernelVfio {
     /// Nothing is opened yet.
     #[must_use]
     pub fn new(choice: PathChoice) -> Self {
+        Self::on(Host::below(Path::new("/")), choice)
+    }
+
+    pub(super) fn on(host: Host, choice: PathChoice) -> Self {
         Self {
             choice,
-            host: Host::below(Path::new("/")),
+            host,
             kvm: None,
             iommufd: None,
             container: None,

@@ -49,7 +49,7 @@ const SAMPLES: [Sample; 3] = [
     Sample {
         name: "mbochs",
         kind: "mbochs/mbochs/mdev_supported_types/mbochs-small",
-        vendor: 0x1b36,
+        vendor: 0x1234,
         has_intx: false,
     },
     Sample {
