@@ -111,7 +111,7 @@ fn by_hand(
     folder: &Path,
     purpose: Purpose,
 ) -> anyhow::Result<bool> {
-    let boot = BootFolder::create(folder.join("by-hand"))?;
+    let boot = BootFolder::create(folder.join("by-hand"), options.shape)?;
     programs.install(&boot.share().join("bin"))?;
     if let Action::Script(script) = &options.action {
         std::fs::copy(script, boot.share().join("script"))

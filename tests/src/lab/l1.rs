@@ -1,7 +1,7 @@
 //! One L1: a QEMU process and what it says.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
@@ -47,18 +47,20 @@ pub struct BootFolder {
 }
 
 impl BootFolder {
-    /// Makes an empty folder with a share and a scratch disk.
+    /// Makes an empty folder with a share and the disks that an L1 of this shape has.
     ///
     /// # Errors
     /// When a file operation or `mkfs.ext4` fails.
-    pub fn create(path: PathBuf) -> anyhow::Result<Self> {
+    pub fn create(path: PathBuf, shape: Shape) -> anyhow::Result<Self> {
         if path.exists() {
             fs::remove_dir_all(&path)
                 .with_context(|| format!("cannot remove {}", path.display()))?;
         }
         let folder = Self { path };
         fs::create_dir_all(folder.share().join("logs"))?;
-        File::create(folder.nvme())?.write_all(&nvme::image())?;
+        if shape.has_devices() {
+            fs::write(folder.nvme(), nvme::image())?;
+        }
         let scratch = folder.scratch();
         File::create(&scratch)?.set_len(SCRATCH_BYTES)?;
         let made = Command::new("mkfs.ext4")
@@ -220,9 +222,10 @@ fn command(artefacts: &Artefacts, shape: Shape, folder: &BootFolder, purpose: Pu
     // kvm-clock that runs ahead, by more each time a VM moves.
     let cmdline = format!(
         "root=/dev/vda ro rootfstype=ext4 init=/lab/init console=ttyS0 quiet loglevel=4 panic=-1 \
-         no_timer_check tsc=reliable tsc_early_khz={} intel_iommu=on lab.run={}",
+         no_timer_check tsc=reliable tsc_early_khz={} intel_iommu=on lab.run={} {}",
         tsc::khz(),
-        purpose.word()
+        purpose.word(),
+        shape.kernel_words(),
     );
     let mut command = Command::new(artefacts.qemu.join("qemu-system-x86_64"));
     command
@@ -255,7 +258,7 @@ fn command(artefacts: &Artefacts, shape: Shape, folder: &BootFolder, purpose: Pu
         &folder.scratch(),
         ",cache=unsafe,discard=unmap",
     );
-    if shape == Shape::Vfio {
+    if shape.has_devices() {
         drive(&mut command, "nvme", &folder.nvme(), ",cache=unsafe");
     }
     command.args(shape.qemu_args());

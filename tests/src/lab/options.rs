@@ -22,7 +22,7 @@ Runs scenarios in the nested lab (see docs/testing-lab.md).
   --build-only      build and cache kernels and images, and stop
   --shell           boot L1 to a shell on this terminal
   --script FILE     boot L1 and run a shell script there, its output on this terminal
-  --shape NAME      the L1 for --shell and --script: small (default), large or vfio
+  --shape NAME      the L1 for --shell and --script: small (default), large, vfio or vfio-no-remap
 ";
 
 /// What was asked for.
@@ -123,8 +123,7 @@ fn group(name: &str) -> anyhow::Result<Group> {
 }
 
 fn shape(name: &str) -> anyhow::Result<Shape> {
-    Shape::from_name(name)
-        .with_context(|| format!("--shape: '{name}' is none of small, large and vfio"))
+    Shape::from_name(name).with_context(|| format!("--shape: '{name}' is no shape of an L1"))
 }
 
 fn positive(option: &str, text: &str) -> anyhow::Result<u64> {

@@ -96,7 +96,7 @@ impl Runner {
     /// One L1; how the scenarios that it ran ended.
     fn boot(&self, shape: Shape, scenarios: &[&Scenario]) -> anyhow::Result<Vec<Outcome>> {
         let number = self.boots.fetch_add(1, Ordering::Relaxed);
-        let folder = BootFolder::create(self.folder.join(format!("boot-{number}")))?;
+        let folder = BootFolder::create(self.folder.join(format!("boot-{number}")), shape)?;
         self.programs.install(&folder.share().join("bin"))?;
         let request = Request {
             scenarios: scenarios.iter().map(|s| s.name.to_owned()).collect(),

@@ -13,6 +13,9 @@ pub enum Shape {
     /// As small, with devices to assign: an NVMe controller and a network card with virtual functions,
     /// and an NVMe controller without.
     Vfio,
+    /// The same with an IOMMU that does not remap interrupts.
+    #[serde(rename = "vfio-no-remap")]
+    VfioNoRemap,
 }
 
 /// Each behind a root port, as devices with virtual functions must be. The VFs' queues and vectors are
@@ -39,7 +42,7 @@ const DEVICES: [&str; 16] = [
 
 impl Shape {
     /// Every shape.
-    pub const ALL: [Self; 3] = [Self::Small, Self::Large, Self::Vfio];
+    pub const ALL: [Self; 4] = [Self::Small, Self::Large, Self::Vfio, Self::VfioNoRemap];
 
     /// The name that `--list` and `--shell` use.
     #[must_use]
@@ -48,6 +51,7 @@ impl Shape {
             Self::Small => "small",
             Self::Large => "large",
             Self::Vfio => "vfio",
+            Self::VfioNoRemap => "vfio-no-remap",
         }
     }
 
@@ -57,13 +61,31 @@ impl Shape {
         Self::ALL.into_iter().find(|shape| shape.name() == name)
     }
 
+    /// Whether there are devices to assign.
+    #[must_use]
+    pub fn has_devices(self) -> bool {
+        match self {
+            Self::Small | Self::Large => false,
+            Self::Vfio | Self::VfioNoRemap => true,
+        }
+    }
+
+    /// What is added to the kernel's command line.
+    #[must_use]
+    pub fn kernel_words(self) -> &'static str {
+        match self {
+            Self::Small | Self::Large | Self::Vfio => "",
+            Self::VfioNoRemap => "intremap=off",
+        }
+    }
+
     /// QEMU's arguments for memory, NUMA nodes and devices to assign; the drive `nvme` comes from
     /// elsewhere.
     #[must_use]
     pub fn qemu_args(self) -> Vec<&'static str> {
         match self {
             Self::Small => vec!["-m", "4G"],
-            Self::Vfio => ["-m", "4G"].into_iter().chain(DEVICES).collect(),
+            Self::Vfio | Self::VfioNoRemap => ["-m", "4G"].into_iter().chain(DEVICES).collect(),
             Self::Large => vec![
                 "-m",
                 "12G",

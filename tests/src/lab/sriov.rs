@@ -151,6 +151,28 @@ impl NvmeController {
     }
 }
 
+/// Makes a virtual function of the network card, bound to no driver; its address.
+///
+/// # Errors
+/// When L1 has no such card, or the kernel refuses.
+pub fn network_function() -> anyhow::Result<String> {
+    for entry in fs::read_dir(PCI_DEVICES)? {
+        let folder = entry?.path();
+        let class = fs::read_to_string(folder.join("class"))?;
+        if class.trim() == "0x020000" && folder.join("sriov_totalvfs").exists() {
+            for (file, text) in [
+                ("sriov_numvfs", "0"),
+                ("sriov_drivers_autoprobe", "0"),
+                ("sriov_numvfs", "1"),
+            ] {
+                fs::write(folder.join(file), text).with_context(|| file.to_owned())?;
+            }
+            return name_of(&fs::canonicalize(folder.join("virtfn0"))?);
+        }
+    }
+    bail!("L1 has no network card with virtual functions")
+}
+
 fn open(path: &Path) -> anyhow::Result<File> {
     let file = OpenOptions::new().read(true).write(true).open(path);
     file.with_context(|| format!("cannot open {}", path.display()))

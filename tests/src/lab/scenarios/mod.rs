@@ -14,6 +14,7 @@ mod network;
 mod snapshot;
 mod vfio;
 mod vfio_mediated;
+mod vfio_refusals;
 mod watched;
 
 use super::scenario::{Group, Scenario};
@@ -262,7 +263,7 @@ pub const TABLE: &[Scenario] = &[
         "vfio-refusals",
         120,
         "what cannot be opened is told with its reason; binding and giving back",
-        vfio::refusals,
+        vfio_refusals::of_devices,
     ),
     vfio(
         "vfio-handed-over",
@@ -276,6 +277,21 @@ pub const TABLE: &[Scenario] = &[
         "mediated devices through iommufd and their group",
         vfio_mediated::conformance,
     ),
+    vfio(
+        "vfio-rights",
+        120,
+        "nodes that a user may not open; the way whose nodes it may open",
+        vfio_refusals::rights,
+    ),
+    Scenario {
+        shape: Shape::VfioNoRemap,
+        ..vfio(
+            "vfio-no-remapping",
+            120,
+            "without interrupt remapping no function is opened, unless the host says so",
+            vfio_refusals::without_remapping,
+        )
+    },
 ];
 
 const fn lab(name: &'static str, limit_s: u64, about: &'static str, run: Run) -> Scenario {

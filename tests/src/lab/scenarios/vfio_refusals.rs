@@ -1,0 +1,174 @@
+//! What the kernel's VFIO cannot open, on a real host.
+
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+
+use anyhow::{Context, bail, ensure};
+use vfio::Bdf;
+use vfio::kernel::{
+    KernelPath, KernelVfio, OpenError, PathChoice, bind_vfio, release_vfio, support,
+};
+
+use super::vfio::{BOTH, assigned_vfs, folder};
+use crate::lab::ctx::{Ctx, run};
+use crate::lab::sriov::NvmeController;
+
+const SYSFS: &str = "/sys";
+/// A user without any rights.
+const NOBODY: u32 = 65534;
+
+/// Somebody else who has a node open.
+struct Other(Child);
+
+impl Other {
+    fn with(node: &Path) -> anyhow::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(node)?;
+        let mut command = Command::new("sleep");
+        command.arg("1000").stdin(file).stdout(Stdio::null());
+        Ok(Self(command.spawn()?))
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        // Both fail only when it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Each reason for which a device cannot be opened, as far as L1 has it.
+pub(super) fn of_devices(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let controller = NvmeController::find()?;
+    let vfs = controller.virtual_functions(2)?;
+    let vf = folder(&vfs[0]);
+    let open = |path: &Path| KernelVfio::new(PathChoice::Auto).open(path);
+    let refused = |path: &Path, choice| match KernelVfio::new(choice).open(path) {
+        Ok(function) => bail!("{} was opened", function.name()),
+        Err(error) => {
+            ctx.say(&error);
+            Ok(error)
+        }
+    };
+    let error = refused(&vf, PathChoice::Auto)?;
+    ensure!(matches!(error, OpenError::Unbound(_)), "{error:?}");
+    let error = refused(&folder(&controller.address()?), PathChoice::Auto)?;
+    ensure!(
+        matches!(&error, OpenError::WrongDriver { driver, .. } if driver == "nvme"),
+        "{error:?}"
+    );
+    let error = refused(&folder("0000:7f:00.0"), PathChoice::Auto)?;
+    ensure!(matches!(error, OpenError::NoDevice(_)), "{error:?}");
+    let port = fs::canonicalize(folder(&controller.address()?).join(".."))?;
+    let error = refused(
+        &fs::canonicalize(folder(&controller.address()?))?.join(".."),
+        PathChoice::Auto,
+    )?;
+    ensure!(
+        matches!(error, OpenError::Bridge(_)),
+        "{error:?} of {}",
+        port.display()
+    );
+
+    ctx.say("bound, given back, bound");
+    let device: Bdf = vfs[0].parse()?;
+    let sysfs = Path::new(SYSFS);
+    ensure!(bind_vfio(sysfs, device)?.is_none(), "it had no driver");
+    ensure!(
+        bind_vfio(sysfs, device)?.as_deref() == Some("vfio-pci"),
+        "it had vfio-pci"
+    );
+    drop(open(&vf)?);
+    release_vfio(sysfs, device)?;
+    ensure!(open(&vf).is_err(), "it was given back");
+    bind_vfio(sysfs, device)?;
+
+    ctx.say("in use, by another process and by this VM");
+    let group = fs::read_link(vf.join("iommu_group"))?;
+    let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
+    let other = Other::with(&group)?;
+    for choice in [PathChoice::Group, PathChoice::Iommufd] {
+        let error = refused(&vf, choice)?;
+        let text = error.to_string();
+        let pid = format!("process {} (sleep)", other.0.id());
+        ensure!(
+            matches!(error, OpenError::InUse { .. }) && text.contains(&pid),
+            "{text}"
+        );
+    }
+    drop(other);
+    for (choice, _) in BOTH {
+        let vm = KernelVfio::new(choice);
+        let _function = vm.open(&vf)?;
+        let again = vm.open(&vf).err().context("opened twice")?;
+        ensure!(matches!(again, OpenError::Twice(_)), "{again:?}");
+    }
+    Ok(())
+}
+
+/// What opening a function says to a user who is not root: this thread's own file rights.
+fn open_as_nobody(vf: &Path, choice: PathChoice) -> anyhow::Result<Result<KernelPath, OpenError>> {
+    let path = vf.to_owned();
+    let opened = thread::spawn(move || {
+        // SAFETY: this changes nothing but the rights with which this thread opens files.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::setfsuid(NOBODY)
+        };
+        let function = KernelVfio::new(choice).open(&path);
+        function.map(|function| function.path())
+    });
+    opened.join().map_err(|_| anyhow::anyhow!("it panicked"))
+}
+
+/// Nodes belong to root; then the group's are given to everybody.
+pub(super) fn rights(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vfs = assigned_vfs()?;
+    let vf = folder(&vfs[0]);
+    for (choice, _) in BOTH {
+        let refused = open_as_nobody(&vf, choice)?;
+        let error = refused.err().context("it was opened")?;
+        ctx.say(&error);
+        ensure!(matches!(error, OpenError::Permission { .. }), "{error:?}");
+    }
+    let group = fs::read_link(vf.join("iommu_group"))?;
+    let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
+    for node in [&group, &PathBuf::from("/dev/vfio/vfio")] {
+        run("chmod", &["0666", node.to_str().context("no text")?])?;
+    }
+    let path = open_as_nobody(&vf, PathChoice::Auto)?;
+    ensure!(
+        matches!(path, Ok(KernelPath::Group)),
+        "the group's node may be opened: {path:?}"
+    );
+    Ok(())
+}
+
+/// L1's IOMMU does not remap interrupts.
+pub(super) fn without_remapping(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let host = support(Path::new("/"));
+    ctx.say(format!("{host:?}"));
+    ensure!(
+        host.iommu && host.interrupt_remapping == Some(false),
+        "{host:?}"
+    );
+    let vfs = assigned_vfs()?;
+    let vf = folder(&vfs[0]);
+    for ((choice, path), module) in BOTH.into_iter().zip(["iommufd", "vfio_iommu_type1"]) {
+        let vm = KernelVfio::new(choice);
+        let error = vm.open(&vf).err().context("it was opened")?;
+        ctx.say(&error);
+        ensure!(
+            matches!(error, OpenError::InterruptRemapping { .. })
+                && error.to_string().contains(module),
+            "{error:?}"
+        );
+        let parameters = Path::new("/sys/module").join(module).join("parameters");
+        fs::write(parameters.join("allow_unsafe_interrupts"), "1")?;
+        ensure!(vm.open(&vf)?.path() == path, "opened another way");
+    }
+    ensure!(support(Path::new("/")).unsafe_interrupts, "allowed above");
+    Ok(())
+}
