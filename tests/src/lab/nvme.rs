@@ -35,6 +35,8 @@ const MEMORY_AND_MASTER: u16 = 6;
 /// Where the controller sees the queues and the data.
 const QUEUES_AT: u64 = 0x4000_0000;
 const PAGE: u64 = 0x1000;
+/// A page without anything in it.
+const EMPTY: [u8; 0x1000] = [0; 0x1000];
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Bytes of the image behind the controller.
@@ -185,7 +187,7 @@ impl<'b> AdminQueue<'b> {
         self.write(CC, 0)?;
         self.status_becomes(0)?;
         for page in self.pages() {
-            page.file.write_all_at(&[0; PAGE as usize], 0)?;
+            page.file.write_all_at(&EMPTY, 0)?;
         }
         let last = u32::from(Self::ENTRIES - 1);
         self.write(AQA, last | last << 16)?;

@@ -93,7 +93,7 @@ pub enum OpenError {
     /// This process may not open a node.
     #[error(
         "{device}: no permission to open {node} ({owner}): add a udev rule such as \
-         SUBSYSTEM==\"{subsystem}\", GROUP=\"kvm\", MODE=\"0660\" and start Drover with that group"
+         {rule}, GROUP=\"kvm\", MODE=\"0660\" and start Drover with that group"
     )]
     Permission {
         /// The device.
@@ -103,7 +103,7 @@ pub enum OpenError {
         /// Whose it is.
         owner: String,
         /// By what a rule knows it.
-        subsystem: &'static str,
+        rule: &'static str,
     },
     /// Interrupts of the device could reach other VMs.
     #[error(

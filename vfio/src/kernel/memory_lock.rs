@@ -23,40 +23,44 @@ pub struct MemoryLockError {
     pub locked: u64,
 }
 
-/// Whether this process may lock so many bytes more. To be asked before the first range is mapped
+/// Whether this process, as far as the rights of this thread go, may lock so many bytes more. To be asked before the first range is mapped
 /// for a device: the kernel's own answer is only "out of memory".
 ///
 /// # Errors
 /// [`MemoryLockError`] when it may not.
 pub fn check_memory_lock(bytes: u64) -> Result<(), MemoryLockError> {
-    check(Path::new("/proc"), bytes)
+    check(Path::new("/proc"), bytes, &["VmLck:"])
 }
 
 /// The kernel's answer, or the reason for it when that is the limit of locked memory.
 pub(super) fn explained(error: io::Error, bytes: u64) -> io::Error {
     match error.kind() {
-        io::ErrorKind::OutOfMemory => match check_memory_lock(bytes) {
-            Ok(()) => error,
-            Err(limit) => io::Error::new(io::ErrorKind::OutOfMemory, limit),
-        },
+        // Containers lock, iommufd pins.
+        io::ErrorKind::OutOfMemory => {
+            match check(Path::new("/proc"), bytes, &["VmLck:", "VmPin:"]) {
+                Ok(()) => error,
+                Err(limit) => io::Error::new(io::ErrorKind::OutOfMemory, limit),
+            }
+        }
         _ => error,
     }
 }
 
 /// What cannot be read is no reason to refuse: the kernel decides.
-fn check(proc: &Path, bytes: u64) -> Result<(), MemoryLockError> {
+fn check(proc: &Path, bytes: u64, in_use: &[&str]) -> Result<(), MemoryLockError> {
     let text = |name: &str| fs::read_to_string(proc.join(name)).unwrap_or_default();
-    let (limits, status) = (text("self/limits"), text("self/status"));
+    let (limits, status) = (text("thread-self/limits"), text("thread-self/status"));
     let limit = value(&limits, "Max locked memory").and_then(|limit| limit.parse().ok());
     // "unlimited" is no number.
     let Some(limit) = limit else { return Ok(()) };
     // Capabilities count in the first user namespace only, which maps all users to themselves.
-    let map = text("self/uid_map");
+    let map = text("thread-self/uid_map");
     let is_first = map.split_whitespace().eq(["0", "0", "4294967295"]);
     if is_first && has_ipc_lock(&status) {
         return Ok(());
     }
-    let locked = value(&status, "VmLck:").and_then(|kib| kib.parse::<u64>().ok());
+    let kib = |name: &&str| value(&status, name)?.parse::<u64>().ok();
+    let locked = in_use.iter().filter_map(kib).max();
     let locked = locked.unwrap_or(0).saturating_mul(1024);
     match locked.checked_add(bytes) {
         Some(sum) if sum <= limit => Ok(()),
@@ -93,19 +97,21 @@ mod tests {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("drover-memory-lock-{}-{number}", std::process::id());
         let proc = std::env::temp_dir().join(name);
-        fs::create_dir_all(proc.join("self")).unwrap();
+        fs::create_dir_all(proc.join("thread-self")).unwrap();
         let limits = format!(
             "Limit                     Soft Limit           Hard Limit           Units     \n\
              Max processes             95000                95000                processes \n\
              Max locked memory         {limit:<20} unlimited            bytes     \n"
         );
-        let status = format!("Name:\tx\nVmLck:\t  {locked_kib} kB\nCapEff:\t{capabilities}\n");
+        let status = format!(
+            "Name:\tx\nVmLck:\t  {locked_kib} kB\nVmPin:\t 9999 kB\nCapEff:\t{capabilities}\n"
+        );
         for (name, text) in [
             ("limits", limits),
             ("status", status),
             ("uid_map", uid_map.to_owned()),
         ] {
-            fs::write(proc.join("self").join(name), text).unwrap();
+            fs::write(proc.join("thread-self").join(name), text).unwrap();
         }
         proc
     }
@@ -128,7 +134,7 @@ mod tests {
             ("65536", 0, "000001ffffffffff", "0 100000 65536\n", false),
         ] {
             let proc = process(limit, locked_kib, capabilities, uid_map);
-            let checked = check(&proc, 8 * MIB);
+            let checked = check(&proc, 8 * MIB, &["VmLck:"]);
             assert_eq!(checked.is_ok(), fits, "{limit} {locked_kib} {checked:?}");
             fs::remove_dir_all(proc).unwrap();
         }
@@ -137,11 +143,15 @@ mod tests {
     #[test]
     fn refusal_has_the_numbers_and_the_remedies() {
         let proc = process("65536", 12, NONE, ALL_USERS);
-        let error = check(&proc, 8 * MIB).unwrap_err().to_string();
+        let error = check(&proc, 8 * MIB, &["VmLck:"]).unwrap_err();
+        let error = error.to_string();
         for word in ["8388608", "65536", "12288", "ulimit -l", "LimitMEMLOCK="] {
             assert!(error.contains(word), "{error}");
         }
-        assert_eq!(check(Path::new("/nonexistent"), u64::MAX), Ok(()));
+        let error = check(&proc, 1, &["VmLck:", "VmPin:"]).unwrap_err();
+        assert_eq!(error.locked, 9999 << 10);
+        let nowhere = Path::new("/nonexistent");
+        assert_eq!(check(nowhere, u64::MAX, &["VmLck:"]), Ok(()));
         fs::remove_dir_all(proc).unwrap();
     }
 }

@@ -96,7 +96,7 @@ fn in_use(host: &Host, located: &Located) -> Option<OpenError> {
 pub(super) fn of_node(
     host: &Host,
     located: &Located,
-    (node, subsystem): (&str, &'static str),
+    (node, rule): (&str, &'static str),
     source: io::Error,
 ) -> OpenError {
     let device = located.name.clone();
@@ -118,7 +118,7 @@ pub(super) fn of_node(
             device,
             owner: owner(host, node),
             node: full,
-            subsystem,
+            rule,
         },
         _ => OpenError::Kernel {
             device,

@@ -219,7 +219,7 @@ fn busy_devices_are_told_with_the_process() {
     host.process(78, "bash", "/dev/pts/0");
     host.process(3, "qemu\x1b[2J-old", "/dev/vfio/41");
     let busy = || io::Error::from_raw_os_error(libc::EBUSY);
-    let node = ("vfio/41", "vfio");
+    let node = ("vfio/41", "SUBSYSTEM==\"vfio\"");
     let text = refusals::of_node(&host.host(), &located, node, busy()).to_string();
     says(&text, &[GPU, "process 3 (qemu[2J-old), process 77 (qemu)"]);
     assert!(!text.contains("78"), "{text}");
@@ -252,7 +252,13 @@ fn missing_rights_and_remapping_are_told_with_the_remedy() {
     host.write("dev/vfio/41", "");
     let located = host.examine(GPU).unwrap();
     let denied = io::Error::from_raw_os_error(libc::EACCES);
-    let text = refusals::of_node(&host.host(), &located, ("vfio/41", "vfio"), denied).to_string();
+    let text = refusals::of_node(
+        &host.host(),
+        &located,
+        ("vfio/41", "SUBSYSTEM==\"vfio\""),
+        denied,
+    )
+    .to_string();
     says(
         &text,
         &["/dev/vfio/41", "user ", ", mode 06", "SUBSYSTEM==\"vfio\""],

@@ -20,6 +20,11 @@ use super::space::{FunctionDma, SharedSpace};
 use super::sysfs::Host;
 use super::translation::{Container, Ioas, Iommu};
 
+/// By what udev's rules know the nodes.
+const DEVICE_RULE: &str = "SUBSYSTEM==\"vfio-dev\"";
+const GROUP_RULE: &str = "SUBSYSTEM==\"vfio\"";
+const IOMMUFD_RULE: &str = "KERNEL==\"iommu\"";
+
 /// Which way functions are opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PathChoice {
@@ -202,7 +207,7 @@ impl KernelVfio {
         let refused = |step| refusals::of(&self.host, located, KernelPath::Iommufd, step);
         let device = match handed {
             Some(device) => device,
-            None => self.open_node(located, located.cdev_node(), "vfio-dev")?,
+            None => self.open_node(located, located.cdev_node(), DEVICE_RULE)?,
         };
         let kvm = self.register(&device).map_err(refused(Step::Register))?;
         let space = self.space(state, located, KernelPath::Iommufd)?;
@@ -237,7 +242,7 @@ impl KernelVfio {
             None => {
                 let file = match handed {
                     Some(group) => group,
-                    None => self.open_node(located, located.group_node(), "vfio")?,
+                    None => self.open_node(located, located.group_node(), GROUP_RULE)?,
                 };
                 if !is_viable(&file).map_err(refused(Step::GroupStatus))? {
                     return Err(locate::shared_group(located, "devices that are hidden"));
@@ -309,13 +314,13 @@ impl KernelVfio {
             return Ok(space);
         }
         let refused = |step| refusals::of(&self.host, located, path, step);
-        let (handed, node, subsystem) = match path {
-            KernelPath::Iommufd => (&self.iommufd, "iommu", "misc"),
-            KernelPath::Group => (&self.container, "vfio/vfio", "misc"),
+        let (handed, node, rule) = match path {
+            KernelPath::Iommufd => (&self.iommufd, "iommu", IOMMUFD_RULE),
+            KernelPath::Group => (&self.container, "vfio/vfio", GROUP_RULE),
         };
         let file = match handed {
             Some(file) => file.try_clone().map_err(refused(Step::Space))?,
-            None => self.open_node(located, Some(node.to_owned()), subsystem)?,
+            None => self.open_node(located, Some(node.to_owned()), rule)?,
         };
         let iommu = match path {
             KernelPath::Iommufd => Ioas::new(file).map(Iommu::Ioas),
@@ -329,13 +334,13 @@ impl KernelVfio {
         &self,
         located: &Located,
         node: Option<String>,
-        subsystem: &'static str,
+        rule: &'static str,
     ) -> Result<OwnedFd, OpenError> {
         let Some(node) = node else {
             return Err(OpenError::NoDevice(located.name.clone().into()));
         };
         open_node(&self.host, &node)
-            .map_err(|error| refusals::of_node(&self.host, located, (&node, subsystem), error))
+            .map_err(|error| refusals::of_node(&self.host, located, (&node, rule), error))
     }
 }
 

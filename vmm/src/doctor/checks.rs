@@ -259,6 +259,7 @@ fn check_assignment(report: &mut Report, root: &Root) {
             remedy,
         );
     }
+    check_interrupt_remapping(report, root);
     match root.open_error("/dev/vfio/vfio") {
         None => report.ok(Area::Assign, "VFIO", "/dev/vfio/vfio opens"),
         Some(error) => {
@@ -299,6 +300,28 @@ fn check_assignment(report: &mut Report, root: &Root) {
             reason,
             remedy,
         );
+    }
+}
+
+fn check_interrupt_remapping(report: &mut Report, root: &Root) {
+    let vfio = vfio::kernel::support(root.as_ref());
+    let remedy = "enable it (x2APIC) in the firmware and boot without intremap=off; only where every \
+                  guest is trusted, set vfio_iommu_type1.allow_unsafe_interrupts=1";
+    match (vfio.iommu, vfio.interrupt_remapping) {
+        (true, Some(true)) => report.ok(Area::Assign, "interrupt remapping", "on"),
+        (true, Some(false)) => {
+            let (verdict, reason) = match vfio.unsafe_interrupts {
+                true => (
+                    Verdict::Limited,
+                    "off, and assigned all the same: a guest could send interrupts to others",
+                ),
+                false => (Verdict::Missing, "off: the kernel assigns no device"),
+            };
+            let check = "interrupt remapping";
+            report.add(Area::Assign, check, verdict, reason.to_owned(), remedy);
+        }
+        // Without an IOMMU there is none either, and what cannot be told is not.
+        (false, _) | (true, None) => {}
     }
 }
 
@@ -408,6 +431,22 @@ mod tests {
         ] {
             assert!(!verdict(&root, check).1.is_empty(), "{check}");
         }
+    }
+
+    #[test]
+    fn host_without_interrupt_remapping_assigns_nothing() {
+        const PARAMETER: &str = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
+        let of = |chip: &str, parameter: &str| {
+            let root = tree(&[
+                ("sys/kernel/iommu_groups/0/x", ""),
+                ("proc/interrupts", chip),
+                (PARAMETER, parameter),
+            ]);
+            verdict(&root, "interrupt remapping").0
+        };
+        assert_eq!(of("24: 0 IR-PCI-MSI 0-edge nvme0q0", "N"), Verdict::Ok);
+        assert_eq!(of("24: 0 PCI-MSI 0-edge nvme0q0", "N"), Verdict::Missing);
+        assert_eq!(of("24: 0 PCI-MSI 0-edge nvme0q0", "Y"), Verdict::Limited);
     }
 
     #[test]

@@ -283,6 +283,12 @@ pub const TABLE: &[Scenario] = &[
         "nodes that a user may not open; the way whose nodes it may open",
         vfio_refusals::rights,
     ),
+    vfio(
+        "vfio-memory-lock",
+        120,
+        "memory beyond the limit is not mapped, and the limit is named",
+        vfio_refusals::memory_lock,
+    ),
     Scenario {
         shape: Shape::VfioNoRemap,
         ..vfio(

@@ -8,11 +8,13 @@ use std::thread;
 use anyhow::{Context, bail, ensure};
 use vfio::Bdf;
 use vfio::kernel::{
-    KernelPath, KernelVfio, OpenError, PathChoice, bind_vfio, release_vfio, support,
+    KernelPath, KernelVfio, OpenError, PathChoice, bind_vfio, check_memory_lock, release_vfio,
+    support,
 };
 
 use super::vfio::{BOTH, assigned_vfs, folder};
 use crate::lab::ctx::{Ctx, run};
+use crate::lab::nvme::AdminQueue;
 use crate::lab::sriov::NvmeController;
 
 const SYSFS: &str = "/sys";
@@ -170,5 +172,65 @@ pub(super) fn without_remapping(ctx: &mut Ctx) -> anyhow::Result<()> {
         ensure!(vm.open(&vf)?.path() == path, "opened another way");
     }
     ensure!(support(Path::new("/")).unsafe_interrupts, "allowed above");
+    Ok(())
+}
+
+/// Capability 14 (include/uapi/linux/capability.h), and the version of what `capset` takes.
+const CAP_IPC_LOCK: u32 = 14;
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+/// Ends this thread's right to lock memory beyond the limit.
+fn give_up_ipc_lock() -> std::io::Result<()> {
+    let header = [CAPABILITY_VERSION_3, 0];
+    // Effective, permitted and inheritable ones, of the first 32 and of the rest.
+    let most = !(1 << CAP_IPC_LOCK);
+    let sets: [u32; 6] = [most, most, 0, u32::MAX >> 23, u32::MAX >> 23, 0];
+    // SAFETY: the kernel reads both arrays, which have the form of this version.
+    #[allow(unsafe_code)]
+    let status = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    match status {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// The limit of locked memory, for processes without the right to go beyond.
+pub(super) fn memory_lock(ctx: &mut Ctx) -> anyhow::Result<()> {
+    const LIMIT: u64 = 0x2000;
+    let vfs = assigned_vfs()?;
+    let vf = folder(&vfs[0]);
+    let limit = libc::rlimit {
+        rlim_cur: LIMIT,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the kernel reads this structure.
+    #[allow(unsafe_code)]
+    let status = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+    ensure!(status == 0, "{}", std::io::Error::last_os_error());
+    ensure!(
+        check_memory_lock(1 << 40).is_ok(),
+        "root may lock all that there is"
+    );
+    let thread = thread::spawn(move || -> anyhow::Result<Vec<String>> {
+        give_up_ipc_lock().context("cannot give up a capability")?;
+        check_memory_lock(LIMIT)?;
+        let told = check_memory_lock(LIMIT + 1).err();
+        let mut messages = vec![told.context("more than the limit")?.to_string()];
+        for (choice, _) in BOTH {
+            let function = KernelVfio::new(choice).open(&vf)?;
+            // Three pages, each mapped by itself.
+            let error = AdminQueue::new(&function, 0).err();
+            let error = error.context("three pages were locked")?;
+            messages.push(format!("{error:#}"));
+        }
+        Ok(messages)
+    });
+    let messages = thread
+        .join()
+        .map_err(|_| anyhow::anyhow!("it panicked"))??;
+    for message in messages {
+        ctx.say(&message);
+        ensure!(message.contains("ulimit -l"), "{message}");
+    }
     Ok(())
 }
