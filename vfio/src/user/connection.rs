@@ -90,8 +90,14 @@ struct State {
 struct Pending {
     command: Command,
     reply_bytes: usize,
-    deadline: Instant,
+    limit: Duration,
     answer: SyncSender<Result<Reply, io::Error>>,
+}
+
+impl Pending {
+    fn expected(&self) -> (Command, usize) {
+        (self.command, self.reply_bytes)
+    }
 }
 
 impl Connection {
@@ -176,11 +182,10 @@ impl Connection {
         if let Some(lost) = &state.lost {
             return Err(BackendError::Server(lost.clone()));
         }
-        // A server handles requests in their order ("Command Concurrency"): this one's time begins
-        // when that of those before it ends. The first of them to run out ends them all.
-        let begin = state.pending.values().map(|pending| pending.deadline);
-        let begin = begin.max().unwrap_or_else(Instant::now);
-        let deadline = begin.max(Instant::now()) + limit;
+        // A server handles requests in their order ("Command Concurrency"), and each of those before
+        // this one may take its time. The first whose time is up ends them all.
+        let before = state.pending.values().map(|pending| pending.limit);
+        let deadline = Instant::now() + before.sum::<Duration>() + limit;
         while state.pending.contains_key(&state.next_id) {
             state.next_id = state.next_id.wrapping_add(1);
         }
@@ -189,7 +194,7 @@ impl Connection {
         let pending = Pending {
             command: request.command,
             reply_bytes: request.reply_bytes,
-            deadline,
+            limit,
             answer,
         };
         state.pending.insert(id, pending);
@@ -209,16 +214,15 @@ impl Connection {
             .lost
             .get_or_insert_with(|| format!("vfio-user server {}: {what}", self.name));
         let lost = lost.clone();
+        if is_first {
+            // They fail only when the server has closed it, and at the counter's end.
+            let _ = self.stream.shutdown(Shutdown::Both);
+            let _ = self.lost.write(1);
+            log::warn!("{lost}");
+        }
         // Who waits hears of it by the sender's end.
         state.pending.clear();
         drop(state);
-        if is_first {
-            log::warn!("{lost}");
-            // Fails only when the server has closed it.
-            let _ = self.stream.shutdown(Shutdown::Both);
-            // Fails only at the counter's end.
-            let _ = self.lost.write(1);
-        }
         BackendError::Server(lost)
     }
 
@@ -255,8 +259,14 @@ impl Connection {
             let payload = self.read_payload(len)?;
             return self.answer(&header, &payload).map(|()| true);
         }
-        let pending = self.state.lock().pending.remove(&header.id);
-        let Some(pending) = pending.filter(|pending| pending.command as u16 == header.command)
+        let pending = self
+            .state
+            .lock()
+            .pending
+            .get(&header.id)
+            .map(Pending::expected);
+        let Some((command, reply_bytes)) =
+            pending.filter(|(command, _)| *command as u16 == header.command)
         else {
             let Header { id, command, .. } = header;
             return Err(format!(
@@ -264,17 +274,18 @@ impl Connection {
             ));
         };
         // Bounded: replies are expected to have at most as much data as was asked for.
-        let limit = u32::try_from(HEADER_BYTES + pending.reply_bytes).unwrap_or(u32::MAX);
+        let limit = u32::try_from(HEADER_BYTES + reply_bytes).unwrap_or(u32::MAX);
         let len = header.payload_bytes(limit);
-        let len =
-            len.map_err(|error| format!("its answer to {}: {error}", pending.command.name()))?;
+        let len = len.map_err(|error| format!("its answer to {}: {error}", command.name()))?;
         let payload = self.read_payload(len)?;
         let answer = match header.flags & flags::ERROR {
             0 => Ok(Reply { payload, file }),
             _ => Err(refusal(header.error)),
         };
         // Nobody waits for it when its time was up a moment ago.
-        let _ = pending.answer.send(answer);
+        if let Some(pending) = self.state.lock().pending.remove(&header.id) {
+            let _ = pending.answer.send(answer);
+        }
         Ok(true)
     }
 

@@ -183,16 +183,14 @@ impl UserFunction {
         let reply = ask(&self.connection, command, access.encode(&[]), room)?;
         let checked = RegionAccess::decode(&reply.payload).and_then(|(answer, data)| {
             check_access(&access, &answer)?;
-            match data.len() == part.len() {
-                true => {
-                    part.copy_from_slice(data);
-                    Ok(())
-                }
-                false => Err(Malformed::Length {
+            if data.len() != part.len() {
+                return Err(Malformed::Length {
                     len: reply.payload.len(),
                     expected: room,
-                }),
+                });
             }
+            part.copy_from_slice(data);
+            Ok(())
         });
         checked.map_err(|error| self.connection.broken(command, &error))
     }

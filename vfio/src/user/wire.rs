@@ -1,11 +1,14 @@
 //! Messages over a socket.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, IoSliceMut, Read};
+use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use rustix::io::retry_on_intr;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::protocol::{HEADER_BYTES, Header, Payload};
@@ -17,20 +20,20 @@ const CHUNK_BYTES: usize = 32 << 10;
 /// The next message's header and the descriptor that came with it; `None` when the other side has
 /// closed the connection.
 ///
+/// It is `rustix` that receives: `recv_with_fd` of `vmm-sys-util` 0.15 forgets the second one of
+/// two descriptors without closing it, and does not set `O_CLOEXEC`.
+///
 /// There is room for one descriptor, which is what this side allows (`max_msg_fds`). When more
-/// come, the kernel and `recv_with_fd` close them all and it is an error.
+/// come, all of them are closed and it is an error.
 ///
 /// # Errors
-/// The socket's, or [`io::ErrorKind::UnexpectedEof`] in the middle of the header.
+/// The socket's, [`io::ErrorKind::UnexpectedEof`] in the middle of the header, or `ENOBUFS`.
 pub(super) fn receive_header(stream: &UnixStream) -> io::Result<Option<(Header, Option<File>)>> {
     let mut bytes = [0; HEADER_BYTES];
     let mut filled = 0;
     let mut file = None;
     while filled < HEADER_BYTES {
-        let (len, received) = match stream.recv_with_fd(&mut bytes[filled..]) {
-            Err(error) if error.errno() == libc::EINTR => continue,
-            result => result.map_err(io::Error::from)?,
-        };
+        let (len, received) = receive_part(stream, &mut bytes[filled..])?;
         if len == 0 {
             return match filled {
                 0 => Ok(None),
@@ -38,12 +41,30 @@ pub(super) fn receive_header(stream: &UnixStream) -> io::Result<Option<(Header, 
             };
         }
         filled += len;
-        // A copy of the descriptor is not inherited by programs that this process starts.
-        let received = received.map(|file| file.try_clone()).transpose()?;
         file = file.or(received);
     }
     let (header, _) = Header::decode(&bytes).map_err(io::Error::other)?;
     Ok(Some((header, file)))
+}
+
+/// Some bytes, and the descriptor that came with them.
+fn receive_part(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Option<File>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(bytes)];
+    let received =
+        retry_on_intr(|| recvmsg(stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC))?;
+    let mut files = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            files.extend(descriptors.map(File::from));
+        }
+    }
+    // The kernel pads the room for one, so that two fit; with three and more it says so.
+    if files.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+    }
+    Ok((received.bytes, files.pop()))
 }
 
 /// The `len` bytes that follow a header. Descriptors that come with them are closed.

@@ -172,7 +172,7 @@ mod tests {
         let deep = "[".repeat(4000);
         for json in [
             "{",
-            "[]",
+            "[7]",
             "\u{1}",
             r#"{"capabilities":7}"#,
             r#"{"capabilities":{"max_msg_fds":-1}}"#,

@@ -1,0 +1,607 @@
+//! Servers that are away, refuse, answer nonsense or nothing: each ends with a message, in time.
+
+use std::error::Error;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Barrier;
+use std::time::Instant;
+use std::{env, fs, thread};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::protocol::*;
+use super::super::{Limits, UserFunction};
+use super::script::*;
+use super::{IMPATIENCE, PATIENCE, limits, map, range};
+use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
+use crate::dma::DmaAccess;
+use crate::testing::shared_page;
+
+/// How the tests' servers are called.
+const NAME: &str = "test.sock";
+
+/// An error and what it came from, in one line.
+fn explain(error: &(dyn Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line = format!("{line}: {error}");
+        cause = error.source();
+    }
+    line
+}
+
+/// Everything that is done with a function.
+fn whole_life(stream: UnixStream, limits: Limits) -> Result<(), Box<dyn Error>> {
+    let function = UserFunction::from_stream(stream, NAME, limits)?;
+    let result = use_all(&function);
+    if let Err(error @ BackendError::Server(_)) = &result {
+        is_lost_for_good(&function, &error.to_string());
+    } else {
+        assert_eq!(function.lost(), None);
+        assert!(function.lost_event().read().is_err());
+    }
+    Ok(result?)
+}
+
+fn use_all(function: &UserFunction) -> Result<(), BackendError> {
+    let mut data = [0; 8];
+    function.read(RegionIndex::Config, 8, &mut data)?;
+    assert_eq!(data, [0x5a; 8]);
+    function.write(RegionIndex::Bar(0), 0x10, &data)?;
+    let (file, _page) = shared_page().unwrap();
+    map(function, 0x1000, 0x1000, DmaAccess::ReadWrite, &file)?;
+    let event = EventFd::new(0).unwrap();
+    function.set_irqs(IrqKind::MsiX, &[&event])?;
+    function.dma().unmap(range(0x1000, 0x1000))?;
+    function.reset()
+}
+
+/// Every call fails at once, with the reason that there was first.
+fn is_lost_for_good(function: &UserFunction, reason: &str) {
+    let begin = Instant::now();
+    assert_eq!(function.lost().as_deref(), Some(reason));
+    assert_eq!(function.lost_event().read().unwrap(), 1);
+    let (file, _page) = shared_page().unwrap();
+    let results = [
+        function.region(RegionIndex::Bar(0)).map(drop),
+        function.irq(IrqKind::MsiX).map(drop),
+        function.read(RegionIndex::Config, 0, &mut [0]),
+        function.write(RegionIndex::Config, 0, &[0]),
+        function
+            .map_region(RegionIndex::Bar(0), 0, 0x1000)
+            .map(drop),
+        function.set_irqs(IrqKind::MsiX, &[&EventFd::new(0).unwrap()]),
+        map(function, 0x5000, 0x1000, DmaAccess::Read, &file),
+        function.reset(),
+    ];
+    for (number, result) in results.into_iter().enumerate() {
+        let Err(BackendError::Server(again)) = result else {
+            panic!("{number}: {result:?}");
+        };
+        assert_eq!(again, reason, "{number}");
+    }
+    assert!(begin.elapsed() < PATIENCE);
+}
+
+/// Runs a script that has a fault; the message that it leads to.
+fn message_of(script: Script, limits: Limits) -> String {
+    let begin = Instant::now();
+    let (stream, server) = script.start();
+    let error = whole_life(stream, limits).unwrap_err();
+    // A server that keeps silent takes its limit, nothing takes longer.
+    assert!(begin.elapsed() < limits.reply.max(limits.reset) + PATIENCE);
+    server.join().unwrap();
+    explain(&*error)
+}
+
+fn lost_by(command: Command, fault: Fault) -> String {
+    let label = format!("{command:?} {fault:?}");
+    let message = message_of(Script::with_fault(command, fault), limits(PATIENCE));
+    let prefix = format!("vfio-user server {NAME}: ");
+    let rest = message.strip_prefix(&prefix);
+    rest.unwrap_or_else(|| panic!("{label}: {message}"))
+        .to_owned()
+}
+
+/// What [`whole_life`] asks for.
+const ASKED: [Command; 11] = [
+    Command::Version,
+    Command::DeviceGetInfo,
+    Command::DeviceGetRegionInfo,
+    Command::DeviceGetIrqInfo,
+    Command::RegionRead,
+    Command::RegionWrite,
+    Command::DmaMap,
+    Command::DeviceSetIrqs,
+    Command::DmaUnmap,
+    Command::DeviceReset,
+    Command::DeviceReset,
+];
+
+#[test]
+fn sound_server_is_asked_for_everything() {
+    let (stream, server) = Script::default().start();
+    whole_life(stream, limits(PATIENCE)).unwrap();
+    let seen = server.join().unwrap();
+    for command in ASKED {
+        assert!(seen.requests.contains(&command), "{command:?}");
+    }
+    assert_eq!(seen.requests[0], Command::Version);
+}
+
+#[test]
+fn sockets_that_lead_nowhere_are_named() {
+    let number = std::process::id();
+    let at = |name: &str| env::temp_dir().join(format!("vfio-nowhere-{number}-{name}"));
+    fs::write(at("file"), "").unwrap();
+    drop(UnixListener::bind(at("dead")).unwrap());
+    for socket in [at("absent"), at("file"), at("dead"), at(&"n".repeat(200))] {
+        let error = UserFunction::connect(&socket).err().unwrap();
+        let message = explain(&error);
+        let expected = format!(
+            "{}: no vfio-user server can be connected: ",
+            socket.display()
+        );
+        assert!(message.starts_with(&expected), "{message}");
+    }
+    for name in ["file", "dead"] {
+        fs::remove_file(at(name)).unwrap();
+    }
+}
+
+#[test]
+fn server_that_takes_no_connection_is_given_up() {
+    let socket = env::temp_dir().join(format!("vfio-busy-{}", std::process::id()));
+    let listener = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None);
+    let listener = listener.unwrap();
+    let address = socket2::SockAddr::unix(&socket).unwrap();
+    listener.bind(&address).unwrap();
+    listener.listen(0).unwrap();
+    let _first = UnixStream::connect(&socket).unwrap();
+    let begin = Instant::now();
+    let refused = UserFunction::connect_within(&socket, limits(IMPATIENCE));
+    assert!(refused.is_err() && begin.elapsed() < PATIENCE);
+    fs::remove_file(&socket).unwrap();
+}
+
+#[test]
+fn server_that_ends_the_connection_is_told() {
+    for command in ASKED {
+        let message = lost_by(command, Fault::Close);
+        assert_eq!(message, "it has closed the connection", "{command:?}");
+        let message = lost_by(command, Fault::CutAt(7));
+        let expected = "it has closed the connection in the middle of a message";
+        assert_eq!(message, expected, "{command:?}");
+    }
+    for len in [17, 24, 39] {
+        let message = lost_by(Command::RegionRead, Fault::CutAt(len));
+        let expected = "it has closed the connection in the middle of a message";
+        assert_eq!(message, expected);
+    }
+}
+
+#[test]
+fn server_that_does_not_answer_is_given_up_in_time() {
+    for (command, fault) in [
+        (Command::Version, Fault::Silence),
+        (Command::DeviceGetRegionInfo, Fault::StopAt(15)),
+        (Command::RegionRead, Fault::StopAt(0)),
+        (Command::RegionRead, Fault::StopAt(39)),
+        (Command::RegionRead, Fault::Drip),
+        (Command::DmaMap, Fault::Silence),
+        (Command::DeviceSetIrqs, Fault::Silence),
+        (Command::DeviceReset, Fault::Silence),
+    ] {
+        let label = format!("{command:?} {fault:?}");
+        let script = Script::with_fault(command, fault);
+        let message = message_of(script, limits(IMPATIENCE));
+        let expected = format!(
+            "vfio-user server {NAME}: no answer to {} within 300ms",
+            command.name()
+        );
+        assert_eq!(message, expected, "{label}");
+    }
+}
+
+#[test]
+fn reset_has_its_own_limit() {
+    let script = Script::with_fault(Command::DeviceReset, Fault::Drip);
+    let limits = Limits {
+        reset: IMPATIENCE,
+        ..limits(PATIENCE)
+    };
+    let message = message_of(script, limits);
+    assert!(message.ends_with("no answer to DEVICE_RESET within 300ms"));
+}
+
+#[test]
+fn server_that_reads_nothing_is_given_up_in_time() {
+    let (stream, server) = Script::with_fault(Command::RegionWrite, Fault::Silence).start();
+    let function = UserFunction::from_stream(stream, NAME, limits(IMPATIENCE)).unwrap();
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| function.write(RegionIndex::Bar(0), 0, &[0; 8]).unwrap_err());
+        }
+    });
+    assert!(function.lost().is_some());
+    drop(function);
+    server.join().unwrap();
+
+    // One that does not even take what is sent: here nobody holds the other end's messages.
+    let (stream, other) = UnixStream::pair().unwrap();
+    let begin = Instant::now();
+    let connection = super::super::connection::Connection::new(stream, NAME, limits(IMPATIENCE));
+    let connection = connection.unwrap();
+    let error = connection.request(super::super::connection::Request {
+        command: Command::RegionWrite,
+        payload: vec![0; 8 << 20],
+        descriptors: &[],
+        reply_bytes: 16,
+    });
+    let message = error.unwrap_err().to_string();
+    assert!(
+        message.ends_with("REGION_WRITE: it takes no message"),
+        "{message}"
+    );
+    assert!(begin.elapsed() < PATIENCE);
+    drop(other);
+}
+
+#[test]
+fn replies_that_nobody_asked_for_end_the_connection() {
+    let changes: [fn(&mut Header); 4] = [
+        |header| header.id = header.id.wrapping_add(1),
+        |header| header.id = 0xffff,
+        |header| header.command += 1,
+        |header| header.command = 0xffff,
+    ];
+    for change in changes {
+        for command in [Command::Version, Command::RegionRead, Command::DeviceReset] {
+            let message = lost_by(command, Fault::Header(change));
+            assert!(message.ends_with("which was not asked"), "{message}");
+        }
+    }
+    let message = lost_by(Command::DmaMap, Fault::Twice);
+    assert!(message.ends_with("which was not asked"), "{message}");
+    // As requests, these are answered, and the reply stays away.
+    let as_request: fn(&mut Header) = |header| header.flags = 0;
+    let script = Script::with_fault(Command::RegionRead, Fault::Header(as_request));
+    let message = message_of(script, limits(IMPATIENCE));
+    assert!(message.contains("no answer to REGION_READ"), "{message}");
+}
+
+#[test]
+fn messages_of_impossible_lengths_end_the_connection() {
+    let sizes: [fn(&mut Header); 5] = [
+        |header| header.size = 0,
+        |header| header.size = 15,
+        |header| header.size = 41,
+        |header| header.size = 0x4000_0000,
+        |header| header.size = u32::MAX,
+    ];
+    for size in sizes {
+        let message = lost_by(Command::RegionRead, Fault::Header(size));
+        assert!(message.contains("a message's size"), "{message}");
+    }
+    let message = lost_by(Command::Version, Fault::Header(|header| header.flags = 3));
+    assert!(message.contains("a message's type"), "{message}");
+    let http = b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec();
+    for bytes in [http, vec![0; 64], vec![0xff; 64]] {
+        for command in [Command::Version, Command::RegionRead] {
+            lost_by(command, Fault::Raw(bytes.clone()));
+        }
+    }
+    // A short answer is one, and the rest of a long one is no message.
+    for (command, len) in [
+        (Command::DeviceGetInfo, 15),
+        (Command::DeviceGetRegionInfo, 31),
+        (Command::DeviceGetIrqInfo, 0),
+        (Command::RegionRead, 16),
+        (Command::RegionRead, 23),
+        (Command::RegionWrite, 0),
+        (Command::DmaUnmap, 23),
+    ] {
+        let message = lost_by(command, Fault::Payload(vec![0; len]));
+        let expected = format!("its answer to {}: ", command.name());
+        assert!(message.starts_with(&expected), "{message}");
+    }
+    lost_by(Command::DmaMap, Fault::Payload(vec![0; 1]));
+}
+
+#[test]
+fn answers_with_other_content_end_the_connection() {
+    let version = |json: &str| Fault::Payload([b"\0\0\x01\0", json.as_bytes(), b"\0"].concat());
+    let other = |major: u16, minor: u16| {
+        let ours = Version::ours();
+        let version = Version {
+            major,
+            minor,
+            ..ours
+        };
+        Fault::Payload(version.encode())
+    };
+    let device = |change: fn(&mut DeviceInfo)| {
+        let mut info = device_info();
+        change(&mut info);
+        Fault::Payload(info.encode(&[]))
+    };
+    let access = |offset, region, count| {
+        let access = RegionAccess {
+            offset,
+            region,
+            count,
+        };
+        Fault::Payload(access.encode(&[0; 8]))
+    };
+    let irq = |index, count| {
+        let mut info = irq_info(0);
+        (info.index, info.count) = (index, count);
+        Fault::Payload(info.encode(&[]))
+    };
+    let unmapped = |address, size| {
+        let unmap = DmaUnmap {
+            argsz: 24,
+            flags: 0,
+            address,
+            size,
+        };
+        Fault::Payload(unmap.encode(&[]))
+    };
+    let table = [
+        (Command::Version, version("{"), "capabilities are invalid"),
+        (Command::Version, version("[7]"), "capabilities are invalid"),
+        (
+            Command::Version,
+            version(&"[".repeat(4000)),
+            "capabilities are invalid",
+        ),
+        (
+            Command::Version,
+            version(r#"{"capabilities":{"max_msg_fds":0}}"#),
+            "max_msg_fds",
+        ),
+        (Command::Version, other(1, 0), "major version is 0x1"),
+        (Command::Version, other(0, 2), "minor version is 0x2"),
+        (
+            Command::Version,
+            Fault::Payload(vec![0; 3]),
+            "it has 3 bytes",
+        ),
+        (
+            Command::DeviceGetInfo,
+            device(|info| info.flags = 1),
+            "PCI device",
+        ),
+        (
+            Command::DeviceGetInfo,
+            device(|info| info.num_regions = 7),
+            "number of regions",
+        ),
+        (
+            Command::DeviceGetInfo,
+            device(|info| info.num_regions = u32::MAX),
+            "number of regions",
+        ),
+        (
+            Command::DeviceGetInfo,
+            device(|info| info.num_irqs = 257),
+            "interrupt kinds",
+        ),
+        (Command::RegionRead, access(9, 7, 8), "offset is 0x9"),
+        (Command::RegionRead, access(8, 6, 8), "region is 0x6"),
+        (
+            Command::RegionRead,
+            access(8, 7, u32::MAX),
+            "count is 0xffffffff",
+        ),
+        (Command::DeviceGetIrqInfo, irq(1, 0), "number is 0x1"),
+        (Command::DeviceGetIrqInfo, irq(0, 2), "vectors is 0x2"),
+        (
+            Command::DeviceGetIrqInfo,
+            irq(0, u32::MAX),
+            "vectors is 0xffffffff",
+        ),
+        (
+            Command::DmaUnmap,
+            unmapped(0x2000, 0x1000),
+            "address is 0x2000",
+        ),
+    ];
+    for (command, fault, expected) in table {
+        let message = lost_by(command, fault);
+        let prefix = format!("its answer to {}: ", command.name());
+        assert!(message.starts_with(&prefix), "{message}");
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+/// BAR 0 as the server describes it, with these areas.
+fn bar(change: fn(&mut RegionInfo), areas: Option<&[(u64, u64)]>) -> Fault {
+    let mut info = region_info(0);
+    change(&mut info);
+    Fault::Payload(encode_region_info(info, areas))
+}
+
+#[test]
+fn impossible_regions_end_the_connection() {
+    let keep: fn(&mut RegionInfo) = |_| {};
+    let table = [
+        (bar(|info| info.index = 1, None), "number is 0x1"),
+        (bar(|info| info.size = u64::MAX, None), "size is 0xffff"),
+        (bar(|info| info.offset = 1, None), "place in its file"),
+        (
+            bar(|info| info.offset = u64::MAX - 0xfff, None),
+            "place in its file",
+        ),
+        (bar(|info| info.offset = 1 << 62, None), "behind the end"),
+        (bar(|info| info.size = 0x5000, None), "behind the end"),
+        (
+            bar(|info| (info.flags, info.cap_offset) = (15, 1), None),
+            "capability",
+        ),
+        (
+            bar(|info| (info.flags, info.cap_offset) = (15, u32::MAX), None),
+            "capability",
+        ),
+        (bar(keep, Some(&[(0, 0x5000)])), "no pages of it"),
+        (bar(keep, Some(&[(1, 0x1000)])), "no pages of it"),
+        (bar(keep, Some(&[(0, 0x1001)])), "no pages of it"),
+        (
+            bar(keep, Some(&[(u64::MAX - 0xfff, 0x1000)])),
+            "no pages of it",
+        ),
+        (
+            bar(keep, Some(&[(u64::MAX - 0xfff, 0x2000)])),
+            "no pages of it",
+        ),
+        (
+            bar(keep, Some(&[(0x1000, 0x1000), (0, 0x2000)])),
+            "overlaps",
+        ),
+    ];
+    for (fault, expected) in table {
+        let message = lost_by(Command::DeviceGetRegionInfo, fault);
+        assert!(message.starts_with("its answer to DEVICE_GET_REGION_INFO: "));
+        assert!(message.contains(expected), "{message}, not {expected}");
+    }
+    // More areas than are asked for.
+    let mut info = encode_region_info(region_info(0), Some(&[(0, 0x1000)]));
+    info[40..44].copy_from_slice(&u32::MAX.to_ne_bytes());
+    let message = lost_by(Command::DeviceGetRegionInfo, Fault::Payload(info));
+    assert!(message.contains("areas"), "{message}");
+    let mut many = region_info(0);
+    many.argsz = 1 << 20;
+    let many = Fault::Payload(many.encode(&[]));
+    let message = lost_by(Command::DeviceGetRegionInfo, many);
+    assert!(message.contains("capabilities"), "{message}");
+    for size in [0, 63, 4097, u64::MAX] {
+        let mut info = region_info(7);
+        info.size = size;
+        let fault = Fault::Payload(info.encode(&[]));
+        let script = Script {
+            fault: Some((Command::DeviceGetRegionInfo, 7, fault)),
+            ..Script::default()
+        };
+        let message = message_of(script, limits(PATIENCE));
+        assert!(message.contains("the region's size"), "{message}");
+    }
+}
+
+#[test]
+fn only_shared_whole_pages_are_mappable() {
+    let mappable = |fault| {
+        let (stream, server) = Script::with_fault(Command::DeviceGetRegionInfo, fault).start();
+        let function = UserFunction::from_stream(stream, NAME, limits(PATIENCE)).unwrap();
+        let region = function.region(RegionIndex::Bar(0)).unwrap();
+        drop(function);
+        server.join().unwrap();
+        region.mappable
+    };
+    let keep: fn(&mut RegionInfo) = |_| {};
+    assert_eq!(mappable(bar(keep, None)), [(0, BAR_BYTES)]);
+    let areas = [(0x3000, 0x1000), (0x2000, 0), (0, 0x1000)];
+    let expected = [(0, 0x1000), (0x3000, 0x1000)];
+    assert_eq!(mappable(bar(keep, Some(&areas))), expected);
+    assert_eq!(mappable(bar(|info| info.size = 0x123, None)), []);
+    // A descriptor without the flag, and the flag without a descriptor.
+    assert_eq!(mappable(bar(|info| info.flags = 3, None)), []);
+    assert_eq!(mappable(Fault::Descriptors(0)), []);
+}
+
+/// This process's descriptors of a file.
+fn count_descriptors(file: &File) -> usize {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let wanted = identity(file.metadata().unwrap());
+    let open = fs::read_dir("/proc/self/fd").unwrap();
+    // Other tests' come and go meanwhile.
+    let open = open.filter_map(|entry| fs::metadata(entry.ok()?.path()).ok());
+    open.filter(|metadata| identity(metadata.clone()) == wanted)
+        .count()
+}
+
+#[test]
+fn descriptors_that_nobody_wants_are_closed() {
+    let table = [
+        (Command::DeviceGetRegionInfo, 2, true),
+        (Command::DeviceGetRegionInfo, 3, true),
+        (Command::DeviceGetRegionInfo, 200, true),
+        (Command::RegionRead, 2, true),
+        (Command::RegionRead, 1, false),
+    ];
+    for (command, count, is_lost) in table {
+        let (stream, server) = Script::with_fault(command, Fault::Descriptors(count)).start();
+        match whole_life(stream, limits(PATIENCE)) {
+            Ok(()) => assert!(!is_lost, "{command:?} {count}"),
+            Err(error) => {
+                let message = explain(&*error);
+                let expected = "a message came with more descriptors than are allowed";
+                assert!(is_lost && message.ends_with(expected), "{message}");
+            }
+        }
+        let file = server.join().unwrap().bar.unwrap();
+        // The server's own.
+        assert_eq!(count_descriptors(&file), 1, "{command:?} {count}");
+    }
+}
+
+#[test]
+fn refusals_leave_the_connection_usable() {
+    let refused = |command, errno| {
+        let (stream, server) = Script::with_fault(command, Fault::Refuse(errno)).start();
+        let function = UserFunction::from_stream(stream, NAME, limits(PATIENCE)).unwrap();
+        let error = use_all(&function).unwrap_err();
+        assert_eq!(function.lost(), None);
+        // The range that was mapped before is in the way, or is not; both are answers.
+        function.read(RegionIndex::Config, 0, &mut [0; 4]).unwrap();
+        drop(function);
+        server.join().unwrap();
+        explain(&error)
+    };
+    for command in &ASKED[4..] {
+        let message = refused(*command, libc::ENOSPC as u32);
+        let prefix = format!("the vfio-user server refuses {}: ", command.name());
+        assert!(message.starts_with(&prefix), "{message}");
+        assert!(message.contains("No space left on device"), "{message}");
+    }
+    for errno in [0, 4096, u32::MAX] {
+        let message = refused(Command::RegionRead, errno);
+        assert!(message.ends_with("it gives no reason"), "{message}");
+    }
+    let script = Script::with_fault(Command::DeviceGetInfo, Fault::Refuse(13));
+    let message = message_of(script, limits(PATIENCE));
+    let expected = format!(
+        "{NAME}: a vfio-user server that is of no use: the vfio-user server refuses \
+         DEVICE_GET_INFO: Permission denied (os error 13)"
+    );
+    assert_eq!(message, expected);
+}
+
+#[test]
+fn all_threads_hear_of_a_loss() {
+    let script = Script {
+        fault: Some((Command::RegionRead, 100, Fault::Silence)),
+        ..Script::default()
+    };
+    let (stream, server) = script.start();
+    let function = UserFunction::from_stream(stream, NAME, limits(IMPATIENCE)).unwrap();
+    let begin = Instant::now();
+    let barrier = Barrier::new(8);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                barrier.wait();
+                let error = loop {
+                    if let Err(error) = function.read(RegionIndex::Config, 0, &mut [0; 4]) {
+                        break error;
+                    }
+                };
+                assert!(error.to_string().contains("no answer to REGION_READ"));
+            });
+        }
+    });
+    assert!(begin.elapsed() < PATIENCE);
+    drop(function);
+    server.join().unwrap();
+}

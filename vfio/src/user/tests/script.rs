@@ -1,0 +1,269 @@
+//! A vfio-user server, written out by hand, that does one thing wrong.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::super::protocol::{
+    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, Header, IRQ_EVENTFD, IrqInfo,
+    MAX_MESSAGE_BYTES, Payload, REGION_MAPS, REGION_READS, REGION_WRITES, RegionAccess, RegionInfo,
+    Version, encode_region_info,
+};
+use super::super::wire;
+use crate::testing::shared_page;
+
+const DRIP_INTERVAL: Duration = Duration::from_millis(20);
+/// Of BAR 0, all of which can be mapped, and of the file behind it.
+pub(super) const BAR_BYTES: u64 = 0x4000;
+/// Of MSI-X.
+pub(super) const VECTORS: u32 = 4;
+
+/// What the server does instead of answering.
+#[derive(Clone, Debug)]
+pub(super) enum Fault {
+    /// Closes the connection.
+    Close,
+    /// Says nothing more.
+    Silence,
+    /// Sends so many bytes of its answer and closes the connection.
+    CutAt(usize),
+    /// Sends so many bytes of its answer and no more.
+    StopAt(usize),
+    /// Answers one byte at a time, never the last.
+    Drip,
+    /// Sends these bytes.
+    Raw(Vec<u8>),
+    /// Sends the answer with another header.
+    Header(fn(&mut Header)),
+    /// Sends the answer with another payload, in a header that fits it.
+    Payload(Vec<u8>),
+    /// Sends the answer with so many descriptors.
+    Descriptors(usize),
+    /// Answers twice.
+    Twice,
+    /// Refuses with this number.
+    Refuse(u32),
+}
+
+/// What the server does wrong, and what it asks.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Script {
+    /// At which request, counted from zero among those of its command.
+    pub(super) fault: Option<(Command, usize, Fault)>,
+    /// Sent before the answer to each of these commands: a request of the server's own.
+    pub(super) asks: Vec<(Command, Vec<u8>)>,
+    /// Whether it waits for the answers before it gives its own.
+    pub(super) waits: bool,
+}
+
+/// What the server has seen.
+#[derive(Default)]
+pub(super) struct Seen {
+    pub(super) requests: Vec<Command>,
+    /// Answers to its own requests.
+    pub(super) replies: Vec<(Header, Vec<u8>)>,
+    /// What its descriptors lead to.
+    pub(super) bar: Option<File>,
+}
+
+struct Server {
+    script: Script,
+    stream: UnixStream,
+    bar: File,
+    seen: Seen,
+}
+
+impl Script {
+    pub(super) fn with_fault(command: Command, fault: Fault) -> Self {
+        Self {
+            fault: Some((command, 0, fault)),
+            ..Self::default()
+        }
+    }
+
+    /// A connection to a server that follows the script, and what it will have seen.
+    pub(super) fn start(self) -> (UnixStream, JoinHandle<Seen>) {
+        let (ours, stream) = UnixStream::pair().unwrap();
+        let (bar, _) = shared_page().unwrap();
+        bar.set_len(BAR_BYTES).unwrap();
+        let mut server = Server {
+            script: self,
+            stream,
+            bar,
+            seen: Seen::default(),
+        };
+        let thread = thread::spawn(move || {
+            // The connection's end is how every script ends.
+            let _ = server.serve();
+            Seen {
+                bar: Some(server.bar),
+                ..server.seen
+            }
+        });
+        (ours, thread)
+    }
+}
+
+fn ended<T>() -> io::Result<T> {
+    Err(io::ErrorKind::ConnectionAborted.into())
+}
+
+impl Server {
+    fn read(&mut self) -> io::Result<(Header, Vec<u8>)> {
+        let Some((header, _)) = wire::receive_header(&self.stream)? else {
+            return ended();
+        };
+        let len = header.payload_bytes(MAX_MESSAGE_BYTES).unwrap();
+        Ok((header, wire::receive_payload(&self.stream, len)?))
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            let (header, payload) = self.read()?;
+            if header.is_reply() {
+                self.seen.replies.push((header, payload));
+                continue;
+            }
+            let command = Command::from_number(header.command).unwrap();
+            let earlier = self.seen.requests.iter();
+            let earlier = earlier.filter(|earlier| **earlier == command).count();
+            self.seen.requests.push(command);
+            self.ask(command)?;
+            let (answer, maps) = self.answer(command, &payload);
+            match self.script.fault.clone() {
+                Some((at, count, fault)) if (at, count) == (command, earlier) => {
+                    self.strike(fault, &header, &answer)?;
+                }
+                _ => self.send(&header.reply(answer.len()), &answer, usize::from(maps))?,
+            }
+        }
+    }
+
+    fn ask(&mut self, command: Command) -> io::Result<()> {
+        for (at, message) in self.script.asks.clone() {
+            if at != command {
+                continue;
+            }
+            self.stream.write_all(&message)?;
+            if self.script.waits {
+                let reply = self.read()?;
+                assert!(reply.0.is_reply());
+                self.seen.replies.push(reply);
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, header: &Header, payload: &[u8], descriptors: usize) -> io::Result<()> {
+        let descriptors = vec![self.bar.as_raw_fd(); descriptors];
+        let message = header.encode(payload);
+        let until = Instant::now() + Duration::from_secs(60);
+        wire::send(&self.stream, &message, &descriptors, until)
+    }
+
+    /// The payload that a sound server answers with, and whether a descriptor comes along.
+    fn answer(&self, command: Command, payload: &[u8]) -> (Vec<u8>, bool) {
+        match command {
+            Command::Version => (Version::ours().encode(), false),
+            Command::DeviceGetInfo => (device_info().encode(&[]), false),
+            Command::DeviceGetRegionInfo => {
+                let (asked, _) = RegionInfo::decode(payload).unwrap();
+                let info = region_info(asked.index);
+                (
+                    encode_region_info(info, None),
+                    info.flags & REGION_MAPS != 0,
+                )
+            }
+            Command::DeviceGetIrqInfo => {
+                let (asked, _) = IrqInfo::decode(payload).unwrap();
+                (irq_info(asked.index).encode(&[]), false)
+            }
+            Command::RegionRead => {
+                let (asked, _) = RegionAccess::decode(payload).unwrap();
+                (asked.encode(&vec![0x5a; asked.count as usize]), false)
+            }
+            Command::RegionWrite => (payload[..16].to_vec(), false),
+            Command::DmaUnmap => (payload.to_vec(), false),
+            _ => (Vec::new(), false),
+        }
+    }
+
+    /// Fails at the end of the connection; a server that goes on returns.
+    fn strike(&mut self, fault: Fault, request: &Header, answer: &[u8]) -> io::Result<()> {
+        let mut header = request.reply(answer.len());
+        let good = header.encode(answer);
+        match fault {
+            Fault::Close => return ended(),
+            Fault::Silence => {}
+            Fault::CutAt(len) => {
+                self.stream.write_all(&good[..len])?;
+                return ended();
+            }
+            Fault::StopAt(len) => self.stream.write_all(&good[..len])?,
+            Fault::Drip => {
+                for byte in &good[..good.len() - 1] {
+                    self.stream.write_all(&[*byte])?;
+                    thread::sleep(DRIP_INTERVAL);
+                }
+            }
+            Fault::Raw(bytes) => self.stream.write_all(&bytes)?,
+            Fault::Header(change) => {
+                change(&mut header);
+                return self.send(&header, answer, 0);
+            }
+            Fault::Payload(payload) => {
+                return self.send(&request.reply(payload.len()), &payload, 1);
+            }
+            Fault::Descriptors(count) => return self.send(&header, answer, count),
+            Fault::Twice => {
+                self.send(&header, answer, 0)?;
+                return self.send(&header, answer, 0);
+            }
+            Fault::Refuse(errno) => {
+                let mut refusal = request.refusal(0);
+                refusal.error = errno;
+                return self.send(&refusal, &[], 0);
+            }
+        }
+        // Nothing more is answered until the other side has had enough.
+        io::copy(&mut self.stream, &mut io::sink())?;
+        ended()
+    }
+}
+
+pub(super) fn device_info() -> DeviceInfo {
+    DeviceInfo {
+        argsz: 16,
+        flags: DEVICE_IS_PCI | DEVICE_RESETS,
+        num_regions: 9,
+        num_irqs: 5,
+    }
+}
+
+pub(super) fn region_info(index: u32) -> RegionInfo {
+    let (size, flags) = match index {
+        0 => (BAR_BYTES, REGION_READS | REGION_WRITES | REGION_MAPS),
+        7 => (256, REGION_READS | REGION_WRITES),
+        _ => (0, 0),
+    };
+    RegionInfo {
+        argsz: 32,
+        flags,
+        index,
+        cap_offset: 0,
+        size,
+        offset: 0,
+    }
+}
+
+pub(super) fn irq_info(index: u32) -> IrqInfo {
+    IrqInfo {
+        argsz: 16,
+        flags: IRQ_EVENTFD,
+        index,
+        count: if index == 2 { VECTORS } else { 0 },
+    }
+}
