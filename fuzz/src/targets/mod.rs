@@ -14,6 +14,7 @@ pub mod qcow2;
 pub mod restore;
 pub mod serial;
 pub mod snapshot;
+pub mod vfio_user;
 pub mod vhost_user;
 pub mod virtio_balloon;
 pub mod virtio_block;

@@ -12,10 +12,12 @@
 //! | `wire` | messages over a socket, with descriptors |
 //! | `connection` | requests of many threads, replies and the server's own requests |
 //! | `offer` | what a server says of its device, checked |
+//! | `dma` | what is mapped for a server |
 //! | `memory` | what a server reads and writes of guest memory by message |
 //! | `function` | [`UserFunction`], the backend |
 
 mod connection;
+mod dma;
 mod function;
 mod memory;
 mod offer;
