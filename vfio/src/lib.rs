@@ -4,6 +4,8 @@
 //! virtualized PCI function over a backend, and VFIO migration.
 //! Not here yet: the vfio-user client, the
 //! virtualized PCI function over a backend, VFIO migration, and making and claiming GPU partitions.
+//! Not here yet: the kernel's backend (`vfio-ioctls`, iommufd), the virtualized PCI function over a
+//! backend, VFIO migration, and making and claiming GPU partitions.
 //! Here are the port that they share, [`VfioBackend`], the book-keeping of what a device may reach by
 //! DMA, and what GPUs a host has, with their partitions and who has which.
 //! Not here yet: the vfio-user client, the virtualized PCI function over a backend, VFIO migration,
@@ -22,6 +24,7 @@
 //! | [`kernel`] | functions that the kernel's VFIO opens |
 //! | [`dma`] | I/O virtual addresses and what is mapped there |
 //! | [`bdf`] | addresses of PCI functions |
+//! | [`user`] | functions that other processes serve over vfio-user |
 //! | [`gpu`] | a host's GPUs and their partitions |
 
 pub mod backend;
