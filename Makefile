@@ -10,7 +10,7 @@ MIGRATIONS ?= 100
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-kvm test-migrate-long test-lab test-fuzz bench bench-migrate fuzz \
+.PHONY: help deps build demo demo-gpu test test-unit test-kvm test-migrate-long test-lab test-fuzz bench bench-migrate fuzz \
         lint deny doc openapi ci install
 
 help: ## List the commands
@@ -29,11 +29,15 @@ build: deps-build ## Build the drover binary, target/release/drover
 demo: build ## Boot the built-in guest and move it to a second process, live
 	target/release/drover demo
 
+demo-gpu: build ## Divide a model GPU, give the parts to a VM and have them compute
+	$(CARGO) build --locked --package tests --bins
+	target/debug/demo_gpu
+
 test: deps lint deny test-unit test-kvm test-lab test-fuzz doc ## Set up everything and run all tests
 
 test-unit: ## Tests that need no KVM
 	$(CARGO) test --workspace --locked --exclude tests
-	$(CARGO) test --locked --package tests --lib --test architecture
+	$(CARGO) test --locked --package tests --lib --test architecture --test model_gpu
 
 test-kvm: build ## Tests on this machine's /dev/kvm
 	$(CARGO) build --locked --package vmm --examples

@@ -15,7 +15,7 @@
 //! - What it says: [`follower`], [`report`].
 //! - What is seen from outside: [`proc`] (memory, threads, descriptors), [`ram`] (the guest's memory).
 //! - Kernels: [`elf`], [`bzimage`], [`probe`].
-//! - Disks and networks: [`image`], [`vhost_user`], [`netns`].
+//! - Disks, networks and GPUs: [`image`], [`vhost_user`], [`netns`], [`model_gpu`].
 //! - Checkers: [`json_schema`], [`metrics`].
 //! - Processes and terminals: [`process`], [`pty`].
 
@@ -31,6 +31,7 @@ pub mod ground;
 pub mod image;
 pub mod json_schema;
 pub mod metrics;
+pub mod model_gpu;
 pub mod moving;
 pub mod netns;
 pub mod probe;

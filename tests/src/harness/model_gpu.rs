@@ -1,0 +1,98 @@
+//! The model GPU as a process of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use super::follower::Follower;
+use super::process::die_with_parent;
+
+/// How long it may take to start.
+const START: Duration = Duration::from_secs(20);
+
+/// Where the GPU of [`ModelGpu::tree`] is.
+pub const GPU: &str = "0000:c1:00.0";
+
+/// A running process; it ends with this.
+#[derive(Debug)]
+pub struct ModelGpu {
+    child: Child,
+    place: PathBuf,
+}
+
+impl ModelGpu {
+    /// One virtual function on a socket, with video memory like `64M`.
+    ///
+    /// # Errors
+    /// When the process is not built, or does not become ready.
+    pub fn socket(path: &Path, vram: &str) -> anyhow::Result<Self> {
+        Self::start("--socket", path, &["--vram", vram])
+    }
+
+    /// A GPU of up to four partitions at [`GPU`], with a copy of `/sys` in a folder.
+    ///
+    /// # Errors
+    /// As [`ModelGpu::socket`].
+    pub fn tree(root: &Path, vram: &str) -> anyhow::Result<Self> {
+        Self::start("--root", root, &["--vram", vram])
+    }
+
+    fn start(option: &str, place: &Path, more: &[&str]) -> anyhow::Result<Self> {
+        let program = program()?;
+        let mut command = Command::new(&program);
+        command.arg(option).arg(place).args(more);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        die_with_parent(&mut command, libc::SIGKILL);
+        let child = command.spawn();
+        let child = child.with_context(|| format!("cannot start {}", program.display()))?;
+        // From here on, it ends with this.
+        let mut model = Self {
+            child,
+            place: place.to_owned(),
+        };
+        let output = model.child.stdout.take().context("piped")?;
+        let mut output = Follower::follow(output);
+        output.wait_for("model-gpu: ", START)?;
+        Ok(model)
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The socket of a virtual function of a tree, such as `0000:c1:00.1`.
+    ///
+    /// # Errors
+    /// When there is no such function.
+    pub fn vf_socket(&self, address: &str) -> anyhow::Result<PathBuf> {
+        let devices = self.place.join("bus/pci/devices");
+        let file = devices.join(address).join("vfio_user_socket");
+        let text = fs::read_to_string(&file);
+        let text = text.with_context(|| format!("cannot read {}", file.display()))?;
+        Ok(text.trim_end().into())
+    }
+}
+
+impl Drop for ModelGpu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The program, built with whatever asks for it.
+fn program() -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe().context("the test's own path is unknown")?;
+    // Beside a program; tests are one folder further down.
+    let folders = own.ancestors().skip(1).take(2);
+    let mut paths = folders.map(|folder| folder.join("model_gpu"));
+    match paths.find(|path| path.is_file()) {
+        Some(path) => Ok(path),
+        None => bail!("model_gpu is missing: run `cargo build -p tests --bins`"),
+    }
+}
