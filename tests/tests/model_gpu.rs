@@ -13,7 +13,9 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 fn id(client: &mut Client) -> u32 {
     let mut bytes = [0; 4];
-    client.region_read(0, registers::ID, &mut bytes).unwrap();
+    client
+        .region_read(0, registers::ID, &mut bytes)
+        .expect("the device answers");
     u32::from_le_bytes(bytes)
 }
 
