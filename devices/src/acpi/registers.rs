@@ -314,7 +314,7 @@ mod tests {
         let (acpi, requests, _line) = registers();
         acpi.set_removable(4);
         acpi.write(PCI_EJECT_OFFSET, &[0xff]);
-        assert_eq!(requests.ejected(), []);
+        assert_eq!(requests.ejected(), [0_u32; 0]);
         for _ in 0..2 {
             acpi.write(PCI_EJECT_OFFSET, &u32::MAX.to_le_bytes());
         }
