@@ -16,7 +16,7 @@ use vmm::migrate::{EncodingChoice, OnTimeout};
 
 use crate::device::DeviceArgs;
 use crate::gpu::GpuArgs;
-use crate::values::{self, Bandwidth, Streams};
+use crate::values::{self, Bandwidth, Gpus, Streams};
 
 /// Exit codes of `drover run`, also shown by `drover run --help`.
 const EXIT_CODES: &str = "Exit codes:
@@ -185,6 +185,9 @@ pub(crate) struct RunArgs {
     /// Assigned device: vfio=BDF|UUID[,iommufd=on|off] of the host, or vfio-user=SOCKET of another process[,id=].
     #[arg(long, value_name = "LIST", value_parser = values::device)]
     pub(crate) device: Vec<DeviceConfig>,
+    /// GPU, or a part of one, whichever is free: auto[,count=N][,type=NAME|ID|whole][,vram=>=SIZE][,id=], or pci=BDF[,...].
+    #[arg(long, value_name = "LIST", value_parser = values::gpus)]
+    pub(crate) gpu: Vec<Gpus>,
     /// When the guest powers off [default: exit].
     #[arg(long, value_name = "ACTION", value_parser = values::reaction())]
     pub(crate) on_poweroff: Option<OnGuestEnd>,

@@ -9,7 +9,7 @@ use vmm::machine::{LaunchError, LaunchOptions, ResourceError, VmHandle};
 
 use crate::args::RunArgs;
 use crate::ending::ended;
-use crate::values::Usage;
+use crate::values::{Gpus, Usage};
 
 pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
     let mut config = match &args.config {
@@ -39,6 +39,8 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
 }
 
 fn overrides(args: RunArgs, file: &LifecycleConfig) -> Overrides {
+    let gpus = args.gpu.iter().flat_map(|Gpus(gpus)| gpus.clone());
+    let device = args.device.iter().cloned().chain(gpus).collect();
     Overrides {
         lifecycle: lifecycle(&args, file),
         name: args.name,
@@ -56,7 +58,7 @@ fn overrides(args: RunArgs, file: &LifecycleConfig) -> Overrides {
         balloon: args.balloon,
         vsock: args.vsock,
         fs: args.fs,
-        device: args.device,
+        device,
     }
 }
 

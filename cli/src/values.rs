@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use vmm::config::{
     BalloonConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig, LinkRate, MemoryConfig,
-    NetConfig, OnGuestEnd, RngConfig, VsockConfig, from_key_values,
+    NetConfig, OnGuestEnd, RngConfig, VsockConfig, from_key_values, gpus_from_key_values,
 };
 use vmm::host::link::LinkUrl;
 use vmm::migrate::{EncodingChoice, MAX_STREAMS, OnTimeout};
@@ -170,6 +170,15 @@ pub(crate) fn fs(text: &str) -> Result<FsConfig, String> {
 /// `--device`.
 pub(crate) fn device(text: &str) -> Result<DeviceConfig, String> {
     list(text, None)
+}
+
+/// The devices that one `--gpu` stands for.
+#[derive(Clone, Debug)]
+pub(crate) struct Gpus(pub(crate) Vec<DeviceConfig>);
+
+/// `--gpu`.
+pub(crate) fn gpus(text: &str) -> Result<Gpus, String> {
+    gpus_from_key_values(text).map(Gpus)
 }
 
 /// `--disk` of a VM that comes.

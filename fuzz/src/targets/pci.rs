@@ -4,9 +4,8 @@ use std::sync::Arc;
 
 use devices::bus::Bus;
 use devices::pci::{
-    BarMapping,
-    BarChange, BarKind, BarLocation, BarSpec, BarWindows, ConfigSpace, Doorbell, FunctionIdentity,
-    PciFunction, PciRoot, Window,
+    BarChange, BarKind, BarLocation, BarMapping, BarSpec, BarWindows, ConfigSpace, Doorbell,
+    FunctionIdentity, PciFunction, PciRoot, Window,
 };
 use devices::testing::{FakeDoorbells, fake_hooks};
 use std::sync::Mutex;
@@ -90,8 +89,12 @@ impl Machine {
         let memory = Arc::new(Bus::new("memory"));
         let io = Arc::new(Bus::new("io"));
         let doorbells = Arc::new(FakeDoorbells::default());
-        let root = PciRoot::new(WINDOWS, memory.clone(), io.clone(),
-            fake_hooks(&doorbells, &Arc::default()));
+        let root = PciRoot::new(
+            WINDOWS,
+            memory.clone(),
+            io.clone(),
+            fake_hooks(&doorbells, &Arc::default()),
+        );
         let functions: Vec<_> = (0..4)
             .map(|number| Arc::new(Function::new(number)))
             .collect();

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -85,7 +87,10 @@ fn use_function(stream: UnixStream) {
     let result = exchange(&function, &memory);
     if let Err(BackendError::Server(reason)) = result {
         assert_eq!(function.lost(), Some(reason));
-        assert!(function.lost_event().read().is_ok());
+        let heard = Arc::new(AtomicBool::new(false));
+        let hears = Arc::clone(&heard);
+        function.on_loss(Box::new(move |_| hears.store(true, Ordering::SeqCst)));
+        assert!(heard.load(Ordering::SeqCst));
         let again = function.read(RegionIndex::Config, 0, &mut [0]);
         assert!(matches!(again, Err(BackendError::Server(_))));
     }

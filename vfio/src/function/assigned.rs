@@ -1,5 +1,6 @@
 //! An assigned function as the PCI root and the machine see it.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use devices::interrupt::{InterruptError, MsiRouter};
@@ -54,6 +55,8 @@ pub struct AssignedFunction {
     mapped: Vec<Mapped>,
     msix: Option<MsixPlace>,
     inner: Mutex<Inner>,
+    /// Given up last, when the device is closed.
+    _held: Option<Box<dyn Any + Send + Sync>>,
 }
 
 struct Inner {
@@ -94,9 +97,17 @@ impl AssignedFunction {
                 config,
             }),
             backend,
+            _held: None,
         };
         function.write_command(&function.lock())?;
         Ok(function)
+    }
+
+    /// Keeps `held` until the device is closed: a claim, say.
+    #[must_use]
+    pub fn holding(mut self, held: Box<dyn Any + Send + Sync>) -> Self {
+        self._held = Some(held);
+        self
     }
 
     /// What the device may reach of guest memory.

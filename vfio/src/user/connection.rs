@@ -16,7 +16,6 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use vmm_sys_util::eventfd::EventFd;
 
 pub use super::memory::DmaWriteHook;
 use super::memory::ServedMemory;
@@ -26,6 +25,9 @@ use super::protocol::{
 };
 use super::wire;
 use crate::backend::BackendError;
+
+/// Who hears once why a server is lost; on any thread, which it must not keep.
+pub type LossHook = Box<dyn FnOnce(&str) + Send>;
 
 /// How long a server may take.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +67,7 @@ pub(super) struct Reply {
     pub(super) file: Option<File>,
 }
 
-/// The connection. Its locks are taken in this order: `writer`, `state`.
+/// The connection. Its locks are taken in this order: `writer`, `state`; `on_loss` alone.
 pub(super) struct Connection {
     /// The socket's, for messages.
     name: String,
@@ -74,7 +76,7 @@ pub(super) struct Connection {
     /// Held while a message goes out.
     writer: Mutex<()>,
     state: Mutex<State>,
-    lost: EventFd,
+    on_loss: Mutex<Option<LossHook>>,
     memory: ServedMemory,
     has_refused_dma: AtomicBool,
 }
@@ -111,7 +113,7 @@ impl Connection {
             limits,
             writer: Mutex::new(()),
             state: Mutex::default(),
-            lost: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            on_loss: Mutex::default(),
             memory: ServedMemory::default(),
             has_refused_dma: AtomicBool::new(false),
         })
@@ -121,8 +123,19 @@ impl Connection {
         &self.memory
     }
 
-    pub(super) fn lost_event(&self) -> &EventFd {
-        &self.lost
+    /// Calls `hear` when the connection is lost, at once if it is.
+    pub(super) fn on_loss(&self, hear: LossHook) {
+        *self.on_loss.lock() = Some(hear);
+        if let Some(lost) = self.lost() {
+            self.tell(&lost);
+        }
+    }
+
+    fn tell(&self, lost: &str) {
+        let hear = self.on_loss.lock().take();
+        if let Some(hear) = hear {
+            hear(lost);
+        }
     }
 
     /// Why the connection is of no use any more.
@@ -215,14 +228,16 @@ impl Connection {
             .get_or_insert_with(|| format!("vfio-user server {}: {what}", self.name));
         let lost = lost.clone();
         if is_first {
-            // They fail only when the server has closed it, and at the counter's end.
+            // It fails only when the server has closed it.
             let _ = self.stream.shutdown(Shutdown::Both);
-            let _ = self.lost.write(1);
             log::warn!("{lost}");
         }
         // Who waits hears of it by the sender's end.
         state.pending.clear();
         drop(state);
+        if is_first {
+            self.tell(&lost);
+        }
         BackendError::Server(lost)
     }
 

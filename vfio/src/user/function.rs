@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use socket2::{Domain, SockAddr, Socket, Type};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::connection::{Connection, DmaWriteHook, Limits, Request};
+use super::connection::{Connection, DmaWriteHook, Limits, LossHook, Request};
 use super::dma::UserDma;
 use super::offer::{Offer, OfferedRegion, ask, irq_number, region_number, structure_bytes};
 use super::protocol::{
@@ -140,10 +140,9 @@ impl UserFunction {
         self.connection.lost()
     }
 
-    /// Becomes readable when the server is lost.
-    #[must_use]
-    pub fn lost_event(&self) -> &EventFd {
-        self.connection.lost_event()
+    /// Calls `hear` when the server is lost, at once if it is.
+    pub fn on_loss(&self, hear: LossHook) {
+        self.connection.on_loss(hear);
     }
 
     /// Whom to tell of guest memory that the server writes by message rather than by mapping it:

@@ -27,5 +27,5 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-pub use connection::{DmaWriteHook, Limits};
+pub use connection::{DmaWriteHook, Limits, LossHook};
 pub use function::{ConnectError, UserFunction};

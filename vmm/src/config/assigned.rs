@@ -7,9 +7,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use vfio::Bdf;
 
+use super::keyvalue::from_key_values;
 use super::schema::text_schema;
+use super::size::{ByteSize, InvalidSize};
 
-/// An assigned device: exactly one of `vfio` and `vfio-user`.
+/// An assigned device: exactly one of `vfio`, `vfio-user` and `gpu`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DeviceConfig {
@@ -23,10 +25,106 @@ pub struct DeviceConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub vfio_user: Option<PathBuf>,
+    /// A part of a GPU, or a GPU, whichever is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuConfig>,
     /// Whether the kernel's iommufd is used, or its older groups and containers; when absent,
     /// what the host has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommufd: Option<bool>,
+}
+
+/// What is asked of a GPU, or of a part of one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct GpuConfig {
+    /// Of this GPU, or this virtual function and no other; of the least loaded GPU when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub pci: Option<Bdf>,
+    /// Its type, by name or number; `whole` for all of a GPU.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+    /// The least video memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vram: Option<AtLeast>,
+    /// A copy of a host's /sys to look in; for models of GPUs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub sysfs_root: Option<PathBuf>,
+}
+
+/// A size that is the least wanted: `>=4G`, or `4G`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct AtLeast(pub ByteSize);
+
+text_schema!(AtLeast, ">=4G");
+
+impl TryFrom<String> for AtLeast {
+    type Error = InvalidSize;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let size = text.strip_prefix(">=").unwrap_or(&text);
+        size.parse().map(Self)
+    }
+}
+
+impl From<AtLeast> for String {
+    fn from(AtLeast(size): AtLeast) -> Self {
+        format!(">={size}")
+    }
+}
+
+/// `--gpu`: how many devices of one kind.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct GpuList {
+    #[serde(default)]
+    auto: bool,
+    #[serde(default)]
+    count: Option<u32>,
+    #[serde(default)]
+    id: Option<String>,
+    pci: Option<Bdf>,
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    vram: Option<AtLeast>,
+    sysfs_root: Option<PathBuf>,
+    iommufd: Option<bool>,
+}
+
+/// Reads `auto[,count=][,type=][,vram=>=SIZE]` or `pci=BDF[,...]` into that many devices.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn gpus_from_key_values(text: &str) -> Result<Vec<DeviceConfig>, String> {
+    let list: GpuList = from_key_values(text, None).map_err(|error| error.to_string())?;
+    if list.auto == list.pci.is_some() {
+        return Err("expected auto or pci=BDF".to_owned());
+    }
+    let count = list.count.unwrap_or(1);
+    if !(1..=16).contains(&count) {
+        return Err(format!("count is {count}, expected 1 to 16"));
+    }
+    let id = |number| match (&list.id, count) {
+        (Some(id), 1) => Some(id.clone()),
+        (Some(id), _) => Some(format!("{id}-{number}")),
+        (None, _) => None,
+    };
+    let gpu = GpuConfig {
+        pci: list.pci,
+        kind: list.kind.clone(),
+        vram: list.vram,
+        sysfs_root: list.sysfs_root.clone(),
+    };
+    let device = |number| DeviceConfig {
+        id: id(number),
+        gpu: Some(gpu.clone()),
+        iommufd: list.iommufd,
+        ..DeviceConfig::default()
+    };
+    Ok((0..count).map(device).collect())
 }
 
 /// A device of the host's, as VFIO knows it.
@@ -117,6 +215,31 @@ mod tests {
         );
         for bad in ["", "../../etc", "83b8f4f2-509f-382f-3c1e", "41:00.8"] {
             assert!(bad.parse::<HostDevice>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn gpus_are_read_from_a_list() {
+        let gpus = gpus_from_key_values("auto,count=2,type=A10-6Q,vram=>=4G,id=g").unwrap();
+        let ids: Vec<_> = gpus.iter().map(|gpu| gpu.id.as_deref().unwrap()).collect();
+        assert_eq!(ids, ["g-0", "g-1"]);
+        let gpu = gpus[1].gpu.clone().unwrap();
+        assert_eq!(gpu.kind.as_deref(), Some("A10-6Q"));
+        assert_eq!(gpu.vram, Some(AtLeast(ByteSize(4 << 30))));
+        let one = gpus_from_key_values("pci=41:00.0").unwrap();
+        assert_eq!(
+            one[0].gpu.clone().unwrap().pci,
+            Some("41:00.0".parse().unwrap())
+        );
+        for bad in [
+            "",
+            "count=2",
+            "auto,pci=41:00.0",
+            "auto,count=0",
+            "auto,count=17",
+            "auto,x=1",
+        ] {
+            assert!(gpus_from_key_values(bad).is_err(), "{bad}");
         }
     }
 

@@ -21,7 +21,9 @@ mod target;
 mod validate;
 mod vm;
 
-pub use assigned::{DeviceConfig, HostDevice, InvalidHostDevice};
+pub use assigned::{
+    AtLeast, DeviceConfig, GpuConfig, HostDevice, InvalidHostDevice, gpus_from_key_values,
+};
 pub use cpus::{CpuModel, CpusConfig};
 pub use devices::{BalloonConfig, ConsoleConfig, FsConfig, RngConfig, VsockConfig};
 pub use disk::{DiskAio, DiskConfig, DiskFormat};

@@ -212,10 +212,12 @@ impl VmConfig {
 
     /// Devices of the host's keep all memory where it is: none can be taken out of the guest.
     fn validate_pinned(&self) -> Result<(), ConfigError> {
-        let pinning = self.device.iter().find_map(|device| device.vfio.as_ref());
+        let pins = |device: &DeviceConfig| device.vfio.is_some() || device.gpu.is_some();
+        let pinning = self.device.iter().position(pins);
         match (pinning, &self.balloon) {
-            (Some(device), Some(_)) => {
-                let why = format!("assigned device {device} needs all of the guest's memory");
+            (Some(index), Some(_)) => {
+                let why =
+                    format!("device[{index}] is assigned and needs all of the guest's memory");
                 Err(ConfigError::invalid("balloon", "on", why))
             }
             _ => Ok(()),
@@ -478,22 +480,21 @@ impl FsConfig {
 
 impl DeviceConfig {
     fn validate(&self, at: &str) -> Result<(), ConfigError> {
-        match (&self.vfio, &self.vfio_user) {
-            (Some(_), None) => Ok(()),
-            (None, Some(_)) if self.iommufd.is_none() => Ok(()),
-            (None, Some(_)) => {
+        let given = [
+            self.vfio.is_some(),
+            self.vfio_user.is_some(),
+            self.gpu.is_some(),
+        ];
+        let why = match given.into_iter().filter(|given| *given).count() {
+            0 => "expected vfio=BDF, vfio=UUID, vfio-user=SOCKET or a GPU",
+            1 if self.iommufd.is_some() && self.vfio_user.is_some() => {
                 let why = "it is for devices of the kernel's, with vfio=";
-                Err(ConfigError::invalid(format!("{at}.iommufd"), "given", why))
+                return Err(ConfigError::invalid(format!("{at}.iommufd"), "given", why));
             }
-            (Some(device), Some(_)) => {
-                let why = "give either vfio= or vfio-user=";
-                Err(ConfigError::invalid(format!("{at}.vfio"), device, why))
-            }
-            (None, None) => {
-                let why = "expected vfio=BDF, vfio=UUID or vfio-user=SOCKET";
-                Err(ConfigError::invalid(at, "without a device", why))
-            }
-        }
+            1 => return Ok(()),
+            _ => "give only one of vfio, vfio-user and gpu",
+        };
+        Err(ConfigError::invalid(at, "of no one kind", why))
     }
 }
 

@@ -32,9 +32,11 @@ mod throttle;
 mod tsc;
 mod vcpu;
 mod vcpu_state;
+mod vfio;
 mod vm;
 mod writers;
 
+pub use self::vfio::KvmVfio;
 pub use clock::{CLOCK_FORMAT, ClockState};
 pub use dirty_log::DirtyLog;
 pub use doorbell::KvmDoorbells;

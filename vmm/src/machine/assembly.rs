@@ -12,9 +12,9 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Cap;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::assigned::{AssignError, Assigned};
+use super::assigned::{AssignError, Opener};
 use super::board::Board;
-use super::hotplug::{Opened, removable_slots};
+use super::hotplug::removable_slots;
 use super::notices::Notices;
 use super::peripherals::ConsoleEnds;
 use super::placement::Placement;
@@ -88,7 +88,7 @@ pub enum BuildError {
         id: DeviceId,
         /// Why not.
         #[source]
-        source: AssignError,
+        source: Box<AssignError>,
     },
     /// The memory balloon.
     #[error(transparent)]
@@ -177,6 +177,8 @@ impl Machine {
         }
         let balloon = board.add_balloon(config, &memory, notices)?;
         let slots = removable_slots(&board.pci);
+        let router = Arc::clone(&board.router);
+        let opener = Opener::new(config.name.clone(), &vm, router, notices.clone());
 
         let (vcpus, cpuid) = create_vcpus(&system, &vm, topology, (config, &origin), &supported)?;
         let tsc_khz = vcpus.first().and_then(Vcpu::tsc_khz);
@@ -206,7 +208,7 @@ impl Machine {
             acpi,
             loading: None,
             pci: board.pci,
-            router: board.router,
+            opener,
             slots,
             gate: Arc::clone(notices.gate()),
             vm,
@@ -223,20 +225,20 @@ impl Machine {
             announce_due: false,
             has_run: false,
         };
-        machine.plug_assigned(resources.peripherals.assigned)?;
+        machine.plug_assigned(config)?;
         Ok(machine)
     }
 
     /// Devices that are there from the start, and may go.
-    fn plug_assigned(&mut self, assigned: Vec<Assigned>) -> Result<(), BuildError> {
-        for device in assigned {
-            let (id, kind) = (device.id.clone(), device.kind);
-            let function = device.function(&self.memory, &self.router);
-            let function = function.map_err(|source| BuildError::Assigned {
+    fn plug_assigned(&mut self, config: &VmConfig) -> Result<(), BuildError> {
+        for (device, id) in config.device.iter().zip(config.device_ids()) {
+            let id = DeviceId::new(id).expect("names were checked with the configuration");
+            let opened = self.opener.open(&id, device);
+            let opened = opened.map_err(|source| BuildError::Assigned {
                 id: id.clone(),
-                source,
+                source: Box::new(source),
             })?;
-            let plugged = self.plug(Opened { function, kind });
+            let plugged = self.plug(opened);
             plugged.map_err(|source| BuildError::Pci { id, source })?;
         }
         Ok(())

@@ -1,26 +1,41 @@
-//! Assigned devices: opened, shown the guest's memory, and put on the bus.
+//! Assigned devices: claimed, opened, shown the guest's memory, and made functions of the guest's.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 
+use devices::events::{DeviceEvent, EventSink};
 use devices::interrupt::MsiRouter;
 use devices::{DeviceId, GuestRam};
+use parking_lot::Mutex;
 use vfio::dma::{DmaAccess, DmaFile, DmaRange, Iova};
 use vfio::function::{AssignedFunction, FunctionError};
+use vfio::gpu::{Attachment, ClaimError, ClaimedPartition, Claims, GpuRequest, SysfsTree};
+use vfio::kernel::{KernelVfio, MemoryLockError, OpenError, PathChoice, check_memory_lock};
 use vfio::user::{ConnectError, UserFunction};
 use vfio::{BackendError, VfioBackend};
 use vm_memory::{
     Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, GpuConfig, VmName};
+use crate::kvm::{KvmVfio, Vm};
 
 /// An assigned device cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum AssignError {
+    /// The kernel's VFIO.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Too little memory may be locked.
+    #[error(transparent)]
+    MemoryLock(#[from] MemoryLockError),
     /// Its server.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// No GPU, or no part of one.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
     /// The guest's memory cannot be shown to it.
     #[error("guest memory at {base:#x} cannot be shown to the device")]
     Memory {
@@ -35,49 +50,160 @@ pub enum AssignError {
     Function(#[from] FunctionError),
 }
 
-/// A device that is open, and not on the bus yet.
-pub(super) struct Assigned {
-    pub(super) id: DeviceId,
+/// What opening devices needs of the machine; usable on any thread.
+#[derive(Clone)]
+pub(super) struct Opener {
+    vm_name: VmName,
+    memory: Arc<GuestRam>,
+    router: Arc<dyn MsiRouter>,
+    events: Arc<dyn EventSink>,
+    kernel: Arc<KernelWays>,
+}
+
+/// The kernel's VFIO, made when it is needed first: by the way that the first device names.
+struct KernelWays {
+    kvm: Arc<KvmVfio>,
+    vfio: Mutex<Option<Arc<KernelVfio>>>,
+}
+
+/// A function that is not on the bus yet.
+pub(super) struct Opened {
+    pub(super) function: AssignedFunction,
     /// Kind for lists: `vfio-user`.
     pub(super) kind: &'static str,
+    /// What of the host it is.
+    pub(super) host: String,
+}
+
+/// A device that is open.
+struct Device {
     backend: Arc<dyn VfioBackend>,
+    kind: &'static str,
+    host: String,
 }
 
-/// Opens what `config` names.
-///
-/// # Errors
-/// [`AssignError`].
-pub(super) fn open(id: &DeviceId, config: &DeviceConfig) -> Result<Assigned, AssignError> {
-    let socket = config
-        .vfio_user
-        .as_deref()
-        .expect("checked with the configuration");
-    Ok(Assigned {
-        id: id.clone(),
-        kind: "vfio-user",
-        backend: Arc::new(UserFunction::connect(socket)?),
-    })
-}
+impl Opener {
+    /// For devices of the VM called `vm_name`; what befalls them goes to `events`.
+    pub(super) fn new(
+        vm_name: VmName,
+        vm: &Vm,
+        router: Arc<dyn MsiRouter>,
+        events: Arc<dyn EventSink>,
+    ) -> Self {
+        Self {
+            vm_name,
+            memory: Arc::clone(vm.memory()),
+            router,
+            events,
+            kernel: Arc::new(KernelWays {
+                kvm: Arc::new(KvmVfio::new(vm)),
+                vfio: Mutex::default(),
+            }),
+        }
+    }
 
-impl Assigned {
-    /// Shows the device all of `memory`, and makes a function of it.
+    /// Opens what `config` names, shows it the guest's memory, and makes a function of it.
     ///
     /// # Errors
     /// [`AssignError`].
-    pub(super) fn function(
-        self,
-        memory: &GuestRam,
-        router: &Arc<dyn MsiRouter>,
-    ) -> Result<AssignedFunction, AssignError> {
-        for region in memory.iter() {
+    pub(super) fn open(&self, id: &DeviceId, config: &DeviceConfig) -> Result<Opened, AssignError> {
+        let claim = config.gpu.as_ref().map(|gpu| self.claim(gpu)).transpose()?;
+        let Device {
+            backend,
+            kind,
+            host,
+        } = match &claim {
+            Some(claim) => match claim.device_path() {
+                Attachment::Kernel(path) => self.kernel(path, claim.address(), config.iommufd)?,
+                Attachment::VfioUser(socket) => self.user(id, socket, claim.address())?,
+            },
+            None => self.named(id, config)?,
+        };
+        for region in self.memory.iter() {
             let base = region.start_addr().raw_value();
-            show(&*self.backend, region).map_err(|source| AssignError::Memory { base, source })?;
+            show(&*backend, region).map_err(|source| AssignError::Memory { base, source })?;
         }
-        Ok(AssignedFunction::new(
-            self.id,
-            self.backend,
-            Arc::clone(router),
-        )?)
+        let router = Arc::clone(&self.router);
+        let function = AssignedFunction::new(id.clone(), backend, router)?;
+        Ok(Opened {
+            function: match claim {
+                Some(claim) => function.holding(Box::new(claim)),
+                None => function,
+            },
+            kind: if config.gpu.is_some() { "gpu" } else { kind },
+            host,
+        })
+    }
+
+    fn named(&self, id: &DeviceId, config: &DeviceConfig) -> Result<Device, AssignError> {
+        match (&config.vfio, &config.vfio_user) {
+            (Some(device), _) => {
+                self.kernel(&device.sysfs_path(), device.to_string(), config.iommufd)
+            }
+            (None, Some(socket)) => self.user(id, socket, socket.display().to_string()),
+            (None, None) => unreachable!("checked with the configuration"),
+        }
+    }
+
+    /// One part of a GPU, which this process has from now on.
+    fn claim(&self, gpu: &GpuConfig) -> Result<ClaimedPartition, ClaimError> {
+        let tree = match &gpu.sysfs_root {
+            Some(root) => SysfsTree::at(root),
+            None => SysfsTree::of_host(),
+        };
+        let request = GpuRequest {
+            pci: gpu.pci,
+            count: 1,
+            kind: gpu.kind.clone(),
+            min_vram_bytes: gpu.vram.map(|vram| vram.0.bytes()),
+        };
+        let mut claimed = Claims::of_host().acquire(&tree, &request, self.vm_name.as_str())?;
+        Ok(claimed.pop().expect("as many as were asked for"))
+    }
+
+    fn kernel(
+        &self,
+        path: &Path,
+        host: String,
+        iommufd: Option<bool>,
+    ) -> Result<Device, AssignError> {
+        let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        check_memory_lock(bytes)?;
+        let function = self.kernel.vfio(iommufd).open(path)?;
+        Ok(Device {
+            backend: Arc::new(function),
+            kind: "vfio",
+            host,
+        })
+    }
+
+    fn user(&self, id: &DeviceId, socket: &Path, host: String) -> Result<Device, AssignError> {
+        let function = UserFunction::connect(socket)?;
+        let (id, events) = (id.clone(), Arc::clone(&self.events));
+        function.on_loss(Box::new(move |reason| {
+            let reason = reason.to_owned();
+            events.report(&id, DeviceEvent::BackendLost { reason });
+        }));
+        Ok(Device {
+            backend: Arc::new(function),
+            kind: "vfio-user",
+            host,
+        })
+    }
+}
+
+impl KernelWays {
+    fn vfio(&self, iommufd: Option<bool>) -> Arc<KernelVfio> {
+        let mut vfio = self.vfio.lock();
+        let made = vfio.get_or_insert_with(|| {
+            let choice = match iommufd {
+                None => PathChoice::Auto,
+                Some(true) => PathChoice::Iommufd,
+                Some(false) => PathChoice::Group,
+            };
+            Arc::new(KernelVfio::new(choice).with_kvm(self.kvm.clone()))
+        });
+        Arc::clone(made)
     }
 }
 

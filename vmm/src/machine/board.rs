@@ -83,7 +83,7 @@ impl Board {
             device,
             kind,
             address: None,
-            removable: false,
+            host: None,
             counters: None,
             interrupt: None,
         });
@@ -118,7 +118,7 @@ impl Board {
             device: function,
             kind,
             address: Some(bdf),
-            removable: false,
+            host: None,
             counters: Some(counters),
             interrupt: Some(interrupt),
         });

@@ -16,10 +16,9 @@ use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::{VhostUser, VhostUserHandle};
 use devices::virtio::vsock::{Vsock, VsockError, VsockOptions};
 
-use super::assigned::{self, AssignError, Assigned};
 use crate::config::{
-    BalloonConfig, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, MacAddress, NetConfig,
-    RngConfig, VmConfig, VmName, VsockConfig,
+    BalloonConfig, ConsoleConfig, DiskConfig, FsConfig, MacAddress, NetConfig, RngConfig, VmConfig,
+    VmName, VsockConfig,
 };
 use crate::host::chardev::{Endpoint, EndpointError, terminal_size};
 use crate::host::disk::{Disk, DiskError};
@@ -41,9 +40,6 @@ pub enum PeripheralError {
     /// A server of a vhost-user device.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
-    /// An assigned device.
-    #[error(transparent)]
-    Assigned(#[from] AssignError),
     /// The console's host end.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
@@ -89,8 +85,6 @@ pub(super) struct Peripherals {
     pub(super) nets: Vec<NetHandle>,
     /// Devices that other processes work on.
     pub(super) served: Vec<VhostUserHandle>,
-    /// Functions that are not Drover's own, in the order of their PCI addresses, after the others.
-    pub(super) assigned: Vec<Assigned>,
 }
 
 /// Whether disks are locked when they are opened.
@@ -130,7 +124,6 @@ pub(super) fn open(
             disks: Vec::new(),
             nets: Vec::new(),
             served: Vec::new(),
-            assigned: Vec::new(),
         },
         failed: Vec::new(),
     };
@@ -151,9 +144,6 @@ pub(super) fn open(
     }
     if let Some(vsock) = &config.vsock {
         opener.add("vsock", vsock, Opener::vsock);
-    }
-    for (device, id) in config.device.iter().zip(config.device_ids()) {
-        opener.assigned(&id, device);
     }
     match opener.failed.is_empty() {
         true => Ok(opener.found),
@@ -179,14 +169,6 @@ impl Opener<'_> {
                 counters,
             }),
             Err(error) => self.failed.push((id, error)),
-        }
-    }
-
-    fn assigned(&mut self, id: &str, config: &DeviceConfig) {
-        let id = DeviceId::new(id).expect("names were checked with the configuration");
-        match assigned::open(&id, config) {
-            Ok(device) => self.found.assigned.push(device),
-            Err(error) => self.failed.push((id, error.into())),
         }
     }
 

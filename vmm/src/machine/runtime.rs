@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use devices::acpi::AcpiRegisters;
 use devices::counters::Counters;
-use devices::interrupt::MsiRouter;
 use devices::pci::{Bdf, PciRoot};
 use devices::virtio::VirtioInterrupt;
 use devices::virtio::balloon::BalloonHandle;
@@ -14,6 +13,7 @@ use devices::virtio::vhost_user::VhostUserHandle;
 use devices::{Device, DeviceError, GuestRam, Migratability};
 
 use super::assembly::{self, BuildError};
+use super::assigned::Opener;
 use super::controller::{DeviceInfo, Sample};
 use crate::arch::x86_64::Topology;
 use crate::arch::x86_64::cpuid::CpuidTemplate;
@@ -45,11 +45,18 @@ pub(super) struct DeviceEntry {
     pub(super) kind: &'static str,
     /// PCI address, if it has one.
     pub(super) address: Option<Bdf>,
-    /// It may go while the machine stays.
-    pub(super) removable: bool,
+    /// What of the host it is, if it is assigned; it may then go while the machine stays.
+    pub(super) host: Option<String>,
     pub(super) counters: Option<Arc<dyn Counters>>,
     /// Of a virtio device.
     pub(super) interrupt: Option<Arc<VirtioInterrupt>>,
+}
+
+impl DeviceEntry {
+    /// Whether it may go while the machine stays.
+    pub(super) fn is_removable(&self) -> bool {
+        self.host.is_some()
+    }
 }
 
 /// vCPUs, memory, buses and devices of one VM.
@@ -67,7 +74,8 @@ pub struct Machine {
     /// Brings memory in; gone only after everybody who touches it.
     pub(super) loading: Option<LazyMemory>,
     pub(super) pci: Arc<PciRoot>,
-    pub(super) router: Arc<dyn MsiRouter>,
+    /// Opens devices that come later.
+    pub(super) opener: Opener,
     /// Device numbers that come and go, one bit each.
     pub(super) slots: u32,
     pub(super) gate: Arc<GuestGate>,
@@ -217,6 +225,7 @@ impl Machine {
         let info = |entry: &DeviceEntry| DeviceInfo {
             id: entry.device.id().to_string(),
             kind: entry.kind.to_owned(),
+            host: entry.host.clone(),
             address: entry.address.map(|bdf| bdf.to_string()),
             migration_blocked: match entry.device.migratability() {
                 Migratability::Supported => None,
@@ -291,6 +300,7 @@ impl Drop for Machine {
                 log::error!(device:% = entry.device.id(), error:% = error; "device could not be stopped in order");
             }
         }
+        self.unplug_all();
         // Writes what the guest has printed last.
         self.pumps.clear();
     }

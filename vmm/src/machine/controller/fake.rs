@@ -144,6 +144,7 @@ fn devices() -> Vec<DeviceInfo> {
         id: "disk0".to_owned(),
         kind: "virtio-block".to_owned(),
         address: Some("00:01.0".to_owned()),
+        host: None,
         migration_blocked: Some("a \"fake\" cannot move".to_owned()),
     }]
 }

@@ -3,19 +3,20 @@
 
 use std::sync::Arc;
 
+use devices::DeviceId;
+
 use super::client::Answer;
 use super::{CommandError, Controller, DeviceInfo};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::control::errors::chain;
-use crate::machine::assigned::AssignError;
+use crate::machine::assigned::{AssignError, Opened};
 use crate::machine::events::EventKind;
-use crate::machine::hotplug::Opened;
 
 impl Controller {
     /// Begins to add a device; `answer` gets what has come of it.
     pub(super) fn add_device(&mut self, config: DeviceConfig, answer: Answer<DeviceInfo>) {
         let begun = self.begin_adding(config);
-        let (config, device) = match begun {
+        let (config, id, device) = match begun {
             Ok(begun) => begun,
             Err(error) => {
                 // The one who asked may no longer wait for the answer.
@@ -23,10 +24,10 @@ impl Controller {
                 return;
             }
         };
-        let opener = self.machine.opener();
+        let opener = self.machine.opener.clone();
         let jobs = self.jobs_sender.clone();
         let work = move || {
-            let opened = opener.open(&device);
+            let opened = opener.open(&id, &device);
             // Without a controller the VM has ended, and the device is closed again.
             let _ = jobs.send(Box::new(move |controller: &mut Controller| {
                 controller.adding = false;
@@ -43,11 +44,11 @@ impl Controller {
         }
     }
 
-    /// The configuration with the device, and the device with an id.
+    /// The configuration with the device, and the device with its id.
     fn begin_adding(
         &self,
         mut device: DeviceConfig,
-    ) -> Result<(VmConfig, DeviceConfig), CommandError> {
+    ) -> Result<(VmConfig, DeviceId, DeviceConfig), CommandError> {
         self.check_idle()?;
         self.check_doubt()?;
         self.check_adding()?;
@@ -60,7 +61,9 @@ impl Controller {
         config.device.push(device.clone());
         let checked = config.validate();
         checked.map_err(|error| CommandError::InvalidDevice(chain(&error)))?;
-        Ok((config, device))
+        let id = device.id.clone().unwrap_or_default();
+        let id = DeviceId::new(id).expect("checked with the configuration");
+        Ok((config, id, device))
     }
 
     /// Names stay as they are, whatever comes and goes.

@@ -39,6 +39,8 @@ pub struct DeviceInfo {
     pub kind: String,
     /// PCI address, if it has one.
     pub address: Option<String>,
+    /// What of the host it is, if it is assigned: a PCI address, a UUID or a socket.
+    pub host: Option<String>,
     /// Why its state cannot be saved, if it cannot.
     pub migration_blocked: Option<String>,
 }
