@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const TEXT_MAX: u64 = 4096;
 
 /// Entries of a folder that are looked at.
-const ENTRIES_MAX: usize = 4096;
+const ENTRIES_MAX: usize = 65_536;
 
 /// Where this process finds the host.
 #[derive(Clone, Debug)]

@@ -13,6 +13,7 @@ mod migrate_postcopy;
 mod network;
 mod snapshot;
 mod vfio;
+mod vfio_kvm;
 mod vfio_mediated;
 mod vfio_refusals;
 mod watched;
@@ -282,6 +283,12 @@ pub const TABLE: &[Scenario] = &[
         120,
         "nodes that a user may not open; the way whose nodes it may open",
         vfio_refusals::rights,
+    ),
+    vfio(
+        "vfio-kvm",
+        120,
+        "KVM hears of each function before it is opened and after it is closed",
+        vfio_kvm::files,
     ),
     vfio(
         "vfio-memory-lock",
