@@ -33,7 +33,7 @@ enum DeviceCommand {
 struct AddArgs {
     /// Name of the VM.
     name: VmName,
-    /// vfio=BDF|UUID[,iommufd=on|off] of the host, or vfio-user=SOCKET of another process[,id=].
+    /// vfio=BDF|UUID[,iommufd=on|off][,bind] of the host, or vfio-user=SOCKET of another process[,id=].
     #[arg(value_name = "DEVICE", value_parser = values::device)]
     device: DeviceConfig,
     /// Seconds that it may take until the device is open: all of the guest's memory is brought in
@@ -68,43 +68,58 @@ pub(crate) fn device(args: DeviceArgs) -> Result<ExitCode> {
 }
 
 fn add(args: &AddArgs) -> Result<ExitCode> {
-    let client = find(&args.name)?;
     let within = Duration::from_secs(args.timeout);
-    let added = block_on(async {
-        let answer = client.post_for("/v1/devices", &args.device, within).await;
-        Ok(answer?)
-    });
-    let added: DeviceInfo = added.with_context(|| format!("VM {}", args.name))?;
+    let added = add_to(&args.name, &args.device, within)?;
     if args.json {
         return print_json(&added);
     }
-    let address = added.address.as_deref().unwrap_or("no PCI address");
-    println!("{} is at {address} of {}", added.id, args.name);
+    println!("{}", placed(&args.name, &added));
     Ok(ExitCode::SUCCESS)
 }
 
+/// Adds a device to a VM, which may take so long.
+pub(crate) fn add_to(name: &VmName, device: &DeviceConfig, within: Duration) -> Result<DeviceInfo> {
+    let client = find(name)?;
+    let added = block_on(async {
+        let answer = client.post_for("/v1/devices", device, within).await;
+        Ok(answer?)
+    });
+    added.with_context(|| format!("VM {name}"))
+}
+
+/// Where a device is, for a person.
+pub(crate) fn placed(name: &VmName, device: &DeviceInfo) -> String {
+    let address = device.address.as_deref().unwrap_or("no PCI address");
+    let host = device.host.as_deref().unwrap_or("a device");
+    format!("{}: {host} is at {address} of {name}", device.id)
+}
+
 fn remove(args: &RemoveArgs) -> Result<ExitCode> {
-    let client = find(&args.name)?;
-    let exchange = async {
-        let next = next_event(&client).await?;
-        client.delete(&format!("/v1/devices/{}", args.id)).await?;
-        let gone = wait_removed(&client, &args.id, next);
-        let gone = tokio::time::timeout(Duration::from_secs(args.timeout), gone).await;
-        let late = || {
-            anyhow!(
-                "the guest has not let {} go within {} s; it may still do so, or not know how",
-                args.id,
-                args.timeout
-            )
-        };
-        gone.unwrap_or_else(|_| Err(late()))
-    };
-    block_on(exchange).with_context(|| format!("VM {}", args.name))?;
+    remove_from(&args.name, &args.id, args.timeout)?;
     if args.json {
         return print_json(&serde_json::json!({ "removed": args.id }));
     }
     println!("{} is gone from {}", args.id, args.name);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has a VM's guest let a device go, within so many seconds.
+pub(crate) fn remove_from(name: &VmName, id: &str, seconds: u64) -> Result<()> {
+    let client = find(name)?;
+    let exchange = async {
+        let next = next_event(&client).await?;
+        client.delete(&format!("/v1/devices/{id}")).await?;
+        let gone = wait_removed(&client, id, next);
+        let gone = tokio::time::timeout(Duration::from_secs(seconds), gone).await;
+        let late = || {
+            anyhow!(
+                "the guest has not let {id} go within {seconds} s; it may still do so, or not know \
+                 how"
+            )
+        };
+        gone.unwrap_or_else(|_| Err(late()))
+    };
+    block_on(exchange).with_context(|| format!("VM {name}"))
 }
 
 /// The number that the next event will have.

@@ -1,5 +1,6 @@
 //! `drover gpu`: the GPUs of this host and of others.
 
+mod assign;
 mod partition;
 
 use std::fs::File;
@@ -13,6 +14,8 @@ use vmm::gpu::{
     Claims, Counts, Gpu, Partition, PartitionState, SysfsTree, compare, inventory_with,
 };
 
+use self::assign::{AssignArgs, ReleaseArgs};
+use crate::args::NameJsonArgs;
 use crate::units;
 
 /// Of what `gpu list --json` prints, many times what any host has.
@@ -43,6 +46,12 @@ enum GpuCommand {
     /// Tell whether hosts have the same GPUs to partition, so that VMs can move between them.
     #[command(after_help = COMPARE_EXIT_CODES)]
     Compare(CompareArgs),
+    /// Give a running VM a GPU, or parts of one, whichever are free; its guest is told.
+    Assign(AssignArgs),
+    /// List the GPUs that a running VM has.
+    Show(NameJsonArgs),
+    /// Have the guest let GPUs go, and give them back.
+    Release(ReleaseArgs),
 }
 
 #[derive(Debug, Args)]
@@ -95,6 +104,9 @@ pub(crate) fn gpu(args: GpuArgs) -> Result<ExitCode> {
     match args.command {
         GpuCommand::List(args) => list(&args),
         GpuCommand::Partition(args) => partition::partition(&args),
+        GpuCommand::Assign(args) => assign::assign(&args),
+        GpuCommand::Show(args) => assign::show(&args),
+        GpuCommand::Release(args) => assign::release(&args),
         GpuCommand::Compare(args) => compare_hosts(&args),
     }
 }

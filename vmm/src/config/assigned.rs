@@ -32,6 +32,9 @@ pub struct DeviceConfig {
     /// what the host has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommufd: Option<bool>,
+    /// Take the function from the driver that it is bound to, and bind it to vfio-pci.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bind: bool,
 }
 
 /// What is asked of a GPU, or of a part of one.
@@ -246,10 +249,11 @@ mod tests {
     #[test]
     fn device_is_read_from_a_list() {
         let config: DeviceConfig =
-            from_key_values("vfio=41:00.4,iommufd=off,id=gpu", None).unwrap();
+            from_key_values("vfio=41:00.4,iommufd=off,bind,id=gpu", None).unwrap();
         assert_eq!(config.id.as_deref(), Some("gpu"));
         assert_eq!(config.vfio, Some("0000:41:00.4".parse().unwrap()));
         assert_eq!((config.vfio_user, config.iommufd), (None, Some(false)));
+        assert!(config.bind);
         let server: DeviceConfig = from_key_values("vfio-user=/run/nvme.sock", None).unwrap();
         assert_eq!(server.vfio_user, Some("/run/nvme.sock".into()));
     }

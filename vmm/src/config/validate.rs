@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use devices::DeviceId;
 
-use super::assigned::DeviceConfig;
+use super::assigned::{DeviceConfig, HostDevice};
 use super::devices::{BalloonConfig, FsConfig, VsockConfig};
 use super::disk::{DiskConfig, DiskFormat};
 use super::error::ConfigError;
@@ -485,6 +485,10 @@ impl DeviceConfig {
             self.vfio_user.is_some(),
             self.gpu.is_some(),
         ];
+        if self.bind && !matches!(self.vfio, Some(HostDevice::Pci(_))) {
+            let why = "only PCI functions of the host, vfio=BDF, are bound";
+            return Err(ConfigError::invalid(format!("{at}.bind"), "on", why));
+        }
         let why = match given.into_iter().filter(|given| *given).count() {
             0 => "expected vfio=BDF, vfio=UUID, vfio-user=SOCKET or a GPU",
             1 if self.iommufd.is_some() && self.vfio_user.is_some() => {

@@ -11,14 +11,16 @@ use parking_lot::Mutex;
 use vfio::dma::{DmaAccess, DmaFile, DmaRange, Iova};
 use vfio::function::{AssignedFunction, FunctionError};
 use vfio::gpu::{Attachment, ClaimError, ClaimedPartition, Claims, GpuRequest, SysfsTree};
-use vfio::kernel::{KernelVfio, MemoryLockError, OpenError, PathChoice, check_memory_lock};
+use vfio::kernel::{
+    BindError, KernelVfio, MemoryLockError, OpenError, PathChoice, bind_vfio, check_memory_lock,
+};
 use vfio::user::{ConnectError, UserFunction};
 use vfio::{BackendError, VfioBackend};
 use vm_memory::{
     Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 
-use crate::config::{DeviceConfig, GpuConfig, VmName};
+use crate::config::{DeviceConfig, GpuConfig, HostDevice, VmName};
 use crate::kvm::{KvmVfio, Vm};
 
 /// An assigned device cannot be had.
@@ -27,6 +29,9 @@ pub enum AssignError {
     /// The kernel's VFIO.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// It cannot be bound to vfio-pci.
+    #[error(transparent)]
+    Bind(#[from] BindError),
     /// Too little memory may be locked.
     #[error(transparent)]
     MemoryLock(#[from] MemoryLockError),
@@ -138,6 +143,9 @@ impl Opener {
     fn named(&self, id: &DeviceId, config: &DeviceConfig) -> Result<Device, AssignError> {
         match (&config.vfio, &config.vfio_user) {
             (Some(device), _) => {
+                if let (true, HostDevice::Pci(bdf)) = (config.bind, device) {
+                    bind_vfio(Path::new("/sys"), *bdf)?;
+                }
                 self.kernel(&device.sysfs_path(), device.to_string(), config.iommufd)
             }
             (None, Some(socket)) => self.user(id, socket, socket.display().to_string()),
