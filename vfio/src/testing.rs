@@ -21,6 +21,7 @@ pub struct ModelBackend {
     dma: ModelDma,
     interrupts: Mutex<BTreeMap<IrqKind, Vec<EventFd>>>,
     resets: Mutex<u32>,
+    unmasked: Mutex<u32>,
 }
 
 #[derive(Default)]
@@ -44,6 +45,7 @@ impl ModelBackend {
             dma: ModelDma::default(),
             interrupts: Mutex::default(),
             resets: Mutex::default(),
+            unmasked: Mutex::default(),
         }
     }
 
@@ -51,6 +53,12 @@ impl ModelBackend {
     #[must_use]
     pub fn resets(&self) -> u32 {
         *self.resets.lock()
+    }
+
+    /// How often the legacy line was let go on.
+    #[must_use]
+    pub fn unmasked(&self) -> u32 {
+        *self.unmasked.lock()
     }
 
     /// Vectors of `kind` that would be signalled.
@@ -119,11 +127,12 @@ impl VfioBackend for ModelBackend {
         let count = match kind {
             IrqKind::MsiX => 2,
             IrqKind::Msi => 4,
-            IrqKind::Intx | IrqKind::Error | IrqKind::Request => 0,
+            IrqKind::Intx => 1,
+            IrqKind::Error | IrqKind::Request => 0,
         };
         Ok(Irq {
             count,
-            automasked: false,
+            automasked: kind == IrqKind::Intx,
         })
     }
 
@@ -140,7 +149,8 @@ impl VfioBackend for ModelBackend {
     }
 
     fn unmask_intx(&self) -> Result<(), BackendError> {
-        Err(BackendError::Absent("legacy interrupt line"))
+        *self.unmasked.lock() += 1;
+        Ok(())
     }
 
     fn dma(&self) -> &dyn DmaSpace {

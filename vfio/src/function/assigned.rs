@@ -1,9 +1,10 @@
 //! An assigned function as the PCI root and the machine see it.
 
 use std::any::Any;
+use std::io;
 use std::sync::Arc;
 
-use devices::interrupt::{InterruptError, MsiRouter};
+use devices::interrupt::{InterruptError, MsiRouter, SharedLine};
 use devices::pci::{BarChange, BarMapping, BarSpec, Doorbell, PciFunction};
 use devices::{
     Device, DeviceError, DeviceId, DeviceState, Migratability, RestoreError, SaveError, StateFormat,
@@ -13,7 +14,8 @@ use parking_lot::{Mutex, MutexGuard};
 use super::bars::{self, Mapped};
 use super::config::{CONFIG_BYTES, Effects, VirtualConfig};
 use super::interrupts::{Interrupts, MsixPlace, told};
-use crate::backend::{BackendError, RegionIndex, VfioBackend};
+use super::intx::Intx;
+use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 
 const COMMAND: u16 = 0x04;
 /// Read at once while a device is looked at.
@@ -83,7 +85,7 @@ impl AssignedFunction {
         }
         let config = read_all(&*backend)?;
         let bars = bars::survey(&*backend, &config)?;
-        let config = VirtualConfig::new(&config, &bars, 0);
+        let config = VirtualConfig::new(&config, &bars, interrupt_pin(&*backend)?);
         let msix = msix_place(&config, &bars)?;
         let vectors = config.msix().map_or(0, |(vectors, ..)| vectors);
         let mapped = bars::map(&*backend, &bars, msix.as_ref().map(|place| &place.table))?;
@@ -101,6 +103,20 @@ impl AssignedFunction {
         };
         function.write_command(&function.lock())?;
         Ok(function)
+    }
+
+    /// Connects the function's legacy interrupt, if it has one, to `line`: that which the guest is
+    /// told of for the function's place on the bus.
+    ///
+    /// # Errors
+    /// The host's refusal of a descriptor or a thread.
+    pub fn connect_line(&self, line: Arc<dyn SharedLine>) -> io::Result<()> {
+        let mut inner = self.lock();
+        if inner.config.has_interrupt_pin() {
+            let intx = Intx::new(&self.backend, line)?;
+            inner.interrupts.connect(intx, &*self.backend);
+        }
+        Ok(())
     }
 
     /// Keeps `held` until the device is closed: a claim, say.
@@ -129,7 +145,7 @@ impl AssignedFunction {
     /// A function-level reset. What the guest sees of it goes back to power-on, too.
     fn reset_device(&self, inner: &mut Inner) -> Result<Vec<BarChange>, BackendError> {
         let result = self.backend.reset();
-        inner.interrupts.reset();
+        inner.interrupts.reset(&*self.backend);
         let changes = inner.config.reset();
         result.and_then(|()| self.write_command(inner))?;
         Ok(changes)
@@ -176,6 +192,11 @@ impl AssignedFunction {
 enum MsixArea {
     Table,
     Pending,
+}
+
+/// INTA, or none: a function on a slot of its own has no use for others.
+fn interrupt_pin(backend: &dyn VfioBackend) -> Result<u8, BackendError> {
+    Ok(u8::from(backend.irq(IrqKind::Intx)?.count > 0))
 }
 
 /// As much of configuration space as the device has.
@@ -303,8 +324,8 @@ impl Device for AssignedFunction {
 
     fn reset(&self) -> Result<(), DeviceError> {
         let mut inner = self.lock();
-        inner.interrupts.reset();
         let reset = self.backend.reset();
+        inner.interrupts.reset(&*self.backend);
         let reset = reset.and_then(|()| self.write_command(&inner));
         reset.map_err(|source| DeviceError::Internal {
             id: self.id.clone(),
