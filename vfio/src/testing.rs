@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::{env, io};
 
 use devices::pci::HostMemory;
@@ -22,6 +22,7 @@ pub struct ModelBackend {
     interrupts: Mutex<BTreeMap<IrqKind, Vec<EventFd>>>,
     resets: Mutex<u32>,
     unmasked: Mutex<u32>,
+    is_lost: AtomicBool,
 }
 
 #[derive(Default)]
@@ -46,7 +47,13 @@ impl ModelBackend {
             interrupts: Mutex::default(),
             resets: Mutex::default(),
             unmasked: Mutex::default(),
+            is_lost: AtomicBool::new(false),
         }
+    }
+
+    /// From now on it cannot be reset: its server is gone.
+    pub fn lose(&self) {
+        self.is_lost.store(true, Ordering::Relaxed);
     }
 
     /// How often it was reset.
@@ -158,6 +165,9 @@ impl VfioBackend for ModelBackend {
     }
 
     fn reset(&self) -> Result<(), BackendError> {
+        if self.is_lost.load(Ordering::Relaxed) {
+            return Err(BackendError::Server("the model is lost".to_owned()));
+        }
         *self.resets.lock() += 1;
         self.interrupts.lock().clear();
         for (index, bytes) in self.regions.lock().iter_mut() {

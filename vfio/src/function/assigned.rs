@@ -18,6 +18,8 @@ use super::intx::Intx;
 use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 
 const COMMAND: u16 = 0x04;
+/// A command register that decodes, and no more.
+const QUIET: [u8; 2] = [0b11, 0];
 /// Read at once while a device is looked at.
 const CHUNK_BYTES: usize = 256;
 
@@ -149,6 +151,14 @@ impl AssignedFunction {
         let changes = inner.config.reset();
         result.and_then(|()| self.write_command(inner))?;
         Ok(changes)
+    }
+
+    fn not_reset(&self, source: BackendError) -> DeviceError {
+        DeviceError::Internal {
+            id: self.id.clone(),
+            what: "device could not be reset",
+            source: Box::new(source),
+        }
     }
 
     fn follow(&self, inner: &mut Inner, effects: Effects) -> Vec<BarChange> {
@@ -326,12 +336,21 @@ impl Device for AssignedFunction {
         let mut inner = self.lock();
         let reset = self.backend.reset();
         inner.interrupts.reset(&*self.backend);
-        let reset = reset.and_then(|()| self.write_command(&inner));
-        reset.map_err(|source| DeviceError::Internal {
-            id: self.id.clone(),
-            what: "device could not be reset",
-            source: Box::new(source),
-        })
+        match reset.and_then(|()| self.write_command(&inner)) {
+            Ok(()) => Ok(()),
+            // Its server is gone for good, as its operator knows. The guest boots without it.
+            Err(error @ BackendError::Server(_)) => {
+                told(&error, "an assigned device could not be reset");
+                Ok(())
+            }
+            // It keeps what it knows, but reaches no memory until its driver says so.
+            Err(error @ BackendError::Absent(_)) => {
+                told(&error, "an assigned device was not reset");
+                let quiet = self.backend.write(RegionIndex::Config, COMMAND.into(), &QUIET);
+                quiet.map_err(|source| self.not_reset(source))
+            }
+            Err(source) => Err(self.not_reset(source)),
+        }
     }
 
     fn migratability(&self) -> Migratability {

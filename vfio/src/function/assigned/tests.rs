@@ -222,6 +222,17 @@ fn guests_function_level_reset_puts_everything_back() {
 }
 
 #[test]
+fn machine_is_reset_without_a_device_whose_server_is_lost() {
+    let f = fixture(&config()).unwrap();
+    f.program_vector(0, 0x41);
+    f.model.lose();
+    f.function.reset().unwrap();
+    let mut entry = [0; 4];
+    f.function.read_bar(2, 0x1008, &mut entry);
+    assert_eq!(entry, [0; 4], "the vector is what it is at power-on");
+}
+
+#[test]
 fn impossible_devices_are_refused() {
     let mut outside = config();
     outside[0x45] = 0x40;
