@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
@@ -270,6 +270,58 @@ fn device_is_added_to_a_running_vm_and_stays_until_the_guest_lets_it_go() -> Out
     listed(&vm, "gpu")?;
     vm.type_text("s")?;
     vm.wait_end(SOON)?.check()
+}
+
+#[test]
+fn device_that_cannot_be_added_leaves_the_vm_as_it_was() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = Gpu::start(&ground, "gpu", "64M")?;
+    let vm = at_work(&ground, &gpu, "")?;
+    let before = [
+        vm.control().json("devices")?,
+        vm.control().curl("GET", "/v1/config")?.json()?,
+    ];
+    let missing = ground.scratch().join("missing");
+    let refused = drover_device(&ground, &["add", "vm", &device(&missing)])?;
+    let expected = format!(
+        "VM vm: the device cannot be added: {}: no vfio-user server can be connected: No such file \
+         or directory (os error 2)",
+        missing.display()
+    );
+    assert_eq!(failure(&refused, 1)?, expected);
+
+    let other = Gpu::start(&ground, "other", "64M")?;
+    // Who waits for a server keeps nobody else waiting, but for those who would add, too.
+    let silent = ground.scratch().join("silent");
+    let listener = UnixListener::bind(&silent)?;
+    let mut command = ground.drover();
+    command.args(["device", "add", "vm", &device(&silent)]);
+    command.stderr(Stdio::piped());
+    process::die_with_parent(&mut command, libc::SIGKILL);
+    let adding = command.spawn()?;
+    let (connection, _) = listener.accept()?;
+    let refused = drover_device(&ground, &["add", "vm", &other.device()])?;
+    let expected = "VM vm: a device is being added to the VM";
+    assert_eq!(failure(&refused, 1)?, expected);
+    works_on(&vm)?;
+    let output = adding.wait_with_output()?;
+    drop(connection);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr)?;
+    let expected = "the device cannot be added: vfio-user server ";
+    ensure!(said.contains(expected), "{said}");
+    ensure!(said.contains("no answer to VERSION within 5s"), "{said}");
+
+    let after = [
+        vm.control().json("devices")?,
+        vm.control().curl("GET", "/v1/config")?.json()?,
+    ];
+    assert_eq!(after, before);
+    drover_device(&ground, &["add", "vm", &other.device()])?.success()?;
+    works_on(&vm)?;
+    finish(vm)
 }
 
 #[test]
