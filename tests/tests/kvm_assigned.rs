@@ -3,14 +3,13 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use anyhow::{Context, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tests::harness::ground::Ground;
 use tests::harness::model_gpu::ModelGpu;
-use tests::harness::moving::{Place, failure, reason_not_moved, try_migrate};
+use tests::harness::moving::{Place, reason_not_moved, try_migrate};
 use tests::harness::process::{self, Finished};
 use tests::harness::report::Report;
 use tests::harness::vm::{LATER, SOON, Vm};
@@ -22,53 +21,13 @@ const MIB: u64 = 1 << 20;
 /// Why a device of the model's cannot move: it knows nothing of migration.
 const BLOCKED: &str = "the device's driver cannot save its state";
 
-/// A server and its socket.
-struct Gpu {
-    model: ModelGpu,
-    socket: PathBuf,
+/// A model GPU on a socket of this name.
+fn model(ground: &Ground, name: &str, vram: &str) -> anyhow::Result<ModelGpu> {
+    ModelGpu::socket(&ground.scratch().join(name), vram)
 }
 
-impl Gpu {
-    fn start(ground: &Ground, name: &str, vram: &str) -> anyhow::Result<Self> {
-        let socket = ground.scratch().join(name);
-        let model = ModelGpu::socket(&socket, vram)?;
-        Ok(Self { model, socket })
-    }
-
-    /// As `--device` wants it.
-    fn device(&self) -> String {
-        device(&self.socket)
-    }
-
-    /// The arguments that give it to a VM.
-    fn arguments(&self) -> [String; 2] {
-        ["--device".to_owned(), self.device()]
-    }
-
-    /// The video memory that the one client has.
-    fn video_memory(&self) -> anyhow::Result<File> {
-        let folder = format!("/proc/{}/fd", self.model.pid());
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(&folder).context(folder)? {
-            let path = entry?.path();
-            let target = std::fs::read_link(&path).unwrap_or_default();
-            if target.starts_with("/memfd:model-gpu-vram (deleted)") {
-                found.push(File::open(&path)?);
-            }
-        }
-        ensure!(found.len() == 1, "{} video memories", found.len());
-        found.pop().context("counted")
-    }
-
-    fn signal(&self, name: &str) -> Outcome {
-        let pid = self.model.pid().to_string();
-        let mut command = Command::new("kill");
-        process::run(command.args(["-s", name, &pid]), SOON)?.success()?;
-        Ok(())
-    }
-}
-
-fn device(socket: &Path) -> String {
+/// What a server on a socket is for `--device`.
+fn user(socket: &Path) -> String {
     format!("vfio-user={}", socket.display())
 }
 
@@ -100,9 +59,9 @@ fn verdicts(reports: Vec<Report>) -> Vec<Report> {
 }
 
 /// A VM at work, after its first result.
-fn at_work(ground: &Ground, gpu: &Gpu, more: &str) -> anyhow::Result<Vm> {
+fn at_work(ground: &Ground, gpu: &ModelGpu, more: &str) -> anyhow::Result<Vm> {
     let cmdline = format!("run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0 {more}");
-    let spec = ground.vm(&cmdline).args(&gpu.arguments());
+    let spec = ground.vm(&cmdline).args(&["--device", &gpu.device()]);
     let vm = spec.start_controlled()?;
     vm.memory()?
         .wait_heartbeat(SOON, |beat| beat.command == 1 && beat.progress > 0)?;
@@ -131,10 +90,12 @@ fn guest_computes_on_its_gpus_asleep_until_their_interrupts() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let small = Gpu::start(&ground, "small", "64M")?;
-    let large = Gpu::start(&ground, "large", "2G")?;
+    let small = model(&ground, "small", "64M")?;
+    let large = model(&ground, "large", "2G")?;
     for gpus in [vec![(&small, 64)], vec![(&small, 64), (&large, 2048)]] {
-        let arguments = gpus.iter().flat_map(|(gpu, _)| gpu.arguments());
+        let arguments = gpus
+            .iter()
+            .flat_map(|(gpu, _)| ["--device".to_owned(), gpu.device()]);
         let arguments: Vec<_> = arguments.collect();
         let ended = ground.vm("run=gpu").args(&arguments).run(LATER)?;
         ended.check()?;
@@ -155,7 +116,7 @@ fn video_memory_is_the_guests_without_exits() -> Outcome {
         return Ok(());
     };
     const JOBS: u64 = 40;
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
+    let gpu = model(&ground, "gpu", "64M")?;
     let vm = at_work(&ground, &gpu, "gpu.rounds=1 gpu.poll_ms=10")?;
     let ram = vm.memory()?;
     let before = ram.heartbeat()?.progress;
@@ -174,12 +135,12 @@ fn assigned_device_is_listed_with_why_it_cannot_move_and_its_vm_stays() -> Outco
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
+    let gpu = model(&ground, "gpu", "64M")?;
     let vm = at_work(&ground, &gpu, "gpu.progress_ms=10")?;
     let name = "device0";
     let seen = listed(&vm, name)?;
     assert_eq!(seen["kind"], "vfio-user");
-    assert_eq!(seen["host"], gpu.socket.display().to_string());
+    assert_eq!(seen["host"], gpu.place().display().to_string());
     assert_eq!(seen["migration_blocked"], BLOCKED);
     // The guest has it where the list says that it is.
     let address = seen["address"].as_str().context("no address")?;
@@ -216,142 +177,6 @@ fn assigned_device_is_listed_with_why_it_cannot_move_and_its_vm_stays() -> Outco
     finish(vm)
 }
 
-#[test]
-fn device_is_added_to_a_running_vm_and_stays_until_the_guest_lets_it_go() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
-        return Ok(());
-    };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
-    // This guest looks at the bus when it is told to go on, and knows nothing of hot-plug.
-    let spec = ground.vm("run=heartbeat,gpu,heartbeat").args(&["--rng"]);
-    let mut vm = spec.start_controlled()?;
-    vm.memory()?.wait_beat(SOON)?;
-    let mut events = vm.control().follow_events()?;
-    let with_id = format!("{},id=gpu", gpu.device());
-    let said = drover_device(&ground, &["add", "vm", &with_id])?.success()?;
-    let seen = listed(&vm, "gpu")?;
-    let address = seen["address"].as_str().context("no address")?;
-    assert_eq!(said, format!("gpu is at {address} of vm\n"));
-    assert_eq!(seen["kind"], "vfio-user");
-    assert_eq!(events.wait("device-added", SOON)?["device"], "gpu");
-    let config = vm.control().curl("GET", "/v1/config")?.json()?;
-    let expected = json!([{ "id": "gpu", "vfio-user": gpu.socket }]);
-    assert_eq!(config["device"], expected, "{config}");
-
-    // Once is enough.
-    let again = drover_device(&ground, &["add", "vm", &gpu.device()])?;
-    let message = failure(&again, 1)?;
-    let socket = gpu.socket.display().to_string();
-    ensure!(
-        message.contains(&socket) && message.contains("twice"),
-        "{message}"
-    );
-    let data = json!({ "vfio-user": gpu.socket }).to_string();
-    let options = [
-        "--header",
-        "Content-Type: application/json",
-        "--data",
-        &data,
-    ];
-    let answer = vm.control().curl_with("POST", "/v1/devices", &options)?;
-    assert_eq!(answer.status, 400, "{answer:?}");
-    let other = Gpu::start(&ground, "other", "64M")?;
-    let said = drover_device(&ground, &["add", "vm", &other.device(), "--json"])?.success()?;
-    let said: Value = serde_json::from_str(&said)?;
-    assert_eq!(said, listed(&vm, "device0")?);
-    assert_eq!(events.wait("device-added", SOON)?["device"], "device0");
-
-    vm.type_text("s")?;
-    assert_eq!(vm.result("gpu")?.number("gpus")?, 2);
-    let late = drover_device(&ground, &["remove", "vm", "gpu", "--timeout", "1"])?;
-    let expected =
-        "VM vm: the guest has not let gpu go within 1 s; it may still do so, or not know how";
-    assert_eq!(failure(&late, 1)?, expected);
-    listed(&vm, "gpu")?;
-    vm.type_text("s")?;
-    vm.wait_end(SOON)?.check()
-}
-
-#[test]
-fn device_that_cannot_be_added_leaves_the_vm_as_it_was() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
-        return Ok(());
-    };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
-    let vm = at_work(&ground, &gpu, "")?;
-    let before = [
-        vm.control().json("devices")?,
-        vm.control().curl("GET", "/v1/config")?.json()?,
-    ];
-    let missing = ground.scratch().join("missing");
-    let refused = drover_device(&ground, &["add", "vm", &device(&missing)])?;
-    let expected = format!(
-        "VM vm: the device cannot be added: {}: no vfio-user server can be connected: No such file \
-         or directory (os error 2)",
-        missing.display()
-    );
-    assert_eq!(failure(&refused, 1)?, expected);
-
-    let other = Gpu::start(&ground, "other", "64M")?;
-    // Who waits for a server keeps nobody else waiting, but for those who would add, too.
-    let silent = ground.scratch().join("silent");
-    let listener = UnixListener::bind(&silent)?;
-    let mut command = ground.drover();
-    command.args(["device", "add", "vm", &device(&silent)]);
-    command.stderr(Stdio::piped());
-    process::die_with_parent(&mut command, libc::SIGKILL);
-    let adding = command.spawn()?;
-    let (connection, _) = listener.accept()?;
-    let refused = drover_device(&ground, &["add", "vm", &other.device()])?;
-    let expected = "VM vm: a device is being added to the VM";
-    assert_eq!(failure(&refused, 1)?, expected);
-    works_on(&vm)?;
-    let output = adding.wait_with_output()?;
-    drop(connection);
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr)?;
-    let expected = "the device cannot be added: vfio-user server ";
-    ensure!(said.contains(expected), "{said}");
-    ensure!(said.contains("no answer to VERSION within 5s"), "{said}");
-
-    let after = [
-        vm.control().json("devices")?,
-        vm.control().curl("GET", "/v1/config")?.json()?,
-    ];
-    assert_eq!(after, before);
-    drover_device(&ground, &["add", "vm", &other.device()])?.success()?;
-    works_on(&vm)?;
-    finish(vm)
-}
-
-#[test]
-fn what_cannot_be_removed_is_refused() -> Outcome {
-    let Some(ground) = Ground::kvm()? else {
-        return Ok(());
-    };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
-    let spec = ground.vm("run=heartbeat").args(&["--rng"]);
-    let vm = spec.args(&gpu.arguments()).start_controlled()?;
-    for (id, status, message) in [
-        ("gpu", 404, "the VM has no device called \"gpu\""),
-        (
-            "rng",
-            409,
-            "rng cannot be removed while the VM is there: only assigned devices can",
-        ),
-    ] {
-        let refused = drover_device(&ground, &["remove", "vm", id])?;
-        assert_eq!(failure(&refused, 1)?, format!("VM vm: {message}"));
-        let answer = vm.control().curl("DELETE", &format!("/v1/devices/{id}"))?;
-        assert_eq!(answer.status, status, "{answer:?}");
-        assert_eq!(answer.json()?, json!({ "error": message }));
-    }
-    listed(&vm, "device0")?;
-    listed(&vm, "rng")?;
-    vm.memory()?.wait_beat(SOON)?;
-    Ok(())
-}
-
 /// The result of the next command `gpu`, whatever it is.
 fn gpu_result(vm: &mut Vm) -> anyhow::Result<Report> {
     vm.console.wait_line(SOON, |line| {
@@ -362,18 +187,18 @@ fn gpu_result(vm: &mut Vm) -> anyhow::Result<Report> {
 
 /// A VM whose server gets `signal` while it computes: guest and operator hear of it, and nobody
 /// hangs.
-fn server_is_lost(signal: &str) -> Outcome {
+fn server_is_lost(signal: libc::c_int) -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
+    let gpu = model(&ground, "gpu", "64M")?;
     let mut vm = at_work(&ground, &gpu, "")?;
     let mut events = vm.control().follow_events()?;
     gpu.signal(signal)?;
     let lost = events.wait("device-backend-lost", SOON)?;
     assert_eq!(lost["device"], "device0");
     let reason = lost["reason"].as_str().context("no reason")?;
-    let socket = gpu.socket.display().to_string();
+    let socket = gpu.place().display().to_string();
     ensure!(reason.contains(&socket), "{reason}");
     let failed = gpu_result(&mut vm)?;
     // All bits set: what is read where nothing answers.
@@ -400,12 +225,12 @@ fn server_is_lost(signal: &str) -> Outcome {
 
 #[test]
 fn vm_goes_on_when_the_server_dies_at_work() -> Outcome {
-    server_is_lost("KILL")
+    server_is_lost(libc::SIGKILL)
 }
 
 #[test]
 fn vm_goes_on_when_the_server_is_stuck_at_work() -> Outcome {
-    server_is_lost("STOP")
+    server_is_lost(libc::SIGSTOP)
 }
 
 #[test]
@@ -413,9 +238,9 @@ fn next_vm_has_the_device_and_nothing_of_the_last_ones_memory() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
+    let gpu = model(&ground, "gpu", "64M")?;
     let spec = ground.vm("run=heartbeat,gpu,heartbeat");
-    let spec = spec.args(&gpu.arguments());
+    let spec = spec.args(&["--device", &gpu.device()]);
     let mut seen: Vec<File> = Vec::new();
     for round in 0..3 {
         let mut vm = spec.start_controlled()?;
@@ -457,13 +282,16 @@ fn device_that_another_vm_has_is_refused_in_time() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
+    let gpu = model(&ground, "gpu", "64M")?;
     let vm = at_work(&ground, &gpu, "")?;
-    let second = ground.vm("run=gpu").name("second").args(&gpu.arguments());
+    let second = ground
+        .vm("run=gpu")
+        .name("second")
+        .args(&["--device", &gpu.device()]);
     let finished = process::run(ground.drover().args(second.arguments()), SOON)?;
     assert_eq!(finished.code(), Some(1), "{finished:?}");
     let message = finished.stderr.lines().next_back().context("no word")?;
-    let socket = gpu.socket.display().to_string();
+    let socket = gpu.place().display().to_string();
     for word in ["device0: ", &socket] {
         ensure!(message.contains(word), "no {word:?} in {message}");
     }
@@ -486,14 +314,10 @@ fn devices_that_are_none_are_refused_by_name() -> Outcome {
     let path = |path: &Path| path.display().to_string();
     let gone = "it has closed the connection";
     for (device, name, why) in [
+        (user(&missing), path(&missing), "No such file or directory"),
+        (user(&closing), path(&closing), gone),
         (
-            device(&missing),
-            path(&missing),
-            "No such file or directory",
-        ),
-        (device(&closing), path(&closing), gone),
-        (
-            device(&silent),
+            user(&silent),
             path(&silent),
             "no answer to VERSION within 5s",
         ),
@@ -545,7 +369,7 @@ fn guest_computes_again_after_every_reset_in_the_middle_of_it() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = Gpu::start(&ground, "gpu", "64M")?;
+    let gpu = model(&ground, "gpu", "64M")?;
     let mut vm = at_work(&ground, &gpu, "")?;
     let address = listed(&vm, "device0")?["address"].clone();
     let taken = |vm: &Vm| -> anyhow::Result<_> {
