@@ -52,7 +52,8 @@ fn device_is_added_to_a_running_vm_and_stays_until_the_guest_lets_it_go() -> Out
     let said = drover_device(&ground, &["add", "vm", &with_id])?.success()?;
     let seen = listed(&vm, "gpu")?;
     let address = seen["address"].as_str().context("no address")?;
-    assert_eq!(said, format!("gpu is at {address} of vm\n"));
+    let socket = gpu.place().display().to_string();
+    assert_eq!(said, format!("gpu: {socket} is at {address} of vm\n"));
     assert_eq!(seen["kind"], "vfio-user");
     assert_eq!(events.wait("device-added", SOON)?["device"], "gpu");
     let config = vm.control().curl("GET", "/v1/config")?.json()?;
@@ -62,7 +63,6 @@ fn device_is_added_to_a_running_vm_and_stays_until_the_guest_lets_it_go() -> Out
     // Once is enough.
     let again = drover_device(&ground, &["add", "vm", &gpu.device()])?;
     let message = failure(&again, 1)?;
-    let socket = gpu.place().display().to_string();
     ensure!(
         message.contains(&socket) && message.contains("twice"),
         "{message}"
