@@ -119,6 +119,57 @@ task_disk() {
         queues="$(ls /sys/class/block/${disk##*/}/mq | wc -l)" result=ok
 }
 
+# disks: on each NVMe disk, one after the other, lab.mib MiB of random bytes behind those on the disk
+# before it (they may all be the same one), written and read back past the cache.
+task_disks() {
+    mib=$(arg mib 4); n=0; sums=
+    for disk in /dev/nvme*n1; do
+        [ -b "$disk" ] || return 1
+        dd if=/dev/urandom of=/tmp/pattern bs=1M count="$mib" 2> /dev/null
+        want=$(sum_of /tmp/pattern)
+        dd if=/tmp/pattern of="$disk" bs=1M seek=$((n * mib)) conv=fsync 2> /dev/null || return 1
+        echo 3 > /proc/sys/vm/drop_caches
+        got=$(dd if="$disk" bs=1M skip=$((n * mib)) count="$mib" 2> /dev/null | sum_of)
+        [ "$want" = "$got" ] || return 1
+        sums=$sums${sums:+,}$want
+        n=$((n + 1))
+    done
+    rm -f /tmp/pattern
+    say task=disks count=$n sha256="$sums" result=ok
+}
+
+# arrived, gone: wait until lab.disk is there, or no PCI function of NVMe's class is.
+nvme_functions() { grep -l 0x010802 /sys/bus/pci/devices/*/class 2> /dev/null | wc -l; }
+task_arrived() {
+    disk=$(arg disk /dev/nvme0n1); n=0
+    until [ -b "$disk" ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
+    say task=arrived functions="$(nvme_functions)" result=ok
+}
+task_gone() {
+    disk=$(arg disk /dev/nvme0n1); n=0
+    until [ ! -b "$disk" ] && [ "$(nvme_functions)" = 0 ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
+    say task=gone result=ok
+}
+
+# picture: fills the frame buffer with random pixels and reads them back.
+task_picture() {
+    n=0
+    until [ -c /dev/fb0 ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
+    # The text console would paint over it.
+    for console in /sys/class/vtconsole/*; do
+        grep -q 'frame buffer' $console/name && echo 0 > $console/bind
+    done
+    fb=/sys/class/graphics/fb0
+    lines=$(cut -d, -f2 $fb/virtual_size)
+    bytes=$(($(cat $fb/stride) * lines))
+    head -c $bytes /dev/urandom > /tmp/picture
+    cat /tmp/picture > /dev/fb0 || return 1
+    want=$(sum_of /tmp/picture)
+    got=$(head -c $bytes /dev/fb0 | sum_of)
+    [ "$want" = "$got" ] && say task=picture name="$(tr ' ' _ < $fb/name)" bytes=$bytes sha256="$want" \
+        driver="$(basename "$(readlink $fb/device/driver)")" result=ok
+}
+
 # diskread: the checksum of the first lab.mib MiB of lab.disk.
 task_diskread() {
     disk=$(arg disk /dev/vda); mib=$(arg mib 16)

@@ -1,7 +1,7 @@
 //! Disk images: made, converted, checked and summed on the host.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -90,7 +90,16 @@ pub fn check_ext4(path: &Path) -> anyhow::Result<()> {
 /// # Errors
 /// When it cannot be read or is shorter.
 pub fn sha256_raw(path: &Path, mib: u64) -> anyhow::Result<String> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    sha256_part(path, 0, mib)
+}
+
+/// The checksum of `mib` MiB from MiB `at` on.
+///
+/// # Errors
+/// When the file cannot be read or ends before.
+pub fn sha256_part(path: &Path, at: u64, mib: u64) -> anyhow::Result<String> {
+    let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    file.seek(SeekFrom::Start(at * MIB))?;
     let mut source = file.take(mib * MIB);
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
@@ -111,11 +120,17 @@ pub fn sha256_raw(path: &Path, mib: u64) -> anyhow::Result<String> {
             path.display()
         );
     }
-    Ok(hash
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(hex(&hash.finalize()))
+}
+
+/// The checksum of bytes.
+#[must_use]
+pub fn sha256_bytes(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The same for a qcow2 image, by way of a raw copy of it at `copy`.

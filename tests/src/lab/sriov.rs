@@ -86,6 +86,12 @@ impl NvmeController {
         name_of(&self.folder)
     }
 
+    /// The disk that L1 has through the physical function; every controller of the subsystem has it, too.
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        Path::new("/dev").join(format!("{}n1", self.name))
+    }
+
     /// Makes `count` virtual functions, bound to no driver, each with an admin queue, an I/O queue pair
     /// and a vector; their addresses. Those that were there are gone.
     ///

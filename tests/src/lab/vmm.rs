@@ -139,6 +139,40 @@ impl Vmm {
         self.json(command, &[subcommand, &self.spec.name])
     }
 
+    /// `drover device ACTION NAME ARGS --json`; its JSON, null if empty.
+    ///
+    /// # Errors
+    /// When the command fails or writes something else.
+    pub fn device(&self, action: &str, args: &[&str]) -> anyhow::Result<Value> {
+        let mut about = vec![action, self.spec.name.as_str()];
+        about.extend(args);
+        self.json("device", &about)
+    }
+
+    /// The VMM's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A counter of the VM's, over all that have it.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn counter(&self, name: &str) -> anyhow::Result<u64> {
+        let text = self.api("GET", "/metrics", None)?;
+        let of_name = |line: &&str| line.starts_with(&format!("drover_{name}{{"));
+        let values = text.lines().filter(of_name).map(|line| {
+            let value = line.rsplit(' ').next().unwrap_or_default();
+            value
+                .parse::<u64>()
+                .with_context(|| format!("'{line}' is no counter"))
+        });
+        let values = values.collect::<anyhow::Result<Vec<_>>>()?;
+        anyhow::ensure!(!values.is_empty(), "the VM has no counter '{name}'");
+        Ok(values.iter().sum())
+    }
+
     /// `drover list --json`, of the VMs with this one's runtime folder.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! The scenarios, by what they are about, and the table of all of them.
 
+mod assigned;
+mod assigned_gpu;
 mod boot;
 mod devices;
 mod disk;
@@ -296,6 +298,24 @@ pub const TABLE: &[Scenario] = &[
         "memory beyond the limit is not mapped, and the limit is named",
         vfio_refusals::memory_lock,
     ),
+    assigned(
+        "assigned-nvme",
+        400,
+        "an NVMe VF in a guest: its bytes, no exits, a reboot, kill -9 and reuse",
+        assigned::nvme,
+    ),
+    assigned(
+        "assigned-hotplug",
+        400,
+        "an NVMe VF comes to a running guest, goes, comes again, and stays over a reboot",
+        assigned::hotplug,
+    ),
+    assigned(
+        "gpu-mbochs",
+        300,
+        "a mediated display in a guest: its driver's pixels are in the device's memory",
+        assigned_gpu::mbochs,
+    ),
     Scenario {
         shape: Shape::VfioNoRemap,
         ..vfio(
@@ -348,6 +368,13 @@ const fn vfio(name: &'static str, limit_s: u64, about: &'static str, run: Run) -
         limit_s,
         about,
         run,
+    }
+}
+
+const fn assigned(name: &'static str, limit_s: u64, about: &'static str, run: Run) -> Scenario {
+    Scenario {
+        group: Group::Drover,
+        ..vfio(name, limit_s, about, run)
     }
 }
 

@@ -12,10 +12,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::lab::ctx::Ctx;
 
 /// A mediated device, until it is dropped.
-struct Mediated(PathBuf);
+pub(super) struct Mediated(PathBuf);
 
 impl Mediated {
-    fn create(kind: &str, uuid: &str) -> anyhow::Result<Self> {
+    /// Of the type whose folder is `kind`.
+    pub(super) fn create(kind: &str, uuid: &str) -> anyhow::Result<Self> {
         let types = Path::new("/sys/devices/virtual").join(kind);
         let create = types.join("create");
         fs::write(&create, uuid).with_context(|| format!("cannot write {}", create.display()))?;

@@ -1,0 +1,147 @@
+//! Virtual functions of L1's devices in VMs of Drover's.
+
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+
+use super::vfio::assigned_vfs;
+use crate::lab::ctx::Ctx;
+use crate::lab::image;
+use crate::lab::sriov::NvmeController;
+use crate::lab::vm_spec::VmSpec;
+use crate::lab::vmm::{BOOT, SOON, Vmm};
+
+/// MiB that a guest writes, and in how many commands at least: 512 KiB a command.
+const WRITTEN: u64 = 16;
+const COMMANDS: u64 = WRITTEN * 2 * 2;
+/// Exits of another cause meanwhile.
+const A_HANDFUL: u64 = 8;
+pub(super) const EXITS: &str = "vcpu_mmio_exits_total";
+
+/// The checksum of some MiB of the disk behind the controller, as L1 reads it.
+pub(super) fn sum_on_host(at: u64, mib: u64) -> anyhow::Result<String> {
+    std::fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop caches")?;
+    image::sha256_part(&NvmeController::find()?.disk(), at, mib)
+}
+
+/// A VM with a shell and an NVMe disk; `device` as `--device` takes it.
+fn with_disk(ctx: &Ctx, name: &str, device: &str) -> anyhow::Result<VmSpec> {
+    let words = format!("lab.do=shell lab.disk=/dev/nvme0n1 lab.mib={WRITTEN}");
+    Ok(ctx.vm(name)?.with("--device", device).words(&words))
+}
+
+/// The guest writes and reads back through its NVMe driver; the host sees the same bytes.
+pub(super) fn write_and_compare(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
+    let report = vmm.do_task("disk", SOON)?;
+    let mib: u64 = report.number("mib")?;
+    ensure!(
+        report.text("sha256")? == sum_on_host(0, mib)?,
+        "the host reads other bytes than the guest wrote"
+    );
+    ctx.say(format!("{mib} MiB are on the host as the guest wrote them"));
+    Ok(())
+}
+
+fn nvme_through(ctx: &mut Ctx, vf: &str, iommufd: &str) -> anyhow::Result<()> {
+    ctx.say(format!("{vf}, iommufd={iommufd}"));
+    let device = format!("vfio={vf},iommufd={iommufd}");
+    let mut vmm = with_disk(ctx, "nvme", &device)?
+        .words("lab.end=reboot")
+        .start()?;
+    vmm.report("shell", BOOT)?;
+    write_and_compare(ctx, &mut vmm)?;
+    let before = vmm.counter(EXITS)?;
+    write_and_compare(ctx, &mut vmm)?;
+    let exits = vmm.counter(EXITS)? - before;
+    ctx.say(format!(
+        "{before} exits before, {exits} for at least {COMMANDS} commands"
+    ));
+    ensure!(before > 0, "no exit was counted at all");
+    ensure!(
+        exits <= A_HANDFUL,
+        "{exits} exits for at least {COMMANDS} commands"
+    );
+
+    ctx.say("reboot");
+    vmm.send("exit\n")?;
+    vmm.report("shell", BOOT).context("after the reboot")?;
+    write_and_compare(ctx, &mut vmm).context("after the reboot")?;
+
+    ctx.say("kill -9, and another VM at once");
+    vmm.send(". /lib/lab/tasks.sh; while :; do task_disk; done > /dev/null 2>&1 &\n")?;
+    vmm.do_task("free", SOON)?;
+    vmm.kill9()?;
+    let mut second = with_disk(ctx, "second", &device)?.start()?;
+    second.report("shell", BOOT).context("after kill -9")?;
+    write_and_compare(ctx, &mut second).context("after kill -9")?;
+    second.send("exit\n")?;
+    second.wait_poweroff(SOON)
+}
+
+/// One VM after the other has an NVMe function, through each of the kernel's ways.
+pub(super) fn nvme(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vfs = assigned_vfs()?;
+    for iommufd in ["off", "on"] {
+        nvme_through(ctx, &vfs[0], iommufd).with_context(|| format!("with iommufd={iommufd}"))?;
+    }
+    Ok(())
+}
+
+/// A function comes while the guest runs, goes, and comes again.
+pub(super) fn hotplug(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vfs = assigned_vfs()?;
+    for (vf, iommufd) in vfs.iter().zip(["off", "on"]) {
+        let words = "lab.do=shell lab.disk=/dev/nvme0n1 lab.mib=4 lab.end=reboot";
+        let mut vmm = ctx.vm("plug")?.words(words).start()?;
+        vmm.report("shell", BOOT)?;
+        vmm.do_task("gone", SOON)?;
+        let device = format!("vfio={vf},iommufd={iommufd},id=disk");
+        for round in ["first", "again"] {
+            ctx.say(format!("{device}: {round}"));
+            vmm.device("add", &[&device])?;
+            let arrived = vmm.do_task("arrived", SOON)?;
+            ensure!(arrived.text("functions")? == "1", "{arrived:?}");
+            write_and_compare(ctx, &mut vmm)?;
+            ensure!(in_list(&vmm)?, "it is not listed");
+            vmm.device("remove", &["disk"])?;
+            vmm.do_task("gone", SOON)?;
+            ensure!(!in_list(&vmm)?, "it is listed still");
+            ensure!(!holds_vfio(&vmm, vf)?, "the VMM has it open still");
+        }
+        ctx.say("it stays over a reboot");
+        vmm.device("add", &[&device])?;
+        vmm.do_task("arrived", SOON)?;
+        vmm.send("exit\n")?;
+        vmm.report("shell", BOOT).context("after the reboot")?;
+        write_and_compare(ctx, &mut vmm).context("after the reboot")?;
+        vmm.device("remove", &["disk"])?;
+        vmm.do_task("gone", SOON)?;
+    }
+    Ok(())
+}
+
+fn in_list(vmm: &Vmm) -> anyhow::Result<bool> {
+    let list = vmm.device("list", &[])?;
+    let devices = list.as_array().context("no list of devices")?;
+    Ok(devices.iter().any(|device| device["id"] == "disk"))
+}
+
+/// Whether the VMM has the function's node open: its group's, or its own.
+fn holds_vfio(vmm: &Vmm, vf: &str) -> anyhow::Result<bool> {
+    let folder = super::vfio::folder(vf);
+    let group = std::fs::read_link(folder.join("iommu_group"))?;
+    let mut nodes = vec![Path::new("/dev/vfio").join(group.file_name().context("no group")?)];
+    for entry in std::fs::read_dir(folder.join("vfio-dev"))? {
+        nodes.push(Path::new("/dev/vfio/devices").join(entry?.file_name()));
+    }
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", vmm.pid()))? {
+        // A descriptor may be closed meanwhile.
+        let Ok(open) = std::fs::read_link(entry?.path()) else {
+            continue;
+        };
+        if nodes.contains(&open) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,97 @@
+//! A display that the kernel's sample driver makes, in VMs of Drover's.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+
+use super::vfio_mediated::Mediated;
+use crate::harness::process::wait_until;
+use crate::lab::ctx::Ctx;
+use crate::lab::image;
+use crate::lab::vmm::{BOOT, SOON, Vmm};
+
+const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa2001";
+const TYPES: &str = "mbochs/mbochs/mdev_supported_types";
+const VRAM_BYTES: u64 = 4 << 20;
+const PAGE: usize = 4096;
+/// A guest's picture reaches the device at the driver's next refresh.
+const REFRESH: Duration = Duration::from_secs(20);
+
+/// The display's memory, as the VMM has it mapped for the guest.
+struct VideoMemory {
+    process: File,
+    at: u64,
+}
+
+impl VideoMemory {
+    fn of(vmm: &Vmm) -> anyhow::Result<Self> {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", vmm.pid()))?;
+        let at = maps
+            .lines()
+            .filter(|line| line.contains("vfio"))
+            .find_map(|line| {
+                let (start, rest) = line.split_once('-')?;
+                let (end, _) = rest.split_once(' ')?;
+                let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).ok());
+                (end? - start? == VRAM_BYTES).then_some(start?)
+            });
+        Ok(Self {
+            process: File::open(format!("/proc/{}/mem", vmm.pid()))?,
+            at: at.with_context(|| format!("the VMM maps no video memory:\n{maps}"))?,
+        })
+    }
+
+    /// Whether `len` bytes with this checksum are in it, and where.
+    fn find(&self, len: usize, sha256: &str) -> anyhow::Result<Option<usize>> {
+        let mut bytes = vec![0; usize::try_from(VRAM_BYTES)?];
+        self.process
+            .read_exact_at(&mut bytes, self.at)
+            .context("cannot read the video memory")?;
+        let places = (0..=bytes.len().saturating_sub(len)).step_by(PAGE);
+        // Nothing is painted where the first page is empty.
+        let mut painted = places.filter(|at| bytes[*at..*at + PAGE].iter().any(|byte| *byte != 0));
+        Ok(painted.find(|at| image::sha256_bytes(&bytes[*at..*at + len]) == sha256))
+    }
+}
+
+/// A guest paints, and the host finds the picture in the device's memory.
+fn paint(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
+    let picture = vmm.do_task("picture", SOON)?;
+    ctx.say(format!("{picture:?}"));
+    ensure!(
+        picture.text("driver")?.starts_with("bochs"),
+        "another driver has the display: {picture:?}"
+    );
+    let memory = VideoMemory::of(vmm)?;
+    let (len, sum) = (picture.number("bytes")?, picture.text("sha256")?);
+    let found = wait_until(Instant::now() + REFRESH, || {
+        memory.find(len, sum).transpose()
+    });
+    let at = found.context("the picture is not in the device's memory")??;
+    ctx.say(format!("the picture is in the device's memory at {at:#x}"));
+    Ok(())
+}
+
+/// One partition in one VM after the other.
+pub(super) fn mbochs(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let display = Mediated::create(&format!("{TYPES}/mbochs-small"), UUID)?;
+    for iommufd in ["off", "on"] {
+        ctx.say(format!("iommufd={iommufd}"));
+        let mut vmm = ctx
+            .vm("display")?
+            .with("--device", format!("vfio={UUID},iommufd={iommufd}"))
+            .words("lab.do=shell lab.end=reboot")
+            .start()?;
+        vmm.report("shell", BOOT)?;
+        paint(ctx, &mut vmm)?;
+        ctx.say("reboot");
+        vmm.send("exit\n")?;
+        vmm.report("shell", BOOT).context("after the reboot")?;
+        paint(ctx, &mut vmm).context("after the reboot")?;
+        vmm.kill9()?;
+    }
+    drop(display);
+    Ok(())
+}
