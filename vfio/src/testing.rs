@@ -21,6 +21,7 @@ pub struct ModelBackend {
     dma: ModelDma,
     interrupts: Mutex<BTreeMap<IrqKind, Vec<EventFd>>>,
     resets: Mutex<u32>,
+    has_reset: bool,
 }
 
 #[derive(Default)]
@@ -44,7 +45,15 @@ impl ModelBackend {
             dma: ModelDma::default(),
             interrupts: Mutex::default(),
             resets: Mutex::default(),
+            has_reset: true,
         }
+    }
+
+    /// One that cannot be reset.
+    #[must_use]
+    pub fn without_reset(mut self) -> Self {
+        self.has_reset = false;
+        self
     }
 
     /// How often it was reset.
@@ -148,6 +157,9 @@ impl VfioBackend for ModelBackend {
     }
 
     fn reset(&self) -> Result<(), BackendError> {
+        if !self.has_reset {
+            return Err(BackendError::Absent("reset"));
+        }
         *self.resets.lock() += 1;
         self.interrupts.lock().clear();
         for (index, bytes) in self.regions.lock().iter_mut() {

@@ -11,7 +11,7 @@ use devices::{
 use parking_lot::{Mutex, MutexGuard};
 
 use super::bars::{self, Mapped};
-use super::config::{CONFIG_BYTES, Effects, VirtualConfig};
+use super::config::{self, CONFIG_BYTES, Effects, VirtualConfig};
 use super::interrupts::{Interrupts, MsixPlace, told};
 use crate::backend::{BackendError, RegionIndex, VfioBackend};
 
@@ -74,13 +74,7 @@ impl AssignedFunction {
         backend: Arc<dyn VfioBackend>,
         router: Arc<dyn MsiRouter>,
     ) -> Result<Self, FunctionError> {
-        match backend.reset() {
-            Ok(()) => {}
-            Err(BackendError::Absent(what)) => {
-                log::warn!(device:% = id; "the device has no {what}: what its last user left stays");
-            }
-            Err(error) => return Err(error.into()),
-        }
+        reset_if_it_can(&id, &*backend)?;
         let config = read_all(&*backend)?;
         let bars = bars::survey(&*backend, &config)?;
         let config = VirtualConfig::new(&config, &bars, 0);
@@ -99,7 +93,7 @@ impl AssignedFunction {
             backend,
             _held: None,
         };
-        function.write_command(&function.lock())?;
+        function.write_command(config::POWER_ON_COMMAND)?;
         Ok(function)
     }
 
@@ -120,19 +114,19 @@ impl AssignedFunction {
         self.inner.lock()
     }
 
-    fn write_command(&self, inner: &Inner) -> Result<(), BackendError> {
-        let command = inner.config.command().to_le_bytes();
+    fn write_command(&self, command: u16) -> Result<(), BackendError> {
         let at = u64::from(COMMAND);
-        self.backend.write(RegionIndex::Config, at, &command)
+        self.backend
+            .write(RegionIndex::Config, at, &command.to_le_bytes())
     }
 
-    /// A function-level reset. What the guest sees of it goes back to power-on, too.
-    fn reset_device(&self, inner: &mut Inner) -> Result<Vec<BarChange>, BackendError> {
-        let result = self.backend.reset();
-        inner.interrupts.reset();
-        let changes = inner.config.reset();
-        result.and_then(|()| self.write_command(inner))?;
-        Ok(changes)
+    /// Resets the device. One without a reset is at least silent then and does no DMA.
+    fn reset_device(&self, inner: &mut Inner) -> Result<(), BackendError> {
+        inner.interrupts.reset(&*self.backend);
+        self.write_command(config::POWER_ON_COMMAND)?;
+        reset_if_it_can(&self.id, &*self.backend)?;
+        // A reset switches decoding off.
+        self.write_command(config::POWER_ON_COMMAND)
     }
 
     fn follow(&self, inner: &mut Inner, effects: Effects) -> Vec<BarChange> {
@@ -150,13 +144,13 @@ impl AssignedFunction {
         }
         let mut changes = effects.bars;
         if effects.reset {
-            match self.reset_device(inner) {
-                Ok(more) => changes.extend(more),
-                Err(error) => told(
+            if let Err(error) = self.reset_device(inner) {
+                told(
                     &error,
                     "an assigned device could not be reset for its guest",
-                ),
+                );
             }
+            changes.extend(inner.config.reset());
         }
         changes
     }
@@ -176,6 +170,17 @@ impl AssignedFunction {
 enum MsixArea {
     Table,
     Pending,
+}
+
+/// A device that has no reset is used as it is.
+fn reset_if_it_can(id: &DeviceId, backend: &dyn VfioBackend) -> Result<(), BackendError> {
+    match backend.reset() {
+        Err(BackendError::Absent(what)) => {
+            log::warn!(device:% = id; "the device has no {what}: what its last user left stays");
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 /// As much of configuration space as the device has.
@@ -302,10 +307,7 @@ impl Device for AssignedFunction {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        let mut inner = self.lock();
-        inner.interrupts.reset();
-        let reset = self.backend.reset();
-        let reset = reset.and_then(|()| self.write_command(&inner));
+        let reset = self.reset_device(&mut self.lock());
         reset.map_err(|source| DeviceError::Internal {
             id: self.id.clone(),
             what: "device could not be reset",

@@ -112,12 +112,18 @@ impl Interrupts {
         }
     }
 
-    /// Back to power-on. The device signals nobody any more, for it was reset.
-    pub(super) fn reset(&mut self) {
+    /// Back to power-on: the device signals nobody any more, whether it can be reset or not.
+    pub(super) fn reset(&mut self, backend: &dyn VfioBackend) {
         if let Some(msix) = &mut self.msix {
+            if msix.enabled() {
+                switch(backend, IrqKind::MsiX, &[]);
+            }
             msix.reset();
         }
-        self.msi_routes.clear();
+        if !self.msi_routes.is_empty() {
+            switch(backend, IrqKind::Msi, &[]);
+            self.msi_routes.clear();
+        }
     }
 }
 
