@@ -3,7 +3,7 @@
 //! Virtio, assigned functions and the I/O APIC all hold [`MsiRoute`]s; `vmm` implements them with
 //! KVM's GSI routing and irqfd, tests with a recorder. Dropping a route frees its GSI.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -96,4 +96,21 @@ pub trait IrqLine: Send + Sync {
         self.set_level(true);
         self.set_level(false);
     }
+}
+
+/// A level-triggered line that sources outside this process share.
+pub trait SharedLine: Send + Sync {
+    /// Asserts the line, until the guest has handled the interrupt.
+    fn raise(&self);
+
+    /// `source` hears of every interrupt of the line that the guest has handled, as long as it is
+    /// there. Where it has more, it raises the line again.
+    fn listen(&self, source: Weak<dyn LineSource>);
+}
+
+/// A source of interrupts on a [`SharedLine`].
+pub trait LineSource: Send + Sync {
+    /// The guest has handled an interrupt of the line, this source's or another's. Called on vCPU
+    /// threads.
+    fn handled(&self);
 }

@@ -36,7 +36,7 @@ targets! {
     pci, virtio_pci, virtio_block, virtio_net, virtio_console, virtio_rng, virtio_balloon,
     virtio_vsock, restore,
     wire_frames, wire_pages, wire_peer, snapshot,
-    vfio_user,
+    vfio_user, assigned,
 }
 
 /// The target named `name`.

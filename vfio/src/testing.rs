@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::{env, io};
 
 use devices::pci::HostMemory;
@@ -22,6 +22,8 @@ pub struct ModelBackend {
     interrupts: Mutex<BTreeMap<IrqKind, Vec<EventFd>>>,
     resets: Mutex<u32>,
     has_reset: bool,
+    unmasked: Mutex<u32>,
+    is_lost: AtomicBool,
 }
 
 #[derive(Default)]
@@ -46,6 +48,8 @@ impl ModelBackend {
             interrupts: Mutex::default(),
             resets: Mutex::default(),
             has_reset: true,
+            unmasked: Mutex::default(),
+            is_lost: AtomicBool::new(false),
         }
     }
 
@@ -56,10 +60,21 @@ impl ModelBackend {
         self
     }
 
+    /// From now on it cannot be reset: its server is gone.
+    pub fn lose(&self) {
+        self.is_lost.store(true, Ordering::Relaxed);
+    }
+
     /// How often it was reset.
     #[must_use]
     pub fn resets(&self) -> u32 {
         *self.resets.lock()
+    }
+
+    /// How often the legacy line was let go on.
+    #[must_use]
+    pub fn unmasked(&self) -> u32 {
+        *self.unmasked.lock()
     }
 
     /// Vectors of `kind` that would be signalled.
@@ -128,11 +143,12 @@ impl VfioBackend for ModelBackend {
         let count = match kind {
             IrqKind::MsiX => 2,
             IrqKind::Msi => 4,
-            IrqKind::Intx | IrqKind::Error | IrqKind::Request => 0,
+            IrqKind::Intx => 1,
+            IrqKind::Error | IrqKind::Request => 0,
         };
         Ok(Irq {
             count,
-            automasked: false,
+            automasked: kind == IrqKind::Intx,
         })
     }
 
@@ -149,7 +165,8 @@ impl VfioBackend for ModelBackend {
     }
 
     fn unmask_intx(&self) -> Result<(), BackendError> {
-        Err(BackendError::Absent("legacy interrupt line"))
+        *self.unmasked.lock() += 1;
+        Ok(())
     }
 
     fn dma(&self) -> &dyn DmaSpace {
@@ -159,6 +176,9 @@ impl VfioBackend for ModelBackend {
     fn reset(&self) -> Result<(), BackendError> {
         if !self.has_reset {
             return Err(BackendError::Absent("reset"));
+        }
+        if self.is_lost.load(Ordering::Relaxed) {
+            return Err(BackendError::Server("the model is lost".to_owned()));
         }
         *self.resets.lock() += 1;
         self.interrupts.lock().clear();

@@ -3,14 +3,16 @@
 //! Its pins serve the few devices without MSI. The guest's end-of-interrupt for a level-triggered
 //! pin comes back from KVM as an exit.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, MutexGuard};
 
 use super::state::{IoApicEntryV1, IoApicStateV1};
 use crate::bus::IoHandler;
 use crate::device::{Device, DeviceError, DeviceId, Migratability};
-use crate::interrupt::{InterruptError, IrqLine, MsiMessage, MsiRoute, MsiRouter};
+use crate::interrupt::{
+    InterruptError, IrqLine, LineSource, MsiMessage, MsiRoute, MsiRouter, SharedLine,
+};
 use crate::state::{DeviceState, RestoreError, SaveError, StateFormat};
 use crate::warn_limited;
 
@@ -51,6 +53,8 @@ struct Pin {
     redirection: u64,
     level: bool,
     route: Arc<dyn MsiRoute>,
+    /// Of a shared line.
+    sources: Vec<Weak<dyn LineSource>>,
 }
 
 struct Inner {
@@ -76,6 +80,7 @@ impl IoApic {
                 redirection: MASKED,
                 level: false,
                 route: router.ioapic_pin(number)?,
+                sources: Vec::new(),
             })
         };
         let pins = (0..IOAPIC_PINS).map(pin).collect::<Result<_, _>>()?;
@@ -101,13 +106,22 @@ impl IoApic {
 
     /// The guest has finished handling `vector`: level-triggered pins with that vector may fire
     /// again, and do at once where the line is still high.
+    ///
+    /// A shared line is low then, until one of its sources says otherwise.
     pub fn end_of_interrupt(&self, vector: u8) {
+        let mut hear = Vec::new();
         for pin in &mut self.lock().pins {
             let level = pin.redirection & TRIGGER_LEVEL != 0;
             if level && pin.redirection & 0xff == u64::from(vector) {
                 pin.redirection &= !REMOTE_IRR;
+                pin.sources.retain(|source| source.strong_count() > 0);
+                pin.level &= pin.sources.is_empty();
+                hear.extend(pin.sources.iter().filter_map(Weak::upgrade));
                 pin.fire_level();
             }
+        }
+        for source in hear {
+            source.handled();
         }
     }
 
@@ -316,6 +330,18 @@ impl Device for IoApic {
 pub struct IoApicPin {
     ioapic: Arc<IoApic>,
     pin: u8,
+}
+
+impl SharedLine for IoApicPin {
+    fn raise(&self) {
+        self.ioapic.set_level(self.pin, true);
+    }
+
+    fn listen(&self, source: Weak<dyn LineSource>) {
+        if let Some(pin) = self.ioapic.lock().pins.get_mut(usize::from(self.pin)) {
+            pin.sources.push(source);
+        }
+    }
 }
 
 impl IrqLine for IoApicPin {

@@ -1,6 +1,7 @@
 //! One module per target; each has `run` and `seeds`.
 
 pub mod api;
+pub mod assigned;
 pub mod config;
 pub mod gpu;
 pub mod ioapic;

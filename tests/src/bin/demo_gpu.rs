@@ -1,6 +1,6 @@
 //! Divides a model GPU, gives both parts to a VM, and has them compute; see `docs/model-gpu.md`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use tests::harness::scratch::Scratch;
 const LIMIT: Duration = Duration::from_secs(60);
 
 const VRAM: &str = "512M";
-const PARTS: [&str; 2] = ["0000:c1:00.1", "0000:c1:00.2"];
+const PARTS: usize = 2;
 
 /// What the guest does with each part: 1 MiB of words, mixed a hundred times.
 const CMDLINE: &str = "run=gpu words=128K rounds=100";
@@ -43,13 +43,12 @@ fn demo() -> anyhow::Result<()> {
     };
     let root = host.scratch.join("sys");
     println!("A process plays a GPU of {VRAM} (it is a model: there is no such GPU).");
-    let model = ModelGpu::tree(&root, VRAM)?;
+    let _model = ModelGpu::tree(&root, VRAM)?;
     host.gpu(&["list"])?;
     host.gpu(&["partition", GPU, "2"])?;
     host.gpu(&["list"])?;
-    let sockets = PARTS.map(|address| model.vf_socket(address));
-    let [one, other] = sockets;
-    host.run_guest(&[one?, other?])?;
+    host.run_guest()?;
+    host.gpu(&["list"])?;
     host.gpu(&["partition", GPU, "off"])?;
     println!("\nBoth parts have computed what the guest's CPU has computed.");
     Ok(())
@@ -66,19 +65,20 @@ impl Host {
         Ok(())
     }
 
-    /// A VM with the parts, to its end.
-    fn run_guest(&self, sockets: &[PathBuf]) -> anyhow::Result<()> {
+    /// A VM with whichever parts are free, to its end.
+    fn run_guest(&self) -> anyhow::Result<()> {
         let mut command = Command::new(&self.drover);
         command.args(["run", "--name", "demo-gpu", "--memory", "256M"]);
         command.arg("--kernel").arg(binaries::guest()?);
         command.args(["--serial", "stdio", "--cmdline", CMDLINE]);
-        for socket in sockets {
-            command.arg("--device").arg(device(socket));
-        }
+        let root = self.scratch.join("sys");
+        let gpus = format!("auto,count={PARTS},sysfs-root={}", root.display());
+        command.arg("--gpu").arg(gpus);
+        command.env("DROVER_GPU_CLAIMS", self.scratch.join("claims"));
         command.env("DROVER_RUNTIME_DIR", self.scratch.join("run"));
         let said = self.show(&mut command)?.success()?;
         print!("{said}");
-        judge(&reports(&said), sockets.len())
+        judge(&reports(&said), PARTS)
     }
 
     /// Shows a command as it would be typed, and runs it.
@@ -88,10 +88,6 @@ impl Host {
         println!("\n$ drover {}", words.join(" "));
         process::run(command, LIMIT)
     }
-}
-
-fn device(socket: &Path) -> String {
-    format!("vfio-user={}", socket.display())
 }
 
 fn quoted(word: &str) -> String {

@@ -1,14 +1,14 @@
 //! The model GPU as a process of its own.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
 use super::follower::Follower;
-use super::process::die_with_parent;
+use super::process::{die_with_parent, send_signal};
 
 /// How long it may take to start.
 const START: Duration = Duration::from_secs(20);
@@ -63,6 +63,47 @@ impl ModelGpu {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The socket, or the folder of the tree.
+    #[must_use]
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// The function on the socket, as `--device` wants it.
+    #[must_use]
+    pub fn device(&self) -> String {
+        format!("vfio-user={}", self.place.display())
+    }
+
+    /// Sends a signal to the process.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn signal(&self, signal: libc::c_int) -> anyhow::Result<()> {
+        send_signal(&self.child, signal)
+    }
+
+    /// The video memory that the function on the socket has for its client now.
+    ///
+    /// # Errors
+    /// When it cannot be found.
+    pub fn video_memory(&self) -> anyhow::Result<File> {
+        let folder = format!("/proc/{}/fd", self.pid());
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&folder).context(folder)? {
+            let path = entry?.path();
+            let target = fs::read_link(&path).unwrap_or_default();
+            if target
+                .to_string_lossy()
+                .starts_with("/memfd:model-gpu-vram")
+            {
+                found.push(File::open(&path)?);
+            }
+        }
+        ensure!(found.len() == 1, "{} video memories", found.len());
+        found.pop().context("counted")
     }
 
     /// The socket of a virtual function of a tree, such as `0000:c1:00.1`.

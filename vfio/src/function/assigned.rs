@@ -1,9 +1,10 @@
 //! An assigned function as the PCI root and the machine see it.
 
 use std::any::Any;
+use std::io;
 use std::sync::Arc;
 
-use devices::interrupt::{InterruptError, MsiRouter};
+use devices::interrupt::{InterruptError, MsiRouter, SharedLine};
 use devices::pci::{BarChange, BarMapping, BarSpec, Doorbell, PciFunction};
 use devices::{
     Device, DeviceError, DeviceId, DeviceState, Migratability, RestoreError, SaveError, StateFormat,
@@ -13,7 +14,8 @@ use parking_lot::{Mutex, MutexGuard};
 use super::bars::{self, Mapped};
 use super::config::{self, CONFIG_BYTES, Effects, VirtualConfig};
 use super::interrupts::{Interrupts, MsixPlace, told};
-use crate::backend::{BackendError, RegionIndex, VfioBackend};
+use super::intx::Intx;
+use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 
 const COMMAND: u16 = 0x04;
 /// Read at once while a device is looked at.
@@ -77,7 +79,7 @@ impl AssignedFunction {
         reset_if_it_can(&id, &*backend)?;
         let config = read_all(&*backend)?;
         let bars = bars::survey(&*backend, &config)?;
-        let config = VirtualConfig::new(&config, &bars, 0);
+        let config = VirtualConfig::new(&config, &bars, interrupt_pin(&*backend)?);
         let msix = msix_place(&config, &bars)?;
         let vectors = config.msix().map_or(0, |(vectors, ..)| vectors);
         let mapped = bars::map(&*backend, &bars, msix.as_ref().map(|place| &place.table))?;
@@ -95,6 +97,20 @@ impl AssignedFunction {
         };
         function.write_command(config::POWER_ON_COMMAND)?;
         Ok(function)
+    }
+
+    /// Connects the function's legacy interrupt, if it has one, to `line`: that which the guest is
+    /// told of for the function's place on the bus.
+    ///
+    /// # Errors
+    /// The host's refusal of a descriptor or a thread.
+    pub fn connect_line(&self, line: Arc<dyn SharedLine>) -> io::Result<()> {
+        let mut inner = self.lock();
+        if inner.config.has_interrupt_pin() {
+            let intx = Intx::new(&self.backend, line)?;
+            inner.interrupts.connect(intx, &*self.backend);
+        }
+        Ok(())
     }
 
     /// Keeps `held` until the device is closed: a claim, say.
@@ -122,11 +138,20 @@ impl AssignedFunction {
 
     /// Resets the device. One without a reset is at least silent then and does no DMA.
     fn reset_device(&self, inner: &mut Inner) -> Result<(), BackendError> {
+        inner.interrupts.silence(&*self.backend);
+        let quiet = self.write_command(config::POWER_ON_COMMAND);
+        let reset = quiet.and_then(|()| reset_if_it_can(&self.id, &*self.backend));
         inner.interrupts.reset(&*self.backend);
-        self.write_command(config::POWER_ON_COMMAND)?;
-        reset_if_it_can(&self.id, &*self.backend)?;
-        // A reset switches decoding off.
-        self.write_command(config::POWER_ON_COMMAND)
+        // A reset may have switched decoding off.
+        reset.and_then(|()| self.write_command(config::POWER_ON_COMMAND))
+    }
+
+    fn not_reset(&self, source: BackendError) -> DeviceError {
+        DeviceError::Internal {
+            id: self.id.clone(),
+            what: "device could not be reset",
+            source: Box::new(source),
+        }
     }
 
     fn follow(&self, inner: &mut Inner, effects: Effects) -> Vec<BarChange> {
@@ -181,6 +206,11 @@ fn reset_if_it_can(id: &DeviceId, backend: &dyn VfioBackend) -> Result<(), Backe
         }
         result => result,
     }
+}
+
+/// INTA, or none: a function on a slot of its own has no use for others.
+fn interrupt_pin(backend: &dyn VfioBackend) -> Result<u8, BackendError> {
+    Ok(u8::from(backend.irq(IrqKind::Intx)?.count > 0))
 }
 
 /// As much of configuration space as the device has.
@@ -307,12 +337,14 @@ impl Device for AssignedFunction {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        let reset = self.reset_device(&mut self.lock());
-        reset.map_err(|source| DeviceError::Internal {
-            id: self.id.clone(),
-            what: "device could not be reset",
-            source: Box::new(source),
-        })
+        match self.reset_device(&mut self.lock()) {
+            // Its server is gone for good, as its operator knows. The guest boots without it.
+            Err(error @ BackendError::Server(_)) => {
+                told(&error, "an assigned device could not be reset");
+                Ok(())
+            }
+            reset => reset.map_err(|source| self.not_reset(source)),
+        }
     }
 
     fn migratability(&self) -> Migratability {

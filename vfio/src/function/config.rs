@@ -216,6 +216,10 @@ impl VirtualConfig {
         &self.header
     }
 
+    pub(super) fn has_interrupt_pin(&self) -> bool {
+        self.interrupt_pin != 0
+    }
+
     pub(super) fn place_bar(&mut self, bar: u8, address: u64) {
         self.header.place_bar(bar, address);
     }

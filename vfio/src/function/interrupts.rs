@@ -6,8 +6,10 @@ use std::sync::Arc;
 use devices::interrupt::{InterruptError, MsiMessage, MsiRoute, MsiRouter};
 use devices::pci::Msix;
 use devices::warn_limited;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::config::MsiRegisters;
+use super::intx::Intx;
 use crate::backend::{BackendError, IrqKind, VfioBackend};
 
 /// Bytes per entry of the MSI-X table (PCI 3.0 section 6.8.2).
@@ -42,6 +44,7 @@ pub(super) struct Interrupts {
     msix_routes: Vec<Arc<dyn MsiRoute>>,
     /// One per vector while MSI is on.
     msi_routes: Vec<Arc<dyn MsiRoute>>,
+    intx: Option<Intx>,
 }
 
 impl Interrupts {
@@ -57,7 +60,33 @@ impl Interrupts {
             msix: (msix_vectors > 0).then(|| Msix::new(msix_routes.clone())),
             msix_routes,
             msi_routes: Vec::new(),
+            intx: None,
         })
+    }
+
+    /// From now on the device asserts this line when it knows nothing better.
+    pub(super) fn connect(&mut self, intx: Intx, backend: &dyn VfioBackend) {
+        self.intx = Some(intx);
+        self.switch_line(backend);
+    }
+
+    /// The line is on while MSI and MSI-X are off: a device has one kind of interrupts at a time.
+    fn switch_line(&self, backend: &dyn VfioBackend) {
+        let Some(intx) = &self.intx else {
+            return;
+        };
+        let message_signalled =
+            !self.msi_routes.is_empty() || self.msix.as_ref().is_some_and(Msix::enabled);
+        let events: &[&EventFd] = match message_signalled {
+            true => &[],
+            false => &[&intx.event],
+        };
+        if let Err(error) = backend.set_irqs(IrqKind::Intx, events) {
+            told(
+                &error,
+                "the interrupt line of an assigned device could not be switched",
+            );
+        }
     }
 
     /// Follows a write to MSI-X message control.
@@ -68,8 +97,14 @@ impl Interrupts {
         let before = msix.enabled();
         msix.set_control(control);
         match (before, msix.enabled()) {
-            (false, true) => switch(backend, IrqKind::MsiX, &self.msix_routes),
-            (true, false) => switch(backend, IrqKind::MsiX, &[]),
+            (false, true) => {
+                self.switch_line(backend);
+                switch(backend, IrqKind::MsiX, &self.msix_routes);
+            }
+            (true, false) => {
+                switch(backend, IrqKind::MsiX, &[]);
+                self.switch_line(backend);
+            }
             _ => {}
         }
     }
@@ -86,10 +121,12 @@ impl Interrupts {
                     return;
                 }
             }
+            self.switch_line(backend);
             switch(backend, IrqKind::Msi, &self.msi_routes);
         } else if !registers.enabled && on {
             switch(backend, IrqKind::Msi, &[]);
             self.msi_routes.clear();
+            self.switch_line(backend);
         }
         self.route_msi(registers);
     }
@@ -112,18 +149,23 @@ impl Interrupts {
         }
     }
 
-    /// Back to power-on: the device signals nobody any more, whether it can be reset or not.
-    pub(super) fn reset(&mut self, backend: &dyn VfioBackend) {
-        if let Some(msix) = &mut self.msix {
-            if msix.enabled() {
-                switch(backend, IrqKind::MsiX, &[]);
-            }
-            msix.reset();
+    /// Ends MSI and MSI-X at the device, which may have no reset that does.
+    pub(super) fn silence(&self, backend: &dyn VfioBackend) {
+        if self.msix.as_ref().is_some_and(Msix::enabled) {
+            switch(backend, IrqKind::MsiX, &[]);
         }
         if !self.msi_routes.is_empty() {
             switch(backend, IrqKind::Msi, &[]);
-            self.msi_routes.clear();
         }
+    }
+
+    /// Back to power-on. The device was silenced and reset, and has no interrupts on.
+    pub(super) fn reset(&mut self, backend: &dyn VfioBackend) {
+        if let Some(msix) = &mut self.msix {
+            msix.reset();
+        }
+        self.msi_routes.clear();
+        self.switch_line(backend);
     }
 }
 

@@ -12,11 +12,13 @@
 //! | `capabilities` | which capabilities a guest sees, and how |
 //! | `config` | configuration space: [`config::VirtualConfig`] |
 //! | `interrupts` | MSI and MSI-X |
+//! | `intx` | the legacy line |
 
 mod assigned;
 mod bars;
 mod capabilities;
 mod config;
 mod interrupts;
+mod intx;
 
 pub use assigned::{AssignedFunction, FunctionError};

@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::assigned::{AssignError, Opener};
 use super::board::Board;
-use super::hotplug::removable_slots;
+use super::hotplug::{PlugError, removable_slots};
 use super::notices::Notices;
 use super::peripherals::ConsoleEnds;
 use super::placement::Placement;
@@ -89,6 +89,15 @@ pub enum BuildError {
         /// Why not.
         #[source]
         source: Box<AssignError>,
+    },
+    /// An assigned device has no place.
+    #[error("{id}")]
+    Plug {
+        /// The device.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: PlugError,
     },
     /// The memory balloon.
     #[error(transparent)]
@@ -208,6 +217,7 @@ impl Machine {
             acpi,
             loading: None,
             pci: board.pci,
+            ioapic: board.ioapic,
             opener,
             slots,
             gate: Arc::clone(notices.gate()),
@@ -239,7 +249,7 @@ impl Machine {
                 source: Box::new(source),
             })?;
             let plugged = self.plug(opened);
-            plugged.map_err(|source| BuildError::Pci { id, source })?;
+            plugged.map_err(|source| BuildError::Plug { id, source })?;
         }
         Ok(())
     }

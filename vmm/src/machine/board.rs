@@ -35,7 +35,7 @@ pub(super) struct Board {
     buses: Buses,
     pub(super) router: Arc<dyn MsiRouter>,
     pub(super) pci: Arc<PciRoot>,
-    ioapic: Arc<IoApic>,
+    pub(super) ioapic: Arc<IoApic>,
     pub(super) devices: Vec<DeviceEntry>,
 }
 

@@ -1,11 +1,24 @@
 //! Devices that come and go while the machine is there.
 
+use std::io;
 use std::sync::Arc;
 
 use devices::pci::{Bdf, PciRoot, PciRootError};
 
 use super::assigned::Opened;
 use super::runtime::{DeviceEntry, Machine};
+use crate::arch::x86_64::platform::interrupt_line;
+
+/// A function has no place.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// On the bus.
+    #[error(transparent)]
+    Bus(#[from] PciRootError),
+    /// The host has no descriptor or thread for its interrupt line.
+    #[error("interrupt line")]
+    Line(#[source] io::Error),
+}
 
 /// Device numbers that nothing has which stays for the machine's life: bit n stands for device n.
 pub(super) fn removable_slots(pci: &PciRoot) -> u32 {
@@ -20,11 +33,16 @@ impl Machine {
     /// Puts a function into the next free slot. The guest is not told.
     ///
     /// # Errors
-    /// [`PciRootError`] when there is no slot, or no room for its BARs.
-    pub(super) fn plug(&mut self, opened: Opened) -> Result<Bdf, PciRootError> {
+    /// [`PlugError`] when there is no slot, or no room for its BARs.
+    pub(super) fn plug(&mut self, opened: Opened) -> Result<Bdf, PlugError> {
         let bdf = self.pci.next_free()?;
         let function = Arc::new(opened.function);
         self.pci.add(bdf, function.clone())?;
+        let line = self.ioapic.pin(interrupt_line(bdf.device()));
+        if let Err(error) = function.connect_line(line) {
+            self.pci.remove(bdf);
+            return Err(PlugError::Line(error));
+        }
         self.acpi.set_removable(bdf.device());
         self.devices.push(DeviceEntry {
             device: function,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use devices::acpi::AcpiRegisters;
 use devices::counters::Counters;
+use devices::irqchip::IoApic;
 use devices::pci::{Bdf, PciRoot};
 use devices::virtio::VirtioInterrupt;
 use devices::virtio::balloon::BalloonHandle;
@@ -74,6 +75,7 @@ pub struct Machine {
     /// Brings memory in; gone only after everybody who touches it.
     pub(super) loading: Option<LazyMemory>,
     pub(super) pci: Arc<PciRoot>,
+    pub(super) ioapic: Arc<IoApic>,
     /// Opens devices that come later.
     pub(super) opener: Opener,
     /// Device numbers that come and go, one bit each.

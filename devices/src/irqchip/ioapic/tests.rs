@@ -67,6 +67,44 @@ fn level_pin_fires_again_after_eoi_while_high() {
     assert_eq!(router.routes()[4].delivered()[0].data, 0xc031);
 }
 
+#[derive(Default)]
+struct Source(Mutex<u32>);
+
+impl LineSource for Source {
+    fn handled(&self) {
+        *self.0.lock() += 1;
+    }
+}
+
+#[test]
+fn shared_line_is_low_after_eoi_and_its_sources_hear_of_it() {
+    let (ioapic, router) = ioapic();
+    program(&ioapic, 0x8031);
+    let line = ioapic.pin(4);
+    let sources = [Arc::new(Source::default()), Arc::new(Source::default())];
+    for source in &sources {
+        let source: Arc<dyn LineSource> = source.clone();
+        line.listen(Arc::downgrade(&source));
+    }
+    let fired = || router.routes()[4].delivered().len();
+    line.raise();
+    line.raise();
+    assert_eq!(fired(), 1);
+    ioapic.end_of_interrupt(0x32);
+    assert_eq!(*sources[0].0.lock(), 0, "another vector");
+    ioapic.end_of_interrupt(0x31);
+    assert_eq!(
+        (fired(), *sources[0].0.lock(), *sources[1].0.lock()),
+        (1, 1, 1)
+    );
+    line.raise();
+    assert_eq!(fired(), 2);
+    let [one, other] = sources;
+    drop(other);
+    ioapic.end_of_interrupt(0x31);
+    assert_eq!(*one.0.lock(), 2);
+}
+
 #[test]
 fn level_pin_masked_while_high_fires_on_unmask() {
     let (ioapic, router) = ioapic();

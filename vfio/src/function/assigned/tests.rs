@@ -1,5 +1,10 @@
-use devices::interrupt::{MsiMessage, MsiRoute};
+use std::sync::Weak;
+use std::time::Duration;
+
+use devices::interrupt::{LineSource, MsiMessage, MsiRoute};
 use devices::testing::FakeRouter;
+
+use parking_lot::Condvar;
 
 use super::*;
 use crate::backend::IrqKind;
@@ -143,6 +148,62 @@ fn msi_vectors_differ_in_the_low_bits() {
     assert_eq!(f.model.vectors(IrqKind::Msi), 0);
 }
 
+#[derive(Default)]
+struct Line {
+    raised: Mutex<u32>,
+    sources: Mutex<Vec<Weak<dyn LineSource>>>,
+    changed: Condvar,
+}
+
+impl SharedLine for Line {
+    fn raise(&self) {
+        *self.raised.lock() += 1;
+        self.changed.notify_all();
+    }
+
+    fn listen(&self, source: Weak<dyn LineSource>) {
+        self.sources.lock().push(source);
+    }
+}
+
+impl Line {
+    fn wait_raised(&self, times: u32) {
+        let mut raised = self.raised.lock();
+        let is_late = |raised: &mut u32| *raised < times;
+        let timeout = Duration::from_secs(10);
+        self.changed.wait_while_for(&mut raised, is_late, timeout);
+        assert_eq!(*raised, times);
+    }
+}
+
+#[test]
+fn legacy_line_is_raised_and_let_go_on_while_messages_are_off() {
+    let f = fixture(&config()).unwrap();
+    let line = Arc::new(Line::default());
+    assert!(!f.model.interrupt(IrqKind::Intx, 0), "not connected");
+    f.function.connect_line(line.clone()).unwrap();
+    let mut pin = [0; 4];
+    f.function.read_config(0x3c, &mut pin);
+    assert_eq!(pin, [0, 1, 0, 0]);
+    assert!(f.model.interrupt(IrqKind::Intx, 0));
+    line.wait_raised(1);
+    let source = line.sources.lock()[0].upgrade().unwrap();
+    source.handled();
+    assert_eq!(f.model.unmasked(), 1);
+    f.function.write_config(0x42, &[0x01, 0x80]);
+    assert_eq!(f.model.vectors(IrqKind::Intx), 0);
+    f.function.write_config(0x42, &[0x01, 0x00]);
+    assert_eq!(f.model.vectors(IrqKind::Intx), 1);
+    f.function.write_config(0x92, &[0x05, 0x00]);
+    assert_eq!(f.model.vectors(IrqKind::Intx), 0);
+    Device::reset(&f.function).unwrap();
+    assert!(
+        f.model.interrupt(IrqKind::Intx, 0),
+        "on again after a reset"
+    );
+    line.wait_raised(2);
+}
+
 #[test]
 fn guests_function_level_reset_puts_everything_back() {
     let f = fixture(&config()).unwrap();
@@ -186,6 +247,17 @@ fn device_is_silent_after_a_reset_of_the_machine_though_it_has_none() {
         f.model.read(RegionIndex::Config, 4, &mut command).unwrap();
         assert_eq!(command, [3, 0], "no bus mastering");
     }
+}
+
+#[test]
+fn machine_is_reset_without_a_device_whose_server_is_lost() {
+    let f = fixture(&config()).unwrap();
+    f.program_vector(0, 0x41);
+    f.model.lose();
+    f.function.reset().unwrap();
+    let mut entry = [0; 4];
+    f.function.read_bar(2, 0x1008, &mut entry);
+    assert_eq!(entry, [0; 4], "the vector is what it is at power-on");
 }
 
 #[test]

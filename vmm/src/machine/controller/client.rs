@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use devices::pci::PciRootError;
 use devices::virtio::balloon::TargetError;
 use devices::virtio::console::ConsoleSize;
 use parking_lot::Mutex;
@@ -14,6 +13,7 @@ use crate::config::{DeviceConfig, VmConfig};
 use crate::host::disk::HandoverError;
 use crate::machine::assigned::AssignError;
 use crate::machine::events::EventHub;
+use crate::machine::hotplug::PlugError;
 use crate::machine::lifecycle::{Rejection, Request};
 use crate::machine::runtime::MachineError;
 use crate::migrate::{MigrationRequest, MigrationStatus, MigrationTuning, SnapshotRequest};
@@ -83,7 +83,7 @@ pub enum CommandError {
     Assign(#[source] AssignError),
     /// There is no place for a device.
     #[error("the device cannot be added")]
-    Bus(#[source] PciRootError),
+    Bus(#[source] PlugError),
     /// No device has this name.
     #[error("the VM has no device called {0:?}")]
     UnknownDevice(String),

@@ -16,7 +16,7 @@ impl Controller {
     /// Begins to add a device; `answer` gets what has come of it.
     pub(super) fn add_device(&mut self, config: DeviceConfig, answer: Answer<DeviceInfo>) {
         let begun = self.begin_adding(config);
-        let (config, id, device) = match begun {
+        let (id, device) = match begun {
             Ok(begun) => begun,
             Err(error) => {
                 // The one who asked may no longer wait for the answer.
@@ -31,7 +31,7 @@ impl Controller {
             // Without a controller the VM has ended, and the device is closed again.
             let _ = jobs.send(Box::new(move |controller: &mut Controller| {
                 controller.adding = false;
-                let _ = answer.send(controller.finish_adding(config, opened));
+                let _ = answer.send(controller.finish_adding(device, opened));
             }));
         };
         self.adding = true;
@@ -44,11 +44,11 @@ impl Controller {
         }
     }
 
-    /// The configuration with the device, and the device with its id.
+    /// The device with its id, if it fits the others.
     fn begin_adding(
         &self,
         mut device: DeviceConfig,
-    ) -> Result<(VmConfig, DeviceId, DeviceConfig), CommandError> {
+    ) -> Result<(DeviceId, DeviceConfig), CommandError> {
         self.check_idle()?;
         self.check_doubt()?;
         self.check_adding()?;
@@ -63,7 +63,7 @@ impl Controller {
         checked.map_err(|error| CommandError::InvalidDevice(chain(&error)))?;
         let id = device.id.clone().unwrap_or_default();
         let id = DeviceId::new(id).expect("checked with the configuration");
-        Ok((config, id, device))
+        Ok((id, device))
     }
 
     /// Names stay as they are, whatever comes and goes.
@@ -78,12 +78,15 @@ impl Controller {
 
     fn finish_adding(
         &mut self,
-        config: VmConfig,
+        device: DeviceConfig,
         opened: Result<Opened, AssignError>,
     ) -> Result<DeviceInfo, CommandError> {
         let opened = opened.map_err(CommandError::Assign)?;
         let bdf = self.machine.plug(opened).map_err(CommandError::Bus)?;
         self.machine.acpi.add_device(bdf.device());
+        // Others may have gone while it was opened.
+        let mut config = self.config_with_ids();
+        config.device.push(device);
         self.set_config(config);
         let info = self.machine.device_infos().pop();
         let info = info.expect("the device that was added last");

@@ -3,12 +3,13 @@
 
 use acpi_tables::aml::{
     And, Device, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If,
-    Local, Method, Name, Notify, OpRegion, OpRegionSpace, Path, Scope, Store,
+    Local, Method, Name, Notify, OpRegion, OpRegionSpace, Package, PackageBuilder, Path, Scope,
+    Store, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 use devices::acpi::{PCI_ADDED_OFFSET, REGISTER_BYTES};
 
-use crate::arch::x86_64::platform::ACPI_PORT;
+use crate::arch::x86_64::platform::{ACPI_PORT, interrupt_line};
 
 /// What the event device calls when slots have changed.
 pub(super) const SCAN: &str = "\\_SB_.PCI0.PSCN";
@@ -35,6 +36,7 @@ pub(super) fn describe(removable: u32, sink: &mut dyn AmlSink) {
         slot(*number, &mut aml);
     }
     scan(&numbers, &mut aml);
+    interrupt_lines(&mut aml);
     for byte in Scope::raw(Path::new("\\_SB_.PCI0"), aml) {
         sink.byte(byte);
     }
@@ -95,6 +97,18 @@ fn scan(numbers: &[u8], sink: &mut dyn AmlSink) {
         }
     }
     Method::new(Path::new("PSCN"), 0, true, vec![&Raw(body)]).to_aml_bytes(sink);
+}
+
+/// `_PRT` (section 6.2.13): which interrupt INTA of each device is, directly.
+fn interrupt_lines(sink: &mut dyn AmlSink) {
+    const ANY_FUNCTION: u32 = 0xffff;
+    let mut lines = PackageBuilder::new();
+    for number in 1..32_u8 {
+        let address = u32::from(number) << 16 | ANY_FUNCTION;
+        let line = interrupt_line(number);
+        lines.add_element(&Package::new(vec![&address, &ZERO, &ZERO, &line]));
+    }
+    Name::new(Path::new("_PRT"), &lines).to_aml_bytes(sink);
 }
 
 #[cfg(test)]
