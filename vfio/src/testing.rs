@@ -21,6 +21,7 @@ pub struct ModelBackend {
     dma: ModelDma,
     interrupts: Mutex<BTreeMap<IrqKind, Vec<EventFd>>>,
     resets: Mutex<u32>,
+    has_reset: bool,
     unmasked: Mutex<u32>,
     is_lost: AtomicBool,
 }
@@ -46,9 +47,17 @@ impl ModelBackend {
             dma: ModelDma::default(),
             interrupts: Mutex::default(),
             resets: Mutex::default(),
+            has_reset: true,
             unmasked: Mutex::default(),
             is_lost: AtomicBool::new(false),
         }
+    }
+
+    /// One that cannot be reset.
+    #[must_use]
+    pub fn without_reset(mut self) -> Self {
+        self.has_reset = false;
+        self
     }
 
     /// From now on it cannot be reset: its server is gone.
@@ -165,6 +174,9 @@ impl VfioBackend for ModelBackend {
     }
 
     fn reset(&self) -> Result<(), BackendError> {
+        if !self.has_reset {
+            return Err(BackendError::Absent("reset"));
+        }
         if self.is_lost.load(Ordering::Relaxed) {
             return Err(BackendError::Server("the model is lost".to_owned()));
         }

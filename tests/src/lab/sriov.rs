@@ -162,18 +162,33 @@ impl NvmeController {
 /// # Errors
 /// When L1 has no such card, or the kernel refuses.
 pub fn network_function() -> anyhow::Result<String> {
+    let folder = network_card()?;
+    for (file, text) in [
+        ("sriov_numvfs", "0"),
+        ("sriov_drivers_autoprobe", "0"),
+        ("sriov_numvfs", "1"),
+    ] {
+        fs::write(folder.join(file), text).with_context(|| file.to_owned())?;
+    }
+    name_of(&fs::canonicalize(folder.join("virtfn0"))?)
+}
+
+/// The network interface of the card that has them.
+///
+/// # Errors
+/// When L1 has no such card.
+pub fn network_interface() -> anyhow::Result<String> {
+    let mut interfaces = fs::read_dir(network_card()?.join("net"))?;
+    let interface = interfaces.next().context("it has no interface")??;
+    Ok(interface.file_name().to_string_lossy().into_owned())
+}
+
+fn network_card() -> anyhow::Result<PathBuf> {
     for entry in fs::read_dir(PCI_DEVICES)? {
         let folder = entry?.path();
         let class = fs::read_to_string(folder.join("class"))?;
         if class.trim() == "0x020000" && folder.join("sriov_totalvfs").exists() {
-            for (file, text) in [
-                ("sriov_numvfs", "0"),
-                ("sriov_drivers_autoprobe", "0"),
-                ("sriov_numvfs", "1"),
-            ] {
-                fs::write(folder.join(file), text).with_context(|| file.to_owned())?;
-            }
-            return name_of(&fs::canonicalize(folder.join("virtfn0"))?);
+            return Ok(folder);
         }
     }
     bail!("L1 has no network card with virtual functions")

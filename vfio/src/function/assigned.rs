@@ -12,14 +12,12 @@ use devices::{
 use parking_lot::{Mutex, MutexGuard};
 
 use super::bars::{self, Mapped};
-use super::config::{CONFIG_BYTES, Effects, VirtualConfig};
+use super::config::{self, CONFIG_BYTES, Effects, VirtualConfig};
 use super::interrupts::{Interrupts, MsixPlace, told};
 use super::intx::Intx;
 use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 
 const COMMAND: u16 = 0x04;
-/// A command register that decodes, and no more.
-const QUIET: [u8; 2] = [0b11, 0];
 /// Read at once while a device is looked at.
 const CHUNK_BYTES: usize = 256;
 
@@ -78,13 +76,7 @@ impl AssignedFunction {
         backend: Arc<dyn VfioBackend>,
         router: Arc<dyn MsiRouter>,
     ) -> Result<Self, FunctionError> {
-        match backend.reset() {
-            Ok(()) => {}
-            Err(BackendError::Absent(what)) => {
-                log::warn!(device:% = id; "the device has no {what}: what its last user left stays");
-            }
-            Err(error) => return Err(error.into()),
-        }
+        reset_if_it_can(&id, &*backend)?;
         let config = read_all(&*backend)?;
         let bars = bars::survey(&*backend, &config)?;
         let config = VirtualConfig::new(&config, &bars, interrupt_pin(&*backend)?);
@@ -103,7 +95,7 @@ impl AssignedFunction {
             backend,
             _held: None,
         };
-        function.write_command(&function.lock())?;
+        function.write_command(config::POWER_ON_COMMAND)?;
         Ok(function)
     }
 
@@ -138,19 +130,20 @@ impl AssignedFunction {
         self.inner.lock()
     }
 
-    fn write_command(&self, inner: &Inner) -> Result<(), BackendError> {
-        let command = inner.config.command().to_le_bytes();
+    fn write_command(&self, command: u16) -> Result<(), BackendError> {
         let at = u64::from(COMMAND);
-        self.backend.write(RegionIndex::Config, at, &command)
+        self.backend
+            .write(RegionIndex::Config, at, &command.to_le_bytes())
     }
 
-    /// A function-level reset. What the guest sees of it goes back to power-on, too.
-    fn reset_device(&self, inner: &mut Inner) -> Result<Vec<BarChange>, BackendError> {
-        let result = self.backend.reset();
+    /// Resets the device. One without a reset is at least silent then and does no DMA.
+    fn reset_device(&self, inner: &mut Inner) -> Result<(), BackendError> {
+        inner.interrupts.silence(&*self.backend);
+        let quiet = self.write_command(config::POWER_ON_COMMAND);
+        let reset = quiet.and_then(|()| reset_if_it_can(&self.id, &*self.backend));
         inner.interrupts.reset(&*self.backend);
-        let changes = inner.config.reset();
-        result.and_then(|()| self.write_command(inner))?;
-        Ok(changes)
+        // A reset may have switched decoding off.
+        reset.and_then(|()| self.write_command(config::POWER_ON_COMMAND))
     }
 
     fn not_reset(&self, source: BackendError) -> DeviceError {
@@ -176,13 +169,13 @@ impl AssignedFunction {
         }
         let mut changes = effects.bars;
         if effects.reset {
-            match self.reset_device(inner) {
-                Ok(more) => changes.extend(more),
-                Err(error) => told(
+            if let Err(error) = self.reset_device(inner) {
+                told(
                     &error,
                     "an assigned device could not be reset for its guest",
-                ),
+                );
             }
+            changes.extend(inner.config.reset());
         }
         changes
     }
@@ -202,6 +195,17 @@ impl AssignedFunction {
 enum MsixArea {
     Table,
     Pending,
+}
+
+/// A device that has no reset is used as it is.
+fn reset_if_it_can(id: &DeviceId, backend: &dyn VfioBackend) -> Result<(), BackendError> {
+    match backend.reset() {
+        Err(BackendError::Absent(what)) => {
+            log::warn!(device:% = id; "the device has no {what}: what its last user left stays");
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 /// INTA, or none: a function on a slot of its own has no use for others.
@@ -333,23 +337,13 @@ impl Device for AssignedFunction {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        let mut inner = self.lock();
-        let reset = self.backend.reset();
-        inner.interrupts.reset(&*self.backend);
-        match reset.and_then(|()| self.write_command(&inner)) {
-            Ok(()) => Ok(()),
+        match self.reset_device(&mut self.lock()) {
             // Its server is gone for good, as its operator knows. The guest boots without it.
             Err(error @ BackendError::Server(_)) => {
                 told(&error, "an assigned device could not be reset");
                 Ok(())
             }
-            // It keeps what it knows, but reaches no memory until its driver says so.
-            Err(error @ BackendError::Absent(_)) => {
-                told(&error, "an assigned device was not reset");
-                let quiet = self.backend.write(RegionIndex::Config, COMMAND.into(), &QUIET);
-                quiet.map_err(|source| self.not_reset(source))
-            }
-            Err(source) => Err(self.not_reset(source)),
+            reset => reset.map_err(|source| self.not_reset(source)),
         }
     }
 

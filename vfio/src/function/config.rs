@@ -14,6 +14,8 @@ const COMMAND_REGISTER: u8 = 0x04;
 const COMMAND: u16 = COMMAND_REGISTER as u16;
 const COMMAND_IO: u16 = 1 << 0;
 const COMMAND_MEMORY: u16 = 1 << 1;
+/// The device's command register while its guest's is as after power-on.
+pub(super) const POWER_ON_COMMAND: u16 = COMMAND_IO | COMMAND_MEMORY;
 const STATUS: u16 = 0x06;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const INTERRUPT_PIN: u16 = 0x3d;
@@ -327,8 +329,8 @@ impl VirtualConfig {
     }
 
     /// The device's command register, for what the guest has put into its own.
-    pub(super) fn command(&self) -> u16 {
-        self.header.u16_at(COMMAND_REGISTER) | COMMAND_IO | COMMAND_MEMORY
+    fn command(&self) -> u16 {
+        self.header.u16_at(COMMAND_REGISTER) | POWER_ON_COMMAND
     }
 
     /// Back to power-on.

@@ -149,7 +149,17 @@ impl Interrupts {
         }
     }
 
-    /// Back to power-on. The device was reset, and has no interrupts on.
+    /// Ends MSI and MSI-X at the device, which may have no reset that does.
+    pub(super) fn silence(&self, backend: &dyn VfioBackend) {
+        if self.msix.as_ref().is_some_and(Msix::enabled) {
+            switch(backend, IrqKind::MsiX, &[]);
+        }
+        if !self.msi_routes.is_empty() {
+            switch(backend, IrqKind::Msi, &[]);
+        }
+    }
+
+    /// Back to power-on. The device was silenced and reset, and has no interrupts on.
     pub(super) fn reset(&mut self, backend: &dyn VfioBackend) {
         if let Some(msix) = &mut self.msix {
             msix.reset();

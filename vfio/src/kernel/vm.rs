@@ -125,10 +125,19 @@ impl KernelVfio {
     /// # Errors
     /// [`OpenError`], with what can be done about it.
     pub fn open(&self, folder: &Path) -> Result<KernelFunction, OpenError> {
+        self.open_by(folder, self.choice)
+    }
+
+    /// The same, with another choice for this function alone. It can be had only where it is the way of
+    /// those that are open already.
+    ///
+    /// # Errors
+    /// [`OpenError`], with what can be done about it.
+    pub fn open_by(&self, folder: &Path, choice: PathChoice) -> Result<KernelFunction, OpenError> {
         let located = locate::examine(&self.host, folder)?;
         let mut state = self.state.lock();
         state.refuse_twice(&located)?;
-        match self.path(&state, &located)? {
+        match self.path(&state, &located, choice)? {
             KernelPath::Iommufd => self.open_device(&mut state, &located, None),
             KernelPath::Group => self.open_group(&mut state, &located, None),
         }
@@ -154,13 +163,24 @@ impl KernelVfio {
     }
 
     /// All functions of a VM go the way of the first one.
-    fn path(&self, state: &State, located: &Located) -> Result<KernelPath, OpenError> {
+    fn path(
+        &self,
+        state: &State,
+        located: &Located,
+        choice: PathChoice,
+    ) -> Result<KernelPath, OpenError> {
         let settled = state.space.upgrade().map(|space| path_of(&space));
-        let wanted = settled.or(match self.choice {
+        let chosen = match choice {
             PathChoice::Auto => None,
             PathChoice::Iommufd => Some(KernelPath::Iommufd),
             PathChoice::Group => Some(KernelPath::Group),
-        });
+        };
+        if let (Some(settled), Some(chosen)) = (settled, chosen)
+            && settled != chosen
+        {
+            return Err(mixed(located, chosen));
+        }
+        let wanted = settled.or(chosen);
         let has_iommufd = self.iommufd.is_some() || self.host.dev.join("iommu").exists();
         let missing = match &located.cdev {
             _ if !has_iommufd => Some(

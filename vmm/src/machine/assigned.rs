@@ -7,7 +7,6 @@ use std::sync::Arc;
 use devices::events::{DeviceEvent, EventSink};
 use devices::interrupt::MsiRouter;
 use devices::{DeviceId, GuestRam};
-use parking_lot::Mutex;
 use vfio::dma::{DmaAccess, DmaFile, DmaRange, Iova};
 use vfio::function::{AssignedFunction, FunctionError};
 use vfio::gpu::{Attachment, ClaimError, ClaimedPartition, Claims, GpuRequest, SysfsTree};
@@ -62,13 +61,7 @@ pub(super) struct Opener {
     memory: Arc<GuestRam>,
     router: Arc<dyn MsiRouter>,
     events: Arc<dyn EventSink>,
-    kernel: Arc<KernelWays>,
-}
-
-/// The kernel's VFIO, made when it is needed first: by the way that the first device names.
-struct KernelWays {
-    kvm: Arc<KvmVfio>,
-    vfio: Mutex<Option<Arc<KernelVfio>>>,
+    kernel: Arc<KernelVfio>,
 }
 
 /// A function that is not on the bus yet.
@@ -100,10 +93,9 @@ impl Opener {
             memory: Arc::clone(vm.memory()),
             router,
             events,
-            kernel: Arc::new(KernelWays {
-                kvm: Arc::new(KvmVfio::new(vm)),
-                vfio: Mutex::default(),
-            }),
+            kernel: Arc::new(
+                KernelVfio::new(PathChoice::Auto).with_kvm(Arc::new(KvmVfio::new(vm))),
+            ),
         }
     }
 
@@ -177,7 +169,12 @@ impl Opener {
     ) -> Result<Device, AssignError> {
         let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
         check_memory_lock(bytes)?;
-        let function = self.kernel.vfio(iommufd).open(path)?;
+        let choice = match iommufd {
+            None => PathChoice::Auto,
+            Some(true) => PathChoice::Iommufd,
+            Some(false) => PathChoice::Group,
+        };
+        let function = self.kernel.open_by(path, choice)?;
         Ok(Device {
             backend: Arc::new(function),
             kind: "vfio",
@@ -197,21 +194,6 @@ impl Opener {
             kind: "vfio-user",
             host,
         })
-    }
-}
-
-impl KernelWays {
-    fn vfio(&self, iommufd: Option<bool>) -> Arc<KernelVfio> {
-        let mut vfio = self.vfio.lock();
-        let made = vfio.get_or_insert_with(|| {
-            let choice = match iommufd {
-                None => PathChoice::Auto,
-                Some(true) => PathChoice::Iommufd,
-                Some(false) => PathChoice::Group,
-            };
-            Arc::new(KernelVfio::new(choice).with_kvm(self.kvm.clone()))
-        });
-        Arc::clone(made)
     }
 }
 

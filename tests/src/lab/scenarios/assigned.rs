@@ -16,10 +16,12 @@ const WRITTEN: u64 = 16;
 const COMMANDS: u64 = WRITTEN * 2 * 2;
 /// Exits of another cause meanwhile.
 const A_HANDFUL: u64 = 8;
-pub(super) const EXITS: &str = "vcpu_mmio_exits_total";
+/// MiB that each of several disks is given.
+const PART: u64 = 4;
+const EXITS: &str = "vcpu_mmio_exits_total";
 
 /// The checksum of some MiB of the disk behind the controller, as L1 reads it.
-pub(super) fn sum_on_host(at: u64, mib: u64) -> anyhow::Result<String> {
+fn sum_on_host(at: u64, mib: u64) -> anyhow::Result<String> {
     std::fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop caches")?;
     image::sha256_part(&NvmeController::find()?.disk(), at, mib)
 }
@@ -31,7 +33,7 @@ fn with_disk(ctx: &Ctx, name: &str, device: &str) -> anyhow::Result<VmSpec> {
 }
 
 /// The guest writes and reads back through its NVMe driver; the host sees the same bytes.
-pub(super) fn write_and_compare(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
+fn write_and_compare(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
     let report = vmm.do_task("disk", SOON)?;
     let mib: u64 = report.number("mib")?;
     ensure!(
@@ -144,4 +146,114 @@ fn holds_vfio(vmm: &Vmm, vf: &str) -> anyhow::Result<bool> {
         }
     }
     Ok(false)
+}
+
+/// The checksums that a guest with several disks reports, in the order of the disks.
+fn sums_of(vmm: &mut Vmm, disks: usize) -> anyhow::Result<Vec<String>> {
+    let report = vmm.do_task("disks", SOON)?;
+    let sums = report.text("sha256")?.split(',').map(str::to_owned);
+    let sums: Vec<String> = sums.collect();
+    ensure!(
+        sums.len() == disks && report.number::<usize>("count")? == disks,
+        "the guest has other disks: {report:?}"
+    );
+    Ok(sums)
+}
+
+/// Two functions in one guest; then two guests with one each; then what cannot be started.
+pub(super) fn several(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vfs = assigned_vfs()?;
+    let words = format!("lab.do=shell lab.mib={PART}");
+    for iommufd in ["off", "on"] {
+        ctx.say(format!("{vfs:?} in one guest, iommufd={iommufd}"));
+        let mut spec = ctx.vm("both")?.words(&words);
+        for vf in &vfs {
+            spec = spec.with("--device", format!("vfio={vf},iommufd={iommufd}"));
+        }
+        let mut vmm = spec.start()?;
+        vmm.report("shell", BOOT)?;
+        let sums = sums_of(&mut vmm, 2)?;
+        for (sum, part) in sums.iter().zip(0..) {
+            ensure!(
+                *sum == sum_on_host(part * PART, PART)?,
+                "the host reads other bytes than disk {part} was given"
+            );
+        }
+    }
+    ctx.say("one each");
+    let start = |name: &str, vf: &str| -> anyhow::Result<Vmm> {
+        let spec = ctx.vm(name)?.words(&words);
+        spec.with("--device", format!("vfio={vf}")).start()
+    };
+    let mut vms = [start("first", &vfs[0])?, start("second", &vfs[1])?];
+    for vmm in &mut vms {
+        vmm.report("shell", BOOT)?;
+    }
+    for vmm in &mut vms {
+        let sums = sums_of(vmm, 1)?;
+        ensure!(
+            sums[0] == sum_on_host(0, PART)?,
+            "the host reads other bytes than the guest wrote"
+        );
+    }
+    refusals(ctx, &vfs, vms[0].pid())
+}
+
+/// `vfs[0]` is in use by the process `holder`.
+fn refusals(ctx: &Ctx, vfs: &[String], holder: u32) -> anyhow::Result<()> {
+    let refused = |devices: &[&str]| -> anyhow::Result<String> {
+        let spec = devices.iter().fold(ctx.vm("refused")?, |spec, device| {
+            spec.with("--device", format!("vfio={device}"))
+        });
+        let message = spec.start_refused(SOON)?;
+        ctx.say(message.trim());
+        Ok(message)
+    };
+    let (vf, by) = (vfs[0].as_str(), format!("process {holder} (drover)"));
+    for way in ["iommufd=on", "iommufd=off"] {
+        let message = refused(&[&format!("{vf},{way}")])?;
+        ensure!(
+            message.contains(vf) && message.contains(&by),
+            "{vf} and '{by}' are to be named: {message}"
+        );
+    }
+    let controller = NvmeController::find()?.address()?;
+    let message = refused(&[&controller])?;
+    ensure!(
+        message.contains(&controller) && message.contains("nvme"),
+        "{controller} and its driver are to be named: {message}"
+    );
+    let message = refused(&["0000:7f:00.0"])?;
+    ensure!(
+        message.contains("0000:7f:00.0"),
+        "it is to be named: {message}"
+    );
+    Ok(())
+}
+
+/// A function that is added another way than the first, one in use, and one after that which fits.
+pub(super) fn hotplug_refused(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vfs = assigned_vfs()?;
+    let words = "lab.do=shell lab.disk=/dev/nvme0n1 lab.mib=4";
+    let mut vmm = ctx.vm("plug")?.words(words).start()?;
+    vmm.report("shell", BOOT)?;
+    let refused = |vmm: &Vmm, device: &str, why: &str| {
+        let added = vmm.device("add", &[device]);
+        let error = format!("{:#}", added.err().context("it was added")?);
+        ctx.say(&error);
+        ensure!(error.contains(why), "'{why}' is to be told: {error}");
+        Ok(())
+    };
+    refused(&vmm, "vfio=0000:7f:00.0,iommufd=on", "0000:7f:00.0")?;
+    // What was refused is no choice for the next one.
+    vmm.device("add", &[&format!("vfio={},iommufd=off,id=disk", vfs[0])])?;
+    ensure!(holds_vfio(&vmm, &vfs[0])?, "it is not open");
+    refused(
+        &vmm,
+        &format!("vfio={},iommufd=on", vfs[1]),
+        "share one address space",
+    )?;
+    refused(&vmm, &format!("vfio={}", vfs[0]), &vfs[0])?;
+    vmm.do_task("arrived", SOON)?;
+    write_and_compare(ctx, &mut vmm)
 }

@@ -2,6 +2,7 @@
 
 mod assigned;
 mod assigned_gpu;
+mod assigned_network;
 mod boot;
 mod devices;
 mod disk;
@@ -309,6 +310,24 @@ pub const TABLE: &[Scenario] = &[
         400,
         "an NVMe VF comes to a running guest, goes, comes again, and stays over a reboot",
         assigned::hotplug,
+    ),
+    assigned(
+        "assigned-several",
+        400,
+        "two NVMe VFs in one guest, one each in two, and what cannot be started",
+        assigned::several,
+    ),
+    assigned(
+        "assigned-hotplug-refused",
+        240,
+        "what cannot be added to a running guest is told, and the next that can be is",
+        assigned::hotplug_refused,
+    ),
+    assigned(
+        "assigned-network",
+        300,
+        "a network card's VF in a guest: TCP both ways between it and the host's interface",
+        assigned_network::traffic,
     ),
     assigned(
         "gpu-mbochs",

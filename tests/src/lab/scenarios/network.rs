@@ -126,7 +126,7 @@ pub(super) fn multi_queue(ctx: &mut Ctx) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn random(count: usize) -> anyhow::Result<Vec<u8>> {
+pub(super) fn random(count: usize) -> anyhow::Result<Vec<u8>> {
     use std::io::Read;
     let mut bytes = vec![0; count];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;

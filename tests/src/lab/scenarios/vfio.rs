@@ -37,7 +37,7 @@ pub(super) fn folder(address: &str) -> PathBuf {
     Path::new(PCI_DEVICES).join(address)
 }
 
-fn bind(address: &str) -> anyhow::Result<()> {
+pub(super) fn bind(address: &str) -> anyhow::Result<()> {
     bind_vfio(Path::new(SYSFS), address.parse::<Bdf>()?)?;
     Ok(())
 }

@@ -33,7 +33,11 @@ struct Fixture {
 }
 
 fn fixture(config: &[u8]) -> Result<Fixture, FunctionError> {
-    let model = Arc::new(ModelBackend::new(config));
+    fixture_over(ModelBackend::new(config))
+}
+
+fn fixture_over(model: ModelBackend) -> Result<Fixture, FunctionError> {
+    let model = Arc::new(model);
     let router = Arc::new(FakeRouter::default());
     let id = DeviceId::new("gpu").unwrap();
     let function = AssignedFunction::new(id, model.clone(), router.clone())?;
@@ -219,6 +223,30 @@ fn guests_function_level_reset_puts_everything_back() {
     assert_eq!(f.model.vectors(IrqKind::MsiX), 0);
     f.function.read_bar(2, 0x1008, &mut data);
     assert_eq!(data, [0; 4]);
+}
+
+/// Whatever the old guest has begun, the next one is not disturbed by it.
+#[test]
+fn device_is_silent_after_a_reset_of_the_machine_though_it_has_none() {
+    let models = [
+        ModelBackend::new(&config()),
+        ModelBackend::new(&config()).without_reset(),
+    ];
+    for model in models {
+        let f = fixture_over(model).unwrap();
+        f.function.write_config(4, &[6, 0]);
+        f.program_vector(0, 0x42);
+        f.function.write_config(0x42, &[0x01, 0x80]);
+        f.function.write_config(0x92, &[0x25, 0x00]);
+        let on = [IrqKind::MsiX, IrqKind::Msi].map(|kind| f.model.vectors(kind));
+        assert_eq!(on, [2, 4]);
+        f.function.reset().unwrap();
+        let off = [IrqKind::MsiX, IrqKind::Msi].map(|kind| f.model.vectors(kind));
+        assert_eq!(off, [0, 0]);
+        let mut command = [0; 2];
+        f.model.read(RegionIndex::Config, 4, &mut command).unwrap();
+        assert_eq!(command, [3, 0], "no bus mastering");
+    }
 }
 
 #[test]
