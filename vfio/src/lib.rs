@@ -1,16 +1,9 @@
 //! Assigned PCI functions: what Drover asks of VFIO, whoever provides it.
 //!
-//! Not here yet: the kernel's backend (`vfio-ioctls`, iommufd), the vfio-user client, the
-//! virtualized PCI function over a backend, and VFIO migration.
-//! Not here yet: the vfio-user client, the
-//! virtualized PCI function over a backend, VFIO migration, and making and claiming GPU partitions.
-//! Not here yet: the kernel's backend (`vfio-ioctls`, iommufd), the virtualized PCI function over a
-//! backend, VFIO migration, and making and claiming GPU partitions.
-//! Here are the port that they share, [`VfioBackend`], the book-keeping of what a device may reach by
-//! DMA, and what GPUs a host has, with their partitions and who has which.
-//! Not here yet: the vfio-user client, the virtualized PCI function over a backend, VFIO migration,
-//! and making and claiming GPU partitions. Here are the port that they share, [`VfioBackend`], the
-//! kernel's backend, the book-keeping of what a device may reach by DMA, and what GPUs a host has.
+//! The port that all providers share is [`VfioBackend`]: the kernel's VFIO, vfio-user servers, and a
+//! model for tests. An [`AssignedFunction`](function::AssignedFunction) makes a function of the guest's
+//! of any of them. A host's GPUs are listed, divided and claimed here, too. Not here yet: VFIO
+//! migration.
 //!
 //! The nouns:
 //! - a [`VfioBackend`] is one opened function: [`Region`]s, [`Irq`]s, a reset;
@@ -22,6 +15,7 @@
 //! |---|---|
 //! | [`backend`] | the port |
 //! | [`kernel`] | functions that the kernel's VFIO opens |
+//! | [`function`] | a PCI function of the guest's over a backend |
 //! | [`dma`] | I/O virtual addresses and what is mapped there |
 //! | [`bdf`] | addresses of PCI functions |
 //! | [`user`] | functions that other processes serve over vfio-user |
