@@ -88,7 +88,20 @@ const fn put(path: &'static str, body: &'static str, status: u16) -> Change {
 
 /// Every change that there is, in an order in which each has the status given. Migrations that
 /// take place are tested in `kvm_migrate_orders.rs`, snapshots in `kvm_snapshot.rs`.
-const CHANGES: [Change; 22] = [
+const CHANGES: [Change; 24] = [
+    Change {
+        method: "POST",
+        path: "/v1/devices",
+        body: r#"{"vfio":"41:00.4","vfio-user":"/s"}"#,
+        status: 400,
+    },
+    // The braces are as good a name as any of a device that is not there.
+    Change {
+        method: "DELETE",
+        path: "/v1/devices/{id}",
+        body: "",
+        status: 404,
+    },
     Change {
         method: "POST",
         path: "/v1/migration",
