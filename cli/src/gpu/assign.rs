@@ -1,5 +1,8 @@
 //! `drover gpu assign`, `show` and `release`: the GPUs of a running VM.
 
+// Brackets in help texts are not links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use std::process::ExitCode;
 use std::time::Duration;
 

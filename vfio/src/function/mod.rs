@@ -10,7 +10,7 @@
 //! | `assigned` | [`AssignedFunction`]: what the PCI root and the machine see |
 //! | `bars` | kinds and sizes of the BARs, and what of them is mapped |
 //! | `capabilities` | which capabilities a guest sees, and how |
-//! | `config` | configuration space: [`config::VirtualConfig`] |
+//! | `config` | configuration space |
 //! | `interrupts` | MSI and MSI-X |
 //! | `intx` | the legacy line |
 
