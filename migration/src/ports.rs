@@ -303,6 +303,15 @@ pub trait Channel: Read + Write + Send {
     /// Whether the connection has no room at present, so that the next write would wait.
     fn is_congested(&self) -> bool;
 
+    /// Bytes that were written and that the peer's host has not confirmed yet, 0 where nobody can
+    /// tell.
+    ///
+    /// # Errors
+    /// The connection is known to be broken.
+    fn unconfirmed_bytes(&self) -> io::Result<usize> {
+        Ok(0)
+    }
+
     /// The socket, where bytes travel as they are and others may write and read them, too.
     fn socket(&self) -> Option<BorrowedFd<'_>> {
         None

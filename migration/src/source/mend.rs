@@ -1,14 +1,20 @@
 //! Pre-copy: data connections that break are opened again.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::options::SourceError;
 use super::rounds::{Rounds, listen};
+use super::stream::Task;
 use super::workers::Reopen;
 use crate::bitmap::DirtyBitmap;
+use crate::handoff::Mode;
 use crate::wire::{FrameError, REOPENED_MAX};
 use crate::words;
+
+/// Which part of the time that the guest may stand still it may go on writing for, at most, after
+/// the round by which its stop was decided.
+const SETTLE_SHARE: u32 = 10;
 
 impl Rounds<'_> {
     /// Opens a connection again that broke. What of its pages has come nobody knows: they are all
@@ -44,14 +50,50 @@ impl Rounds<'_> {
         }
     }
 
-    /// Marks all pages that travel on these connections.
-    pub(super) fn mark_shares(&self, connections: &[u64], dirty: &mut [DirtyBitmap]) {
-        for index in connections {
+    /// Marks all pages that travel on connections that broke.
+    pub(super) fn send_again(&mut self, lost: &[u64], dirty: &mut [DirtyBitmap]) {
+        if lost.is_empty() {
+            return;
+        }
+        for index in lost {
             for (region, chunk) in self.shared.share_of(*index, &self.regions) {
                 if let Some(bitmap) = dirty.get_mut(region) {
                     bitmap.insert(chunk);
                 }
             }
         }
+        // The guest is not to blame for pages that are sent once more.
+        self.judged_from = self.reports.len();
+    }
+
+    /// Before the machine is stopped: whether all connections carry, and no more lies on the way
+    /// than the last pages' time allows for. A connection with nothing to send would be found
+    /// broken only when the guest stands still, where that ends the migration.
+    ///
+    /// Where it is false there is to be another round: pages of a connection that broke have to be
+    /// sent again, or the guest has written for long meanwhile.
+    pub(super) fn settle(
+        &mut self,
+        (control, reopen): (&mut Control, &mut Reopen<'_>),
+        (dirty, mode): (&mut [DirtyBitmap], Mode),
+    ) -> Result<bool, SourceError> {
+        if std::mem::take(&mut self.is_settled) {
+            return Ok(true);
+        }
+        let begin = Instant::now();
+        let pages = dirty.iter().map(DirtyBitmap::count).sum();
+        self.workers.order(&Task::Settle(self.options.patience));
+        let lost = self.await_or_reopen(control, pages, reopen, |_| {})?;
+        self.send_again(&lost, dirty);
+        let is_quick = match mode {
+            Mode::Precopy if !self.is_late() => {
+                begin.elapsed() * SETTLE_SHARE <= self.handle.tuning().max_downtime
+            }
+            // Nobody counts on how much is left.
+            Mode::Precopy | Mode::Postcopy => true,
+        };
+        // After one more round all is as well as it can be, however long the way.
+        self.is_settled = lost.is_empty() && !is_quick;
+        Ok(lost.is_empty() && is_quick)
     }
 }

@@ -9,7 +9,7 @@ use super::handover::Handover;
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
 use super::pace::Pace;
-use super::stream::{Cut, RoundPlan, Shared};
+use super::stream::{Cut, RoundPlan, Shared, Task};
 use super::workers::{Reopen, Workers};
 use crate::bitmap::DirtyBitmap;
 use crate::convergence::{Decision, decide, predicted_blackout};
@@ -54,8 +54,8 @@ pub(super) struct Rounds<'a> {
     pub(super) predicted: Option<Duration>,
     pub(super) workers: Workers,
     handover: Handover,
-    options: &'a SourceOptions,
-    handle: &'a MigrationHandle,
+    pub(super) options: &'a SourceOptions,
+    pub(super) handle: &'a MigrationHandle,
     pub(super) regions: Vec<PageRun>,
     began: Instant,
     cpu_percent: u8,
@@ -64,7 +64,9 @@ pub(super) struct Rounds<'a> {
     pub(super) reopened: usize,
     /// The first report that convergence is judged by: those before are of a round in which a
     /// connection broke, and earlier.
-    judged_from: usize,
+    pub(super) judged_from: usize,
+    /// Whether the connections were found to carry before the round that is being sent.
+    pub(super) is_settled: bool,
     /// For the link's speed as watchers see it.
     refreshed: Tally,
     sign_of_life: Instant,
@@ -100,6 +102,7 @@ impl<'a> Rounds<'a> {
             number: 0,
             reopened: 0,
             judged_from: 0,
+            is_settled: false,
             refreshed: Tally {
                 at: now,
                 wire_bytes: 0,
@@ -150,13 +153,14 @@ impl<'a> Rounds<'a> {
                 cpu_percent: self.cpu_percent,
                 ..report
             });
-            if !lost.is_empty() {
-                // The guest is not to blame for pages that are sent once more.
-                self.mark_shares(&lost, &mut dirty);
-                self.judged_from = self.reports.len();
-            }
+            self.send_again(&lost, &mut dirty);
             if let Some(mode) = self.after_round()? {
-                return Ok((dirty, mode));
+                let settled = self.settle((control, reopen), (&mut dirty, mode));
+                if settled.map_err(|error| Self::explain(control, error))? {
+                    return Ok((dirty, mode));
+                }
+            } else {
+                self.is_settled = false;
             }
             parts.machine.throttle(self.cpu_percent)?;
         }
@@ -208,7 +212,7 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    fn is_late(&self) -> bool {
+    pub(super) fn is_late(&self) -> bool {
         self.began.elapsed() > self.options.timeout
     }
 
@@ -247,6 +251,24 @@ impl<'a> Rounds<'a> {
             whole: false,
             cut: Cut::default(),
         });
+        let lost = self.await_or_reopen(control, pages, reopen, |rounds| {
+            if rounds.is_late() {
+                plan.cut.make();
+            }
+        })?;
+        let report = self.report_since(begin);
+        Ok(Sent { report, plan, lost })
+    }
+
+    /// Waits until all connections have done what they were told; returns those that broke and were
+    /// opened again.
+    pub(super) fn await_or_reopen(
+        &mut self,
+        control: &mut Control,
+        pages: u64,
+        reopen: &mut Reopen<'_>,
+        look: impl Fn(&Self),
+    ) -> Result<Vec<u64>, SourceError> {
         let (mut left, mut lost) = (self.workers.count(), Vec::new());
         while left > 0 {
             match self.workers.next()? {
@@ -259,11 +281,13 @@ impl<'a> Rounds<'a> {
                     left -= 1;
                 }
                 Some((_, Ok(()))) => left -= 1,
-                None => self.watch(control, pages, &plan)?,
+                None => {
+                    look(self);
+                    self.watch(control, pages)?;
+                }
             }
         }
-        let report = self.report_since(begin);
-        Ok(Sent { report, plan, lost })
+        Ok(lost)
     }
 
     /// Sends the last pages; the guest stands still.
@@ -312,7 +336,7 @@ impl<'a> Rounds<'a> {
     fn order(&self, plan: RoundPlan) -> Arc<RoundPlan> {
         self.shared.totals.done_pages.store(0, Ordering::Relaxed);
         let plan = Arc::new(plan);
-        self.workers.order(&plan);
+        self.workers.order(&Task::Round(Arc::clone(&plan)));
         plan
     }
 
@@ -345,16 +369,8 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    fn watch(
-        &mut self,
-        control: &mut Control,
-        pages: u64,
-        plan: &RoundPlan,
-    ) -> Result<(), SourceError> {
+    fn watch(&mut self, control: &mut Control, pages: u64) -> Result<(), SourceError> {
         self.check_wanted()?;
-        if self.is_late() {
-            plan.cut.make();
-        }
         listen(control, Duration::ZERO)?;
         self.show_life(control, pages)?;
         self.show_push(pages);

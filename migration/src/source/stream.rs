@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::frames::{Outgoing, read_runs};
 use super::options::{EncodingChoice, SourceError};
@@ -23,6 +23,21 @@ pub(super) const CHUNK_PAGES: u64 = 512;
 
 /// Frames are collected up to this size before they are written.
 const FLUSH_BYTES: usize = 128 << 10;
+
+/// How long a connection's thread waits until it looks again at what is not confirmed yet: at first
+/// and at most.
+const SETTLE_PAUSE_MIN: Duration = Duration::from_micros(50);
+const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(5);
+
+/// What a connection's thread is to do next.
+#[derive(Clone)]
+pub(super) enum Task {
+    /// Send its share of a round.
+    Round(Arc<RoundPlan>),
+    /// Find out whether all that was sent has come to the peer's host; given up when nothing more
+    /// comes there for this long.
+    Settle(Duration),
+}
 
 /// What is to be sent in a round.
 pub(super) struct RoundPlan {
@@ -230,16 +245,19 @@ impl<'a> Stream<'a> {
     }
 
     /// Serves rounds until the sender is dropped or one fails.
-    pub(super) fn run(mut self, orders: &Receiver<Arc<RoundPlan>>, results: &Sender<StreamResult>) {
-        while let Ok(plan) = orders.recv() {
-            let result = self.round(&plan);
+    pub(super) fn run(mut self, orders: &Receiver<Task>, results: &Sender<StreamResult>) {
+        while let Ok(task) = orders.recv() {
+            let result = match &task {
+                Task::Round(plan) => self.round(plan),
+                Task::Settle(patience) => self.settle(*patience),
+            };
             let failed = result.is_err();
             if failed {
                 let totals = &self.shared.totals;
                 totals.note_cache(self.encoder.cache_bytes(), 0);
             }
             // Plans are dropped before the coordinator goes on: it reuses their memory.
-            drop(plan);
+            drop(task);
             if results.send((self.index, result)).is_err() || failed {
                 return;
             }
@@ -263,6 +281,31 @@ impl<'a> Stream<'a> {
         self.write(&[])?;
         self.channel.flush()?;
         Ok(())
+    }
+
+    /// Sends a batch without pages, so that there is something to be confirmed, and waits until all
+    /// is. The kernel tells nobody when that happens.
+    fn settle(&mut self, patience: Duration) -> Result<(), SourceError> {
+        self.encoder
+            .encode_live(PageIndex(0), &[], &[], &mut self.out);
+        self.write(&[])?;
+        self.channel.flush()?;
+        let (mut least, mut since) = (usize::MAX, Instant::now());
+        let mut pause = SETTLE_PAUSE_MIN;
+        loop {
+            let left = self.channel.unconfirmed_bytes()?;
+            if left == 0 {
+                return Ok(());
+            }
+            if left < least {
+                (least, since) = (left, Instant::now());
+            } else if since.elapsed() >= patience {
+                let text = format!("{left} bytes have not come to the destination's host in time");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text).into());
+            }
+            std::thread::sleep(pause);
+            pause = SETTLE_PAUSE_MAX.min(pause * 2);
+        }
     }
 
     fn chunk(

@@ -1,18 +1,17 @@
 //! The data connections' threads, as their coordinator sees them.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::Scope;
 use std::time::Duration;
 
 use super::control::TICK;
 use super::options::SourceError;
-use super::stream::{RoundPlan, Shared, Stream, StreamResult};
+use super::stream::{Shared, Stream, StreamResult, Task};
 use crate::ports::Channel;
 
-/// To a thread: what it is to send.
-pub(super) type Order = Sender<Arc<RoundPlan>>;
+/// To a thread: what it is to do.
+pub(super) type Order = Sender<Task>;
 
 /// Opens the connection of this number again and starts its thread.
 pub(super) type Reopen<'r> = dyn FnMut(u64) -> Result<Order, SourceError> + 'r;
@@ -60,11 +59,11 @@ impl Workers {
         }
     }
 
-    /// Tells all what to send.
-    pub(super) fn order(&self, plan: &Arc<RoundPlan>) {
+    /// Tells all what to do.
+    pub(super) fn order(&self, task: &Task) {
         for order in &self.orders {
             // A thread that has ended has said why.
-            let _ = order.send(Arc::clone(plan));
+            let _ = order.send(task.clone());
         }
     }
 

@@ -160,7 +160,7 @@ impl Pipe {
         let deadline = Instant::now() + timeout;
         let mut flow = self.flow();
         loop {
-            if flow.closed_by_writer || (flow.closed_by_reader && !flow.stalled) {
+            if flow.is_broken() {
                 return Err(ErrorKind::BrokenPipe.into());
             }
             let room = self.wire.capacity.saturating_sub(flow.bytes);
@@ -219,6 +219,11 @@ impl Flow {
         if !passage.cut && !self.stalled && !self.rejected {
             passage.arriving.push_back(byte);
         }
+    }
+
+    /// Whether whoever writes knows that the connection has ended.
+    fn is_broken(&self) -> bool {
+        self.closed_by_writer || (self.closed_by_reader && !self.stalled)
     }
 
     fn take(&mut self, buf: &mut [u8]) -> usize {
@@ -304,6 +309,14 @@ impl Channel for FakeChannel {
 
     fn is_congested(&self) -> bool {
         self.ends.outgoing.flow().bytes >= self.ends.outgoing.wire.capacity
+    }
+
+    fn unconfirmed_bytes(&self) -> io::Result<usize> {
+        let flow = self.ends.outgoing.flow();
+        match flow.is_broken() {
+            true => Err(ErrorKind::BrokenPipe.into()),
+            false => Ok(flow.bytes),
+        }
     }
 }
 

@@ -207,10 +207,44 @@ fn a_connection_in_anothers_place_carries_pages_after_the_switchover() {
 fn a_cut_among_the_last_pages_leaves_the_machine_running() {
     let mut world = World::small(true);
     world.write_at_first_harvest();
-    // Attach, the pages of the first round, then the last ones.
-    let end = Broken::new(3, 0, FaultKind::Cut).migrate(&mut world, "last pages");
+    // Attach, the pages of the first round, a batch without pages, then the last ones.
+    let end = Broken::new(4, 0, FaultKind::Cut).migrate(&mut world, "last pages");
     assert!(matches!(end.report.outcome, Outcome::Resumed(_)));
     world.retry("last pages");
+}
+
+/// Nothing would be sent over it before the guest stands still.
+#[test]
+fn a_connection_found_broken_before_the_guest_is_stopped_is_replaced() {
+    for kind in [FaultKind::Cut, FaultKind::Reject, FaultKind::Stall] {
+        let mut world = World::small(true);
+        world.write_at_first_harvest();
+        // Of all times, the one that a dead path is noticed by.
+        world.set_patience(Duration::from_millis(1500));
+        // Attach, the pages of the first round, then the batch without pages.
+        let end = Broken::new(3, 0, kind).survive(&mut world, &format!("{kind:?}"));
+        assert!(end.report.rounds.len() > 1, "{:?}", end.report.rounds);
+        let blackout = end.report.blackout.expect("it was stopped");
+        let limit = Duration::from_millis(1000).as_micros();
+        assert!(u128::from(blackout.total_us) < limit, "{blackout:?}");
+    }
+}
+
+/// One more round, and not one after the other.
+#[test]
+fn a_long_way_costs_one_round() {
+    let latency = Duration::from_millis(40);
+    let mut wiring = Wiring::clean();
+    wiring
+        .data
+        .iter_mut()
+        .for_each(|(there, _)| there.latency = latency);
+    let mut world = world(EncodingChoice::Raw);
+    world.handle = new_handle(latency * 2);
+    let end = world.migrate(&wiring);
+    world.check(&end, "a long way");
+    assert_eq!(end.report.outcome, Outcome::Surrendered);
+    assert_eq!(end.report.rounds.len(), 2, "{:?}", end.report.rounds);
 }
 
 /// The encoder has grown with the batch that broke the connection.

@@ -50,6 +50,26 @@ const FULL_BYTES: libc::c_int = 16 << 10;
 /// `SIOCOUTQNSD` (linux/sockios.h): bytes that TCP has not sent yet.
 const SIOCOUTQNSD: libc::c_ulong = 0x894b;
 
+/// `SIOCOUTQ` (linux/sockios.h): bytes that the peer's host has not confirmed yet.
+const SIOCOUTQ: libc::c_ulong = libc::TIOCOUTQ;
+
+/// Bytes that were written and are not confirmed.
+pub(super) fn unconfirmed_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the request writes one int.
+    let rc = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCOUTQ, &raw mut bytes) };
+    match rc {
+        0 => Ok(usize::try_from(bytes).unwrap_or(0)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the connection has ended in both directions.
+pub(super) fn is_hung_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    // The kernel tells this without being asked for events.
+    Ok(poll(socket, 0, 0)? > 0)
+}
+
 /// Whether more waits to be sent than keeps the network busy, or a write would wait. A broken
 /// connection does not make anybody wait.
 pub(super) fn is_full(socket: BorrowedFd<'_>) -> bool {

@@ -75,6 +75,10 @@ impl Channel for SocketChannel {
         poll::is_full(self.socket.as_fd())
     }
 
+    fn unconfirmed_bytes(&self) -> io::Result<usize> {
+        unconfirmed_bytes(&self.socket)
+    }
+
     fn socket(&self) -> Option<BorrowedFd<'_>> {
         Some(self.socket.as_fd())
     }
@@ -128,6 +132,17 @@ pub(super) fn set_timeouts(socket: &Socket, timeout: Duration) -> io::Result<()>
         socket.set_tcp_user_timeout(Some(patience))?;
     }
     Ok(())
+}
+
+/// Bytes that the peer's host has not confirmed; with a unix socket, that nobody has read.
+pub(super) fn unconfirmed_bytes(socket: &Socket) -> io::Result<usize> {
+    if let Some(error) = socket.take_error()? {
+        return Err(error);
+    }
+    if poll::is_hung_up(socket.as_fd())? {
+        return Err(io::ErrorKind::BrokenPipe.into());
+    }
+    poll::unconfirmed_bytes(socket.as_fd())
 }
 
 fn is_unix(socket: &Socket) -> io::Result<bool> {

@@ -330,3 +330,36 @@ fn peers_of_this_host_are_known_by_their_user() {
     }
     std::fs::remove_dir_all(dir).unwrap();
 }
+
+/// What is on its way is counted until it has come, and a connection that has ended is told.
+#[test]
+fn what_has_not_come_to_the_peer_is_known() {
+    let dir = scratch("unconfirmed");
+    let unix = format!("unix:{}/s", dir.display());
+    for at in ["tcp://127.0.0.1:0", &unix] {
+        let (mut one, mut two) = pair(at);
+        assert_eq!(one.unconfirmed_bytes().unwrap(), 0, "{at}");
+        // More than fits on the way while nobody reads.
+        one.set_timeout(Duration::from_millis(50)).unwrap();
+        let piece = pattern(64 << 10);
+        let mut taken = 0;
+        while let Ok(count) = one.write(&piece) {
+            taken += count;
+        }
+        assert!(one.unconfirmed_bytes().unwrap() > 0, "{at}");
+        two.read_exact(&mut vec![0; taken]).unwrap();
+        let deadline = soon();
+        while one.unconfirmed_bytes().unwrap() > 0 {
+            assert!(Instant::now() < deadline, "{at}");
+            thread::yield_now();
+        }
+        drop(two);
+        // Nobody takes it.
+        let _ = one.write(b"late");
+        while one.unconfirmed_bytes().is_ok() {
+            assert!(Instant::now() < deadline, "{at}");
+            thread::yield_now();
+        }
+    }
+    std::fs::remove_dir_all(dir).unwrap();
+}

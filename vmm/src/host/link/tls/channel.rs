@@ -12,6 +12,7 @@ use socket2::Socket;
 use crate::host::link::poll;
 use crate::host::link::socket::{
     DEFAULT_TIMEOUT, SocketBreaker, prepare, receive, send, set_timeouts, timed_out,
+    unconfirmed_bytes,
 };
 
 /// Most plaintext that one write takes: enough for the engine's largest, which is encrypted at
@@ -208,6 +209,10 @@ impl Channel for TlsChannel {
 
     fn is_congested(&self) -> bool {
         self.connection.wants_write() || poll::is_full(self.socket().as_fd())
+    }
+
+    fn unconfirmed_bytes(&self) -> io::Result<usize> {
+        unconfirmed_bytes(self.socket())
     }
 }
 
