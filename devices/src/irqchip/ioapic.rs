@@ -53,7 +53,8 @@ struct Pin {
     redirection: u64,
     level: bool,
     route: Arc<dyn MsiRoute>,
-    /// Of a shared line.
+    /// Whether its line is a shared one, with these sources so far.
+    is_shared: bool,
     sources: Vec<Weak<dyn LineSource>>,
 }
 
@@ -80,6 +81,7 @@ impl IoApic {
                 redirection: MASKED,
                 level: false,
                 route: router.ioapic_pin(number)?,
+                is_shared: false,
                 sources: Vec::new(),
             })
         };
@@ -115,7 +117,8 @@ impl IoApic {
             if level && pin.redirection & 0xff == u64::from(vector) {
                 pin.redirection &= !REMOTE_IRR;
                 pin.sources.retain(|source| source.strong_count() > 0);
-                pin.level &= pin.sources.is_empty();
+                // Also where the source that raised it has gone.
+                pin.level &= !pin.is_shared;
                 hear.extend(pin.sources.iter().filter_map(Weak::upgrade));
                 pin.fire_level();
             }
@@ -339,6 +342,9 @@ impl SharedLine for IoApicPin {
 
     fn listen(&self, source: Weak<dyn LineSource>) {
         if let Some(pin) = self.ioapic.lock().pins.get_mut(usize::from(self.pin)) {
+            pin.is_shared = true;
+            // Devices may come and go without a single interrupt.
+            pin.sources.retain(|source| source.strong_count() > 0);
             pin.sources.push(source);
         }
     }

@@ -39,6 +39,7 @@ impl From<CommandError> for ApiError {
             | CommandError::Migrating
             | CommandError::TakingSnapshot
             | CommandError::Adding
+            | CommandError::Loading
             | CommandError::Assign(_)
             | CommandError::Bus(_)
             | CommandError::NotRemovable(_)

@@ -103,6 +103,13 @@ fn shared_line_is_low_after_eoi_and_its_sources_hear_of_it() {
     drop(other);
     ioapic.end_of_interrupt(0x31);
     assert_eq!(*one.0.lock(), 2);
+    line.raise();
+    assert_eq!(fired(), 3);
+    drop(one);
+    ioapic.end_of_interrupt(0x31);
+    assert_eq!(fired(), 3, "nobody is left who holds it high");
+    line.raise();
+    assert_eq!(fired(), 4);
 }
 
 #[test]

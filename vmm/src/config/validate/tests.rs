@@ -1,4 +1,8 @@
 use super::*;
+use crate::config::devices::VsockConfig;
+use crate::config::disk::DiskConfig;
+use crate::config::net::NetConfig;
+use crate::config::size::ByteSize;
 
 /// Configurations in TOML and the messages that they are refused with, empty for those that are
 /// accepted.

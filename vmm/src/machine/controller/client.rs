@@ -75,6 +75,12 @@ pub enum CommandError {
     /// A device is being opened.
     #[error("a device is being added to the VM")]
     Adding,
+    /// Its memory cannot be shared with a device yet.
+    #[error(
+        "the VM's memory is still being loaded from a snapshot: a device would find zeroes; add it \
+         once that is done"
+    )]
+    Loading,
     /// A device cannot be like that.
     #[error("the device cannot be added: {0}")]
     InvalidDevice(String),
@@ -91,7 +97,7 @@ pub enum CommandError {
     #[error("{0} cannot be removed while the VM is there: only assigned devices can")]
     NotRemovable(String),
     /// The host refused a thread.
-    #[error("thread for the migration or snapshot")]
+    #[error("no thread could be started for this")]
     Thread(#[source] std::io::Error),
     /// The VM has ended.
     #[error("the VM has ended")]

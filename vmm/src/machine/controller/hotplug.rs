@@ -1,7 +1,7 @@
 //! Devices added and removed by operators. Opening one may take long, and is done on a thread of its
 //! own; letting one go is up to the guest.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use devices::DeviceId;
 
@@ -15,33 +15,30 @@ use crate::machine::events::EventKind;
 impl Controller {
     /// Begins to add a device; `answer` gets what has come of it.
     pub(super) fn add_device(&mut self, config: DeviceConfig, answer: Answer<DeviceInfo>) {
-        let begun = self.begin_adding(config);
-        let (id, device) = match begun {
-            Ok(begun) => begun,
-            Err(error) => {
-                // The one who asked may no longer wait for the answer.
-                let _ = answer.send(Err(error));
-                return;
-            }
+        let begun = self.begin_adding(config).and_then(|(id, device)| {
+            let opener = self.machine.opener.clone();
+            let jobs = self.jobs_sender.clone();
+            // Nothing is opened for somebody who cannot be answered.
+            let (begin, begins) = mpsc::channel::<Answer<DeviceInfo>>();
+            let work = move || {
+                let Ok(answer) = begins.recv() else { return };
+                let opened = opener.open(&id, &device);
+                // Without a controller the VM has ended, and the device is closed again.
+                let _ = jobs.send(Box::new(move |controller: &mut Controller| {
+                    controller.adding = false;
+                    let _ = answer.send(controller.finish_adding(device, opened));
+                }));
+            };
+            let thread = std::thread::Builder::new().name("plug".to_owned());
+            thread.spawn(work).map_err(CommandError::Thread)?;
+            Ok(begin)
+        });
+        self.adding |= begun.is_ok();
+        // The one who asked may no longer wait for the answer; the thread waits for its order.
+        let _ = match begun {
+            Ok(begin) => begin.send(answer).map_err(|_| ()),
+            Err(error) => answer.send(Err(error)).map_err(|_| ()),
         };
-        let opener = self.machine.opener.clone();
-        let jobs = self.jobs_sender.clone();
-        let work = move || {
-            let opened = opener.open(&id, &device);
-            // Without a controller the VM has ended, and the device is closed again.
-            let _ = jobs.send(Box::new(move |controller: &mut Controller| {
-                controller.adding = false;
-                let _ = answer.send(controller.finish_adding(device, opened));
-            }));
-        };
-        self.adding = true;
-        let thread = std::thread::Builder::new()
-            .name("plug".to_owned())
-            .spawn(work);
-        if let Err(error) = thread {
-            self.adding = false;
-            log::error!(error:% = error; "no thread to open a device on");
-        }
     }
 
     /// The device with its id, if it fits the others.
@@ -52,6 +49,9 @@ impl Controller {
         self.check_idle()?;
         self.check_doubt()?;
         self.check_adding()?;
+        if self.is_loading() {
+            return Err(CommandError::Loading);
+        }
         let mut config = self.config_with_ids();
         if device.id.is_none() {
             let ids = config.device_ids();

@@ -305,6 +305,12 @@ impl Controller {
         )
     }
 
+    /// Whether parts of memory have not been read from a snapshot yet.
+    pub(super) fn is_loading(&self) -> bool {
+        let loading = self.machine.loading.as_ref();
+        loading.is_some_and(|loading| !loading.is_done())
+    }
+
     /// Devices that cannot be moved, with their reasons.
     pub(crate) fn migration_blockers(&self) -> Vec<String> {
         let blocked = |device: super::DeviceInfo| {
@@ -313,8 +319,7 @@ impl Controller {
         };
         let infos = self.machine.device_infos();
         let mut blockers: Vec<_> = infos.into_iter().filter_map(blocked).collect();
-        let loading = self.machine.loading.as_ref();
-        if loading.is_some_and(|loading| !loading.is_done()) {
+        if self.is_loading() {
             blockers.push("memory: it is still being loaded from a snapshot".to_owned());
         }
         blockers
