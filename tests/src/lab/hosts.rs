@@ -178,6 +178,23 @@ impl TwoHosts {
         bytes.context("ip shows no counters")
     }
 
+    /// How many connections the process `pid` of a host has to `peer` over this cable.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn connections(pid: u32, peer: Host, cable: u8) -> anyhow::Result<usize> {
+        let address: std::net::Ipv4Addr = peer.address(cable).parse()?;
+        // proc_net_tcp(5): the address as it lies in memory, and state 1, which is "established".
+        let remote = format!("{:08X}:", u32::from_ne_bytes(address.octets()));
+        let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp"))?;
+        let columns = table.lines().map(|line| line.split_whitespace().skip(2));
+        let to_peer = columns.filter_map(|mut columns| {
+            let is_there = columns.next()?.starts_with(&remote) && columns.next()? == "01";
+            is_there.then_some(())
+        });
+        Ok(to_peer.count())
+    }
+
     /// The port behind which the switch believes the guest's card to be.
     ///
     /// # Errors

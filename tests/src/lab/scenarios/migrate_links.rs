@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 
 use super::migrate::{Moving, Way};
 use crate::harness::process::wait_until;
 use crate::lab::ctx::{Ctx, run, text};
-use crate::lab::hosts::Host;
+use crate::lab::hosts::{Host, TwoHosts};
 use crate::lab::migration::Migrated;
 use crate::lab::vmm::SOON;
 
@@ -136,7 +136,7 @@ pub(super) fn cut(ctx: &mut Ctx) -> anyhow::Result<()> {
 }
 
 /// Of two cables one is cut in the middle: the connections over it are opened again over the other,
-/// and the migration goes on.
+/// and the migration goes on. It is the one that the control connection is not on.
 pub(super) fn cut_one_of_two(ctx: &mut Ctx) -> anyhow::Result<()> {
     let mut moving = Moving::start(ctx, "2")?;
     let way = multipath();
@@ -147,17 +147,24 @@ pub(super) fn cut_one_of_two(ctx: &mut Ctx) -> anyhow::Result<()> {
     let words: Vec<_> = words.chain(slowly).collect();
     let migration = moving.vmm.start_migration(&words)?;
     moving.vmm.wait_precopy(SOON)?;
+    let connections = |cable| TwoHosts::connections(moving.vmm.pid(), Host::B, cable);
+    let counts = [connections(0)?, connections(1)?];
+    let cable = match counts {
+        [3, 2] => 1,
+        [2, 3] => 0,
+        _ => bail!("four connections and one for control are {counts:?} on the two cables"),
+    };
     let sent = wait_until(Instant::now() + SOON, || {
-        let sent = moving.network.sent(Host::A, 1).ok()?;
+        let sent = moving.network.sent(Host::A, cable).ok()?;
         (sent > 1 << 20).then_some(sent)
     });
-    let sent = sent.context("nothing goes over the second cable")?;
-    moving.network.cable(1, false)?;
-    ctx.say(format!("cut after {sent} bytes over the second cable"));
+    let sent = sent.with_context(|| format!("nothing goes over cable {cable}"))?;
+    moving.network.cable(cable, false)?;
+    ctx.say(format!("cut cable {cable} after {sent} bytes"));
     moving.progress()?;
     let migrated = Migrated::wait(migration, GIVING_UP * 2)?;
     moving.arrive(ctx, receiver, migrated)?;
-    moving.network.cable(1, true)?;
+    moving.network.cable(cable, true)?;
     moving.finish(ctx)
 }
 
