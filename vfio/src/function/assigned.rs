@@ -82,7 +82,8 @@ impl AssignedFunction {
         let config = VirtualConfig::new(&config, &bars, interrupt_pin(&*backend)?);
         let msix = msix_place(&config, &bars)?;
         let vectors = config.msix().map_or(0, |(vectors, ..)| vectors);
-        let mapped = bars::map(&*backend, &bars, msix.as_ref().map(|place| &place.table))?;
+        let trapped = msix.iter().flat_map(|place| [&place.table, &place.pba]);
+        let mapped = bars::map(&*backend, &bars, &trapped.collect::<Vec<_>>())?;
         let function = Self {
             id,
             bars,
@@ -338,12 +339,16 @@ impl Device for AssignedFunction {
 
     fn reset(&self) -> Result<(), DeviceError> {
         match self.reset_device(&mut self.lock()) {
-            // Its server is gone for good, as its operator knows. The guest boots without it.
-            Err(error @ BackendError::Server(_)) => {
+            Ok(()) => Ok(()),
+            Err(error) => {
                 told(&error, "an assigned device could not be reset");
-                Ok(())
+                // Without bus mastering it does not reach into what boots now. A server that is
+                // gone for good, as its operator knows, reaches nothing.
+                match self.write_command(config::POWER_ON_COMMAND) {
+                    Ok(()) | Err(BackendError::Server(_)) => Ok(()),
+                    Err(_) => Err(self.not_reset(error)),
+                }
             }
-            reset => reset.map_err(|source| self.not_reset(source)),
         }
     }
 

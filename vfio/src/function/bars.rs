@@ -75,11 +75,11 @@ fn check(spec: BarSpec) -> Result<(), FunctionError> {
     Ok(())
 }
 
-/// Maps what can be mapped, but for the pages of the MSI-X table: BAR and range.
+/// Maps what can be mapped, but for the pages of these parts: BARs and ranges.
 pub(super) fn map(
     backend: &dyn VfioBackend,
     bars: &[BarSpec],
-    table: Option<&(u8, Range<u64>)>,
+    trapped: &[&(u8, Range<u64>)],
 ) -> Result<Vec<Mapped>, FunctionError> {
     let mut mapped = Vec::new();
     for spec in bars {
@@ -88,10 +88,16 @@ pub(super) fn map(
             continue;
         }
         let index = RegionIndex::Bar(spec.index);
-        let trapped = table.filter(|(bar, _)| *bar == spec.index);
-        for (offset, len) in backend.region(index)?.mappable {
+        let region = backend.region(index)?;
+        // What a guest may not write KVM could not show it without ending it when it does.
+        if !(region.readable && region.writable) {
+            continue;
+        }
+        let holes = trapped.iter().filter(|(bar, _)| *bar == spec.index);
+        let holes: Vec<_> = holes.map(|(_, range)| range).collect();
+        for (offset, len) in region.mappable {
             let end = offset.saturating_add(len).min(spec.size_bytes);
-            for part in outside(offset..end, trapped.map(|(_, range)| range)) {
+            for part in outside(offset..end, &holes) {
                 let memory = backend.map_region(index, part.start, part.end - part.start)?;
                 mapped.push(Mapped {
                     bar: spec.index,
@@ -104,18 +110,25 @@ pub(super) fn map(
     Ok(mapped)
 }
 
-/// Whole pages of `range` that have nothing in common with `hole`.
-fn outside(range: Range<u64>, hole: Option<&Range<u64>>) -> impl Iterator<Item = Range<u64>> {
+/// Whole pages of `range` that have nothing in common with `holes`.
+fn outside(range: Range<u64>, holes: &[&Range<u64>]) -> Vec<Range<u64>> {
     let start = range.start.next_multiple_of(PAGE_BYTES);
-    let end = range.end / PAGE_BYTES * PAGE_BYTES;
-    let hole = hole.map_or(end..end, |hole| {
-        hole.start / PAGE_BYTES * PAGE_BYTES..hole.end.next_multiple_of(PAGE_BYTES)
-    });
-    let below = start..end.min(hole.start);
-    let above = start.max(hole.end)..end;
-    [below, above]
-        .into_iter()
-        .filter(|part| part.start < part.end)
+    let whole = start..range.end / PAGE_BYTES * PAGE_BYTES;
+    let mut parts = Vec::from([whole]);
+    for hole in holes {
+        let first = hole.start / PAGE_BYTES * PAGE_BYTES;
+        let last = hole.end.next_multiple_of(PAGE_BYTES);
+        let split = |part: Range<u64>| {
+            let (below, above) = (
+                part.start..part.end.min(first),
+                part.start.max(last)..part.end,
+            );
+            [below, above]
+        };
+        parts = parts.into_iter().flat_map(split).collect();
+    }
+    parts.retain(|part| part.start < part.end);
+    parts
 }
 
 #[cfg(test)]
@@ -139,9 +152,14 @@ mod tests {
             (0x10..0x20, None, vec![]),
         ];
         for (range, hole, expected) in cases {
-            let parts = outside(range.clone(), hole.as_ref());
-            let parts: Vec<_> = parts.map(|part| (part.start, part.end)).collect();
+            let holes: Vec<_> = hole.iter().collect();
+            let parts = outside(range.clone(), &holes);
+            let parts: Vec<_> = parts.iter().map(|part| (part.start, part.end)).collect();
             assert_eq!(parts, expected, "{range:x?} without {hole:x?}");
         }
+        let table_and_pba = [&(0x1000..0x1010), &(0x3000..0x3008)];
+        let parts = outside(0..0x6000, &table_and_pba);
+        assert_eq!(parts, [0..0x1000, 0x2000..0x3000, 0x4000..0x6000]);
+        assert_eq!(outside(0..0x2000, &[&(0..0x10), &(0x1ff0..0x2000)]), []);
     }
 }

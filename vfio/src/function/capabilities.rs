@@ -53,16 +53,19 @@ pub(super) fn survey(config: &[u8], registers: &mut Registers) -> Found {
 
 /// Visible capabilities of the conventional list, in its order.
 fn conventional(config: &[u8], registers: &mut Registers, found: &mut Found) -> Vec<u16> {
-    let mut shown = Vec::new();
-    let mut seen = BTreeSet::new();
+    let shows = |at: &u16| show(byte(config, *at), *at, config, registers, found);
+    places(config).into_iter().filter(shows).collect()
+}
+
+/// Where the capabilities of the conventional list are.
+fn places(config: &[u8]) -> Vec<u16> {
+    let mut places = Vec::new();
     let mut at = u16::from(byte(config, Registers::CAPABILITY_POINTER) & !3);
-    while (HEADER_END..CONVENTIONAL_END).contains(&at) && seen.insert(at) {
-        if show(byte(config, at), at, config, registers, found) {
-            shown.push(at);
-        }
+    while (HEADER_END..CONVENTIONAL_END).contains(&at) && !places.contains(&at) {
+        places.push(at);
         at = u16::from(byte(config, at + 1) & !3);
     }
-    shown
+    places
 }
 
 /// Makes one capability visible, if a guest may see it.
@@ -79,7 +82,7 @@ fn show(id: u8, at: u16, config: &[u8], registers: &mut Registers, found: &mut F
         }
         PCI_EXPRESS => {
             found.express_control.get_or_insert(at + 8);
-            express(at, registers);
+            express(at, config, registers);
         }
         ADVANCED_FEATURES => {
             found.advanced_control.get_or_insert(at + 4);
@@ -109,16 +112,37 @@ fn power_management(at: u16, registers: &mut Registers) {
     registers.allow(at + 4, &[POWER_STATE]);
 }
 
+/// The length depends on the version; the second has all registers whatever the function is (PCIe
+/// 4.0 section 7.5.3). Where another capability begins earlier the device does not keep to that.
+fn express_bytes(config: &[u8], at: u16) -> u16 {
+    const VERSION: u8 = 0xf;
+    let bytes = match byte(config, at + 2) & VERSION {
+        0 | 1 => 0x14,
+        _ => 0x3c,
+    };
+    let others = places(config).into_iter().filter(|other| *other > at);
+    let end = others.min().unwrap_or(CONVENTIONAL_END);
+    bytes.min(end - at)
+}
+
 /// On a root bus, a function is integrated into the root complex, and has no link (PCIe 4.0
 /// section 7.5.3).
-fn express(at: u16, registers: &mut Registers) {
+fn express(at: u16, config: &[u8], registers: &mut Registers) {
     const INTEGRATED_ENDPOINT: u8 = 0x9 << 4;
-    registers.set(at, 0x3c.min(CONVENTIONAL_END - at), Source::Own);
-    registers.set(at + 2, 6, Source::Device);
+    let bytes = express_bytes(config, at);
+    registers.set(at, bytes, Source::Own);
+    // Capabilities, device control and status, and the second of these.
+    for (offset, count, source) in [
+        (0x02, 6, Source::Device),
+        (0x08, 4, Source::DeviceWritable),
+        (0x24, 4, Source::Device),
+        (0x28, 4, Source::DeviceWritable),
+    ] {
+        if offset + count <= bytes {
+            registers.set(at + offset, count, source);
+        }
+    }
     registers.set_bits(at + 2, 0xf0, INTEGRATED_ENDPOINT);
-    registers.set(at + 8, 4, Source::DeviceWritable);
-    registers.set(at + 0x24, 4, Source::Device);
-    registers.set(at + 0x28, 4, Source::DeviceWritable);
 }
 
 /// Its length depends on what it can (PCI 3.0 section 6.8.1).

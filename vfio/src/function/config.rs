@@ -319,11 +319,23 @@ impl VirtualConfig {
     /// reads there would end the VM. What is decoded for the guest, the root decides.
     fn write_header(&mut self, at: u16, data: &[u8]) -> Effects {
         let bars = self.header.write(at, data);
+        // What is written to the status register clears the device's bits, zeroes change nothing.
+        let mut status = [0; 2];
+        let written = (usize::from(at)..).zip(data);
+        let first = usize::from(STATUS);
+        for (index, byte) in written.filter(|(index, _)| (first..first + 2).contains(index)) {
+            status[index - first] = *byte;
+        }
         let end = usize::from(at) + data.len();
-        let command = at < COMMAND + 2 && end > usize::from(COMMAND);
+        let is_command = at < STATUS && end > usize::from(COMMAND);
+        let [low, high] = self.command().to_le_bytes();
+        let device = match status {
+            [0, 0] => is_command.then(|| (COMMAND, vec![low, high])),
+            [first, second] => Some((COMMAND, vec![low, high, first, second])),
+        };
         Effects {
             bars,
-            device: command.then(|| (COMMAND, self.command().to_le_bytes().to_vec())),
+            device,
             ..Effects::default()
         }
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use devices::interrupt::{LineSource, SharedLine};
@@ -10,6 +11,7 @@ use vmm_sys_util::poll::PollContext;
 
 use super::interrupts::told;
 use crate::backend::VfioBackend;
+use crate::kernel::take_events;
 
 /// What the thread wakes for.
 const STOP: u32 = 0;
@@ -25,11 +27,19 @@ pub(super) struct Intx {
 }
 
 /// Lets the device assert its line again: if it still has something to say it does at once.
-struct Unmasker(Arc<dyn VfioBackend>);
+struct Unmasker {
+    backend: Arc<dyn VfioBackend>,
+    /// Whether the device has signalled, and is masked therefore. Others on the line are handled,
+    /// too.
+    has_signalled: AtomicBool,
+}
 
 impl LineSource for Unmasker {
     fn handled(&self) {
-        if let Err(error) = self.0.unmask_intx() {
+        if !self.has_signalled.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        if let Err(error) = self.backend.unmask_intx() {
             told(
                 &error,
                 "the interrupt line of an assigned device stays masked",
@@ -46,16 +56,19 @@ impl Intx {
     ) -> io::Result<Self> {
         let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let stop = EventFd::new(EFD_NONBLOCK)?;
-        let unmasker = Arc::new(Unmasker(Arc::clone(backend)));
+        let unmasker = Arc::new(Unmasker {
+            backend: Arc::clone(backend),
+            has_signalled: AtomicBool::new(false),
+        });
         let source: Arc<dyn LineSource> = unmasker.clone();
         line.listen(Arc::downgrade(&source));
         let wakes = PollContext::new()?;
         wakes.add(&stop, STOP)?;
         wakes.add(&*event, SIGNAL)?;
-        let signalled = Arc::clone(&event);
+        let follower = (Arc::clone(&event), Arc::clone(&unmasker));
         let thread = std::thread::Builder::new()
             .name("intx".to_owned())
-            .spawn(move || follow(&wakes, &signalled, &*line))?;
+            .spawn(move || follow(&wakes, (&follower.0, &follower.1), &*line))?;
         Ok(Self {
             event,
             stop,
@@ -65,7 +78,7 @@ impl Intx {
     }
 }
 
-fn follow(wakes: &PollContext<u32>, event: &EventFd, line: &dyn SharedLine) {
+fn follow(wakes: &PollContext<u32>, (event, source): (&EventFd, &Unmasker), line: &dyn SharedLine) {
     loop {
         let is_over = match wakes.wait() {
             Ok(events) => events.iter().any(|event| event.token() == STOP),
@@ -77,7 +90,8 @@ fn follow(wakes: &PollContext<u32>, event: &EventFd, line: &dyn SharedLine) {
         if is_over {
             return;
         }
-        if event.read().is_ok() {
+        if take_events(event) {
+            source.has_signalled.store(true, Ordering::Release);
             line.raise();
         }
     }

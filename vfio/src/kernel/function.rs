@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::VFIO_DEVICE_FLAGS_PCI;
 use vmm_sys_util::eventfd::EventFd;
@@ -218,7 +219,7 @@ impl VfioBackend for KernelFunction {
         let device = self.opened.device.as_fd();
         self.irqs.turn_off(device, &irqs::OF_FUNCTION)?;
         // Not only where the device's flags promise it: sample devices reset without.
-        match ioctl::reset(device) {
+        match reset_soon(device) {
             Ok(()) => Ok(()),
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                 Err(BackendError::Absent("reset"))
@@ -233,6 +234,19 @@ impl VfioBackend for KernelFunction {
     fn migration(&self) -> Option<&dyn VfioMigration> {
         None
     }
+}
+
+/// Somebody else on the host may have the device's lock for a moment.
+fn reset_soon(device: BorrowedFd<'_>) -> io::Result<()> {
+    const TRIES: u32 = 50;
+    const PAUSE: Duration = Duration::from_millis(20);
+    for _ in 1..TRIES {
+        match ioctl::reset(device) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(PAUSE),
+            result => return result,
+        }
+    }
+    ioctl::reset(device)
 }
 
 impl Drop for KernelFunction {

@@ -12,12 +12,14 @@
 //! | `translation`, `space` | the shared address space |
 //! | `mapping` | parts of regions in this process |
 //! | `kvm` | what KVM is told |
+//! | `events` | event descriptors that others have, too |
 //! | `bind` | giving a function to vfio-pci and back |
 //! | `memory_lock`, `support` | what a process may lock, what a host has |
 //! | `ioctl` | the system calls |
 
 mod bind;
 mod error;
+mod events;
 mod function;
 mod group;
 mod holders;
@@ -37,6 +39,7 @@ mod vm;
 
 pub use bind::{BindError, bind_vfio, release_vfio};
 pub use error::{KernelPath, OpenError};
+pub use events::{has_events, take_events};
 pub use function::KernelFunction;
 pub use holders::{Holder, Holders};
 pub use kvm::KvmFiles;

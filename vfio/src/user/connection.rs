@@ -184,6 +184,19 @@ impl Connection {
         }
     }
 
+    /// Between the messages that one call takes: all of them together may take no longer than one
+    /// of them, whoever waits.
+    pub(super) fn check_time(&self, begun: Instant, command: Command) -> Result<(), BackendError> {
+        let limit = self.limits.reply;
+        match begun.elapsed() <= limit {
+            true => Ok(()),
+            false => {
+                let name = command.name();
+                Err(self.lose(&format!("{name}: many small ones took more than {limit:?}")))
+            }
+        }
+    }
+
     /// Notes that a reply will come: under which id, and until when.
     fn expect(
         &self,

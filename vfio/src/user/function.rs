@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -232,11 +233,12 @@ impl UserFunction {
 
     /// Gives descriptors to the first vectors, as many at a time as the server takes.
     fn turn_on(&self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError> {
-        let mut start = 0;
+        let (mut start, begun) = (0, Instant::now());
         for part in events.chunks(self.offer.max_descriptors) {
             let descriptors: Vec<_> = part.iter().map(|event| event.as_raw_fd()).collect();
             let flags = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
             self.set(kind, flags, (start, part.len()), &descriptors)?;
+            self.connection.check_time(begun, Command::DeviceSetIrqs)?;
             start += part.len();
         }
         Ok(())
@@ -263,9 +265,10 @@ impl VfioBackend for UserFunction {
                 "region of that number that can be read",
             ));
         }
-        let mut at = offset;
+        let (mut at, begun) = (offset, Instant::now());
         for part in data.chunks_mut(self.offer.max_data) {
             self.read_part(region_access(number, at, part), part)?;
+            self.connection.check_time(begun, Command::RegionRead)?;
             at += part.len() as u64;
         }
         Ok(())
@@ -278,9 +281,10 @@ impl VfioBackend for UserFunction {
                 "region of that number that can be written",
             ));
         }
-        let mut at = offset;
+        let (mut at, begun) = (offset, Instant::now());
         for part in data.chunks(self.offer.max_data) {
             self.write_part(region_access(number, at, part), part)?;
+            self.connection.check_time(begun, Command::RegionWrite)?;
             at += part.len() as u64;
         }
         Ok(())

@@ -11,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VmFd};
 use parking_lot::Mutex;
+use vfio::kernel::{has_events, take_events};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::vm::Vm;
@@ -207,15 +208,12 @@ impl MsiRoute for KvmMsiRoute {
         if *attached {
             return false;
         }
-        // Looking consumes the counter, so it is put back.
-        self.event
-            .read()
-            .is_ok_and(|count| self.event.write(count).is_ok())
+        has_events(&self.event)
     }
 
     fn clear_pending(&self) {
         let _attached = self.attached.lock();
-        let _ = self.event.read();
+        take_events(&self.event);
     }
 
     fn eventfd(&self) -> &EventFd {

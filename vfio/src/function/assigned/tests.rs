@@ -190,6 +190,8 @@ fn legacy_line_is_raised_and_let_go_on_while_messages_are_off() {
     let source = line.sources.lock()[0].upgrade().unwrap();
     source.handled();
     assert_eq!(f.model.unmasked(), 1);
+    source.handled();
+    assert_eq!(f.model.unmasked(), 1, "that was somebody else's");
     f.function.write_config(0x42, &[0x01, 0x80]);
     assert_eq!(f.model.vectors(IrqKind::Intx), 0);
     f.function.write_config(0x42, &[0x01, 0x00]);

@@ -134,6 +134,36 @@ fn link_is_gone_and_the_function_integrated_into_the_root_complex() {
     assert_eq!(f.read(0x84), 0, "link capabilities");
 }
 
+/// The first version ends before the slot registers, and power management lies right behind it.
+#[test]
+fn short_capability_leaves_its_neighbour_alone() {
+    let mut config = device();
+    config[0x40 + 1] = 0x90;
+    config[0x90..0x94].copy_from_slice(&[0x10, 0x48, 0x01, 0x00]);
+    config[0xa4..0xac].copy_from_slice(&[0x01, 0x00, 0x03, 0x00, 0x00, 0x00, 0x00, 0x00]);
+    config[0x34] = 0xa4;
+    config[0xa5] = 0x90;
+    let f = Fixture::new(config.clone());
+    assert_eq!(f.capabilities()[..2], [(0x01, 0xa4), (0x10, 0x90)]);
+    assert_eq!(f.read(0xa4) >> 16, 3, "its version");
+    // Even one that says that it is of the second.
+    config[0x92] = 0x02;
+    assert_eq!(Fixture::new(config).read(0xa4) >> 16, 3);
+}
+
+#[test]
+fn status_bits_are_the_devices_to_clear() {
+    let mut f = Fixture::new(device());
+    let effects = f.config.write(6, &[0x00, 0xf9]);
+    assert_eq!(effects.device, Some((4, vec![0x03, 0x00, 0x00, 0xf9])));
+    let both = f.config.write(4, &[0x06, 0x00, 0x00, 0x08]);
+    assert_eq!(both.device, Some((4, vec![0x07, 0x00, 0x00, 0x08])));
+    assert_eq!(f.config.write(6, &[0x00, 0x00]).device, None);
+    // Its second half alone.
+    let one = f.config.write(7, &[0x40]);
+    assert_eq!(one.device, Some((4, vec![0x07, 0x00, 0x00, 0x40])));
+}
+
 #[test]
 fn msix_control_is_the_guests_own() {
     let mut f = Fixture::new(device());
