@@ -88,10 +88,13 @@ struct Pending {
     pci_leaving: u32,
     /// PCI devices that the guest can let go.
     removable: u32,
+    /// Those among them that it was asked to.
+    asked: u32,
 }
 
 impl AcpiRegisters {
-    /// Registers that raise `requests` and signal events on `line` (edge-triggered).
+    /// Registers that raise `requests` and hold `line` high as long as there are events that were
+    /// not read: a guest that listens only later hears of them, too.
     #[must_use]
     pub fn new(id: DeviceId, requests: Arc<dyn GuestRequests>, line: Arc<dyn IrqLine>) -> Self {
         Self {
@@ -104,8 +107,7 @@ impl AcpiRegisters {
 
     /// Presses the power button: the guest decides what to do about it.
     pub fn press_power_button(&self) {
-        self.pending().events |= GED_POWER_BUTTON;
-        self.line.pulse();
+        self.signal(&mut self.pending(), GED_POWER_BUTTON);
     }
 
     /// PCI device `number`, 0 to 31, may be let go by the guest from now on.
@@ -115,22 +117,34 @@ impl AcpiRegisters {
 
     /// Tells the guest that PCI device `number` has come.
     pub fn add_device(&self, number: u8) {
-        {
-            let mut pending = self.pending();
-            pending.pci_added |= bit(number);
-            pending.events |= GED_PCI_SLOTS;
-        }
-        self.line.pulse();
+        let mut pending = self.pending();
+        pending.pci_added |= bit(number);
+        self.signal(&mut pending, GED_PCI_SLOTS);
     }
 
-    /// Asks the guest to let PCI device `number` go; it then calls [`GuestRequests::eject`].
+    /// Asks the guest to let PCI device `number` go, if it is removable; [`GuestRequests::eject`]
+    /// is called when it has, or when it is reset.
     pub fn remove_device(&self, number: u8) {
-        {
-            let mut pending = self.pending();
-            pending.pci_leaving |= bit(number);
-            pending.events |= GED_PCI_SLOTS;
+        let mut pending = self.pending();
+        let asked = bit(number) & pending.removable;
+        if asked != 0 {
+            pending.asked |= asked;
+            pending.pci_leaving |= asked;
+            self.signal(&mut pending, GED_PCI_SLOTS);
         }
-        self.line.pulse();
+    }
+
+    fn signal(&self, pending: &mut Pending, event: u32) {
+        pending.events |= event;
+        // Whoever takes it for an edge-triggered one gets an edge for each event.
+        self.line.set_level(false);
+        self.line.set_level(true);
+    }
+
+    fn take_events(&self) -> u32 {
+        let mut pending = self.pending();
+        self.line.set_level(false);
+        std::mem::take(&mut pending.events)
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -145,6 +159,7 @@ impl AcpiRegisters {
             pending.removable &= !gone;
             pending.pci_added &= !gone;
             pending.pci_leaving &= !gone;
+            pending.asked &= !gone;
             gone
         };
         if gone != 0 {
@@ -157,7 +172,7 @@ impl IoHandler for AcpiRegisters {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let value = match (offset, data.len()) {
             (SLEEP_STATUS_OFFSET, 1) => u32::from(WAKE_STATUS),
-            (GED_EVENTS_OFFSET, 4) => std::mem::take(&mut self.pending().events),
+            (GED_EVENTS_OFFSET, 4) => self.take_events(),
             (PCI_ADDED_OFFSET, 4) => std::mem::take(&mut self.pending().pci_added),
             (PCI_LEAVING_OFFSET, 4) => std::mem::take(&mut self.pending().pci_leaving),
             _ => 0,
@@ -200,11 +215,20 @@ impl Device for AcpiRegisters {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        let mut pending = self.pending();
-        *pending = Pending {
-            removable: pending.removable,
-            ..Pending::default()
+        let gone = {
+            let mut pending = self.pending();
+            let gone = pending.asked;
+            *pending = Pending {
+                removable: pending.removable & !gone,
+                ..Pending::default()
+            };
+            self.line.set_level(false);
+            gone
         };
+        // What boots now has not seen them yet.
+        if gone != 0 {
+            self.requests.eject(gone);
+        }
         Ok(())
     }
 
@@ -278,17 +302,18 @@ mod tests {
     }
 
     #[test]
-    fn power_button_is_an_edge_and_an_event_that_reading_clears() {
+    fn power_button_is_an_event_that_holds_the_line_until_it_is_read() {
         let (registers, _requests, line) = registers();
         registers.press_power_button();
-        assert_eq!(line.edges(), 1);
+        registers.press_power_button();
+        assert_eq!((line.edges(), line.is_high()), (2, true));
         let read = || {
             let mut data = [0xff; 4];
             registers.read(GED_EVENTS_OFFSET, &mut data);
             u32::from_le_bytes(data)
         };
         assert_eq!(read(), GED_POWER_BUTTON);
-        assert_eq!(read(), 0);
+        assert_eq!((read(), line.is_high()), (0, false));
     }
 
     #[test]
@@ -301,8 +326,10 @@ mod tests {
         };
         acpi.add_device(3);
         acpi.add_device(31);
+        acpi.remove_device(5);
+        acpi.set_removable(4);
         acpi.remove_device(4);
-        assert_eq!(line.edges(), 3);
+        assert_eq!((line.edges(), line.is_high()), (3, true));
         assert_eq!(read(GED_EVENTS_OFFSET), GED_PCI_SLOTS);
         assert_eq!(read(PCI_ADDED_OFFSET), 1 << 3 | 1 << 31);
         assert_eq!(read(PCI_LEAVING_OFFSET), 1 << 4);
@@ -319,6 +346,22 @@ mod tests {
             acpi.write(PCI_EJECT_OFFSET, &u32::MAX.to_le_bytes());
         }
         assert_eq!(requests.ejected(), [1 << 4]);
+    }
+
+    #[test]
+    fn device_that_was_asked_to_go_goes_with_a_reset_at_the_latest() {
+        let (acpi, requests, line) = registers();
+        acpi.set_removable(4);
+        acpi.set_removable(5);
+        acpi.remove_device(4);
+        let mut data = [0; 4];
+        acpi.read(PCI_LEAVING_OFFSET, &mut data);
+        acpi.reset().unwrap();
+        assert_eq!((requests.ejected(), line.is_high()), (vec![1 << 4], false));
+        acpi.reset().unwrap();
+        assert_eq!(requests.ejected(), [0_u32; 0]);
+        acpi.write(PCI_EJECT_OFFSET, &u32::MAX.to_le_bytes());
+        assert_eq!(requests.ejected(), [1 << 5]);
     }
 
     #[test]

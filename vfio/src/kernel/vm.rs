@@ -119,6 +119,12 @@ impl KernelVfio {
         self
     }
 
+    /// Whether any function is open: then there is an address space, with what was mapped in it.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.state.lock().space.strong_count() > 0
+    }
+
     /// Opens the function whose folder this is: `/sys/bus/pci/devices/BDF` or
     /// `/sys/bus/mdev/devices/UUID`.
     ///

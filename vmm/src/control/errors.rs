@@ -39,6 +39,7 @@ impl From<CommandError> for ApiError {
             | CommandError::Migrating
             | CommandError::TakingSnapshot
             | CommandError::Adding
+            | CommandError::Closing(_)
             | CommandError::Loading
             | CommandError::Assign(_)
             | CommandError::Bus(_)

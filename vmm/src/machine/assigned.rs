@@ -168,7 +168,10 @@ impl Opener {
         iommufd: Option<bool>,
     ) -> Result<Device, AssignError> {
         let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
-        check_memory_lock(bytes)?;
+        // Devices share what is locked: further ones lock nothing.
+        if !self.kernel.is_open() {
+            check_memory_lock(bytes)?;
+        }
         let choice = match iommufd {
             None => PathChoice::Auto,
             Some(true) => PathChoice::Iommufd,

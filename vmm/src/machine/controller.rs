@@ -3,7 +3,9 @@
 //! Operators' commands and the machine's notices arrive on two queues and are handled one at a
 //! time, so that no two of them ever see the machine half-way.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use devices::acpi::GuestRequest;
@@ -75,6 +77,8 @@ pub(crate) struct Controller {
     in_doubt: bool,
     /// Whether a device is being opened.
     adding: bool,
+    /// Threads that close devices which the guest has let go, by the devices' names.
+    closing: BTreeMap<String, JoinHandle<()>>,
     /// The configuration as others see it.
     config_cell: ConfigCell,
 }
@@ -118,6 +122,7 @@ impl Controller {
             snapshot: None,
             jobs,
             jobs_sender,
+            closing: BTreeMap::new(),
             postcopy: None,
             in_doubt: false,
             adding: false,
@@ -156,6 +161,7 @@ impl Controller {
     fn finish(mut self, reason: EndReason) -> EndReason {
         self.abandon_migration();
         self.abandon_snapshot();
+        self.finish_closing();
         let events = self.events.clone();
         self.take_apart();
         events.publish(EventKind::Ended { reason });

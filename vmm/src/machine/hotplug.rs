@@ -64,15 +64,16 @@ impl Machine {
         found.filter(|entry| entry.is_removable())?.address
     }
 
-    /// Takes all of them off the bus, so that they are closed in order.
+    /// Closes all of them in order.
     pub(super) fn unplug_all(&mut self) {
         for number in 0..32 {
-            self.unplug(number);
+            drop(self.unplug(number));
         }
     }
 
-    /// Takes the device with this number off the bus and closes it; its name, if there was one.
-    pub(super) fn unplug(&mut self, number: u8) -> Option<String> {
+    /// Takes the device with this number off the bus, if it is a removable one. It is closed when
+    /// what is returned is dropped, which may take as long as its reset.
+    pub(super) fn unplug(&mut self, number: u8) -> Option<DeviceEntry> {
         let is_it = |entry: &DeviceEntry| {
             entry.is_removable() && entry.address.is_some_and(|bdf| bdf.device() == number)
         };
@@ -81,6 +82,6 @@ impl Machine {
         if let Some(bdf) = entry.address {
             self.pci.remove(bdf);
         }
-        Some(entry.device.id().to_string())
+        Some(entry)
     }
 }

@@ -247,6 +247,10 @@ fn io_range(base: u16, len: u64) -> IO {
     IO::new(base, base, 1, u8::try_from(len).expect("a few ports"))
 }
 
+fn level_interrupt(gsi: u8) -> Interrupt {
+    Interrupt::new(true, false, false, false, u32::from(gsi))
+}
+
 fn edge_interrupt(gsi: u8) -> Interrupt {
     Interrupt::new(true, true, false, false, u32::from(gsi))
 }
@@ -314,7 +318,7 @@ fn event_device(sink: &mut dyn AmlSink) {
             &Name::new(Path::new("_UID"), &ZERO),
             &Name::new(
                 Path::new("_CRS"),
-                &ResourceTemplate::new(vec![&edge_interrupt(GED_GSI)]),
+                &ResourceTemplate::new(vec![&level_interrupt(GED_GSI)]),
             ),
             &OpRegion::new(
                 Path::new("EREG"),

@@ -75,6 +75,9 @@ pub enum CommandError {
     /// A device is being opened.
     #[error("a device is being added to the VM")]
     Adding,
+    /// A device is being closed.
+    #[error("{0} is being taken from the VM")]
+    Closing(String),
     /// Its memory cannot be shared with a device yet.
     #[error(
         "the VM's memory is still being loaded from a snapshot: a device would find zeroes; add it \

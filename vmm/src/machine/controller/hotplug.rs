@@ -11,6 +11,7 @@ use crate::config::{DeviceConfig, VmConfig};
 use crate::control::errors::chain;
 use crate::machine::assigned::{AssignError, Opened};
 use crate::machine::events::EventKind;
+use crate::machine::runtime::DeviceEntry;
 
 impl Controller {
     /// Begins to add a device; `answer` gets what has come of it.
@@ -110,15 +111,55 @@ impl Controller {
     /// The guest has let devices go: bit n stands for device n.
     pub(super) fn eject(&mut self, devices: u32) {
         for number in (0..32).filter(|number| devices & 1 << number != 0) {
-            let Some(device) = self.machine.unplug(number) else {
-                continue;
-            };
-            let mut config = self.config_with_ids();
-            config
-                .device
-                .retain(|config| config.id.as_ref() != Some(&device));
-            self.set_config(config);
-            self.events.publish(EventKind::DeviceRemoved { device });
+            if let Some(entry) = self.machine.unplug(number) {
+                self.close(entry);
+            }
+        }
+    }
+
+    /// Has a device closed by a thread of its own: its reset may take long.
+    fn close(&mut self, entry: DeviceEntry) {
+        let device = entry.device.id().to_string();
+        let (hand, handed) = mpsc::channel::<DeviceEntry>();
+        let (jobs, id) = (self.jobs_sender.clone(), device.clone());
+        let work = move || {
+            drop(handed.recv());
+            // Without a controller nobody asks any more.
+            let _ = jobs.send(Box::new(|controller: &mut Controller| {
+                controller.finish_removing(id);
+            }));
+        };
+        let thread = std::thread::Builder::new().name("unplug".to_owned());
+        match thread.spawn(work) {
+            Ok(thread) => {
+                self.closing.insert(device, thread);
+                // The thread waits for it.
+                let _ = hand.send(entry);
+            }
+            Err(error) => {
+                log::warn!(device:%, error:% = error; "no thread to close a device on, the VM waits for it");
+                drop(entry);
+                self.finish_removing(device);
+            }
+        }
+    }
+
+    fn finish_removing(&mut self, device: String) {
+        self.closing.remove(&device);
+        let mut config = self.config_with_ids();
+        let is_another = |config: &DeviceConfig| config.id.as_ref() != Some(&device);
+        config.device.retain(is_another);
+        self.set_config(config);
+        self.events.publish(EventKind::DeviceRemoved { device });
+    }
+
+    /// Waits until devices that have been let go are closed: whoever has the VM's end announced
+    /// may have them.
+    pub(super) fn finish_closing(&mut self) {
+        for (device, thread) in std::mem::take(&mut self.closing) {
+            if thread.join().is_err() {
+                log::error!(device:%; "the thread that closes a device has panicked");
+            }
         }
     }
 
@@ -127,14 +168,15 @@ impl Controller {
         self.config_cell.set(Arc::clone(&self.config));
     }
 
-    /// Whether no device is on its way in.
+    /// Whether no device is on its way in or out.
     ///
     /// # Errors
-    /// [`CommandError::Adding`].
+    /// [`CommandError::Adding`], [`CommandError::Closing`].
     pub(super) fn check_adding(&self) -> Result<(), CommandError> {
-        match self.adding {
-            true => Err(CommandError::Adding),
-            false => Ok(()),
+        match (self.adding, self.closing.keys().next()) {
+            (true, _) => Err(CommandError::Adding),
+            (false, Some(device)) => Err(CommandError::Closing(device.clone())),
+            (false, None) => Ok(()),
         }
     }
 }
