@@ -21,6 +21,10 @@ pub enum DeviceEvent {
         /// What happened.
         reason: String,
     },
+    /// An assigned device has met an error that it cannot correct.
+    Failed,
+    /// The host wants an assigned device back.
+    Requested,
     /// The guest has set the balloon to this many bytes.
     BalloonActual {
         /// Bytes taken out of the guest.

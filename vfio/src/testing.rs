@@ -144,7 +144,7 @@ impl VfioBackend for ModelBackend {
             IrqKind::MsiX => 2,
             IrqKind::Msi => 4,
             IrqKind::Intx => 1,
-            IrqKind::Error | IrqKind::Request => 0,
+            IrqKind::Error | IrqKind::Request => 1,
         };
         Ok(Irq {
             count,
@@ -181,7 +181,8 @@ impl VfioBackend for ModelBackend {
             return Err(BackendError::Server("the model is lost".to_owned()));
         }
         *self.resets.lock() += 1;
-        self.interrupts.lock().clear();
+        let is_hosts = |kind: &IrqKind| matches!(kind, IrqKind::Error | IrqKind::Request);
+        self.interrupts.lock().retain(|kind, _| is_hosts(kind));
         for (index, bytes) in self.regions.lock().iter_mut() {
             if *index != RegionIndex::Config {
                 bytes.fill(0);

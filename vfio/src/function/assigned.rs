@@ -15,6 +15,7 @@ use super::bars::{self, Mapped};
 use super::config::{self, CONFIG_BYTES, Effects, VirtualConfig};
 use super::interrupts::{Interrupts, MsixPlace, told};
 use super::intx::Intx;
+use super::notifiers::{NoticeHook, Notifiers};
 use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 
 const COMMAND: u16 = 0x04;
@@ -57,6 +58,7 @@ pub struct AssignedFunction {
     mapped: Vec<Mapped>,
     msix: Option<MsixPlace>,
     inner: Mutex<Inner>,
+    notifiers: Option<Notifiers>,
     /// Given up last, when the device is closed.
     _held: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -94,6 +96,7 @@ impl AssignedFunction {
                 config,
             }),
             backend,
+            notifiers: None,
             _held: None,
         };
         function.write_command(config::POWER_ON_COMMAND)?;
@@ -112,6 +115,15 @@ impl AssignedFunction {
             inner.interrupts.connect(intx, &*self.backend);
         }
         Ok(())
+    }
+
+    /// Has `hook` called with what the host says about the device.
+    ///
+    /// # Errors
+    /// The host's refusal of a descriptor or a thread.
+    pub fn with_notices(mut self, hook: NoticeHook) -> io::Result<Self> {
+        self.notifiers = Notifiers::new(&*self.backend, hook)?;
+        Ok(self)
     }
 
     /// Keeps `held` until the device is closed: a claim, say.
@@ -379,6 +391,8 @@ impl Device for AssignedFunction {
 impl Drop for AssignedFunction {
     /// Ends DMA, and leaves nothing behind for whoever has the device next.
     fn drop(&mut self) {
+        // Whoever hears may not be called for a device that has gone.
+        self.notifiers = None;
         if let Err(error) = self.backend.reset() {
             told(&error, "an assigned device could not be reset in the end");
         }

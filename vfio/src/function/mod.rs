@@ -13,6 +13,7 @@
 //! | `config` | configuration space |
 //! | `interrupts` | MSI and MSI-X |
 //! | `intx` | the legacy line |
+//! | `notifiers` | what the host says about it |
 
 mod assigned;
 mod bars;
@@ -20,5 +21,7 @@ mod capabilities;
 mod config;
 mod interrupts;
 mod intx;
+mod notifiers;
 
 pub use assigned::{AssignedFunction, FunctionError};
+pub use notifiers::{HostNotice, NoticeHook};

@@ -358,9 +358,11 @@ impl VfioBackend for UserFunction {
             return Err(BackendError::Absent("reset"));
         }
         let mut vectors = self.vectors.lock();
-        // The specification does not say what a reset leaves of them.
-        for kind in std::mem::take(&mut *vectors).into_keys() {
-            self.turn_off(kind)?;
+        // The specification does not say what a reset leaves of them. The others are the host's.
+        for kind in [IrqKind::Intx, IrqKind::Msi, IrqKind::MsiX] {
+            if vectors.remove(&kind).is_some() {
+                self.turn_off(kind)?;
+            }
         }
         ask(&self.connection, Command::DeviceReset, Vec::new(), 0).map(drop)
     }

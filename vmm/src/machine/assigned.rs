@@ -8,7 +8,7 @@ use devices::events::{DeviceEvent, EventSink};
 use devices::interrupt::MsiRouter;
 use devices::{DeviceId, GuestRam};
 use vfio::dma::{DmaAccess, DmaFile, DmaRange, Iova};
-use vfio::function::{AssignedFunction, FunctionError};
+use vfio::function::{AssignedFunction, FunctionError, HostNotice, NoticeHook};
 use vfio::gpu::{Attachment, ClaimError, ClaimedPartition, Claims, GpuRequest, SysfsTree};
 use vfio::kernel::{
     BindError, KernelVfio, MemoryLockError, OpenError, PathChoice, bind_vfio, check_memory_lock,
@@ -49,6 +49,9 @@ pub enum AssignError {
         #[source]
         source: BackendError,
     },
+    /// Nobody would hear what the host says about it.
+    #[error("what the host says about the device cannot be heard")]
+    Notices(#[source] std::io::Error),
     /// What it is cannot be shown to a guest.
     #[error(transparent)]
     Function(#[from] FunctionError),
@@ -122,6 +125,9 @@ impl Opener {
         }
         let router = Arc::clone(&self.router);
         let function = AssignedFunction::new(id.clone(), backend, router)?;
+        let function = function
+            .with_notices(self.notice_hook(id))
+            .map_err(AssignError::Notices)?;
         Ok(Opened {
             function: match claim {
                 Some(claim) => function.holding(Box::new(claim)),
@@ -129,6 +135,18 @@ impl Opener {
             },
             kind: if config.gpu.is_some() { "gpu" } else { kind },
             host,
+        })
+    }
+
+    /// Passes on what the host says about a device.
+    fn notice_hook(&self, id: &DeviceId) -> NoticeHook {
+        let (id, events) = (id.clone(), Arc::clone(&self.events));
+        Box::new(move |notice| {
+            let event = match notice {
+                HostNotice::Error => DeviceEvent::Failed,
+                HostNotice::Request => DeviceEvent::Requested,
+            };
+            events.report(&id, event);
         })
     }
 

@@ -278,7 +278,11 @@ impl Controller {
                 Transition::Nothing
             }
             Notice::Device(device, event) => {
+                let is_wanted = event == DeviceEvent::Requested;
                 self.events.publish(device_event(device.to_string(), event));
+                if is_wanted && let Err(error) = self.remove_device(device.as_str()) {
+                    log::warn!(device:%, error:% = chain(&error); "the host wants a device back, and the guest cannot be asked for it");
+                }
                 Transition::Nothing
             }
             Notice::Quit => Transition::End(EndReason::Stopped),
@@ -380,6 +384,8 @@ fn device_event(device: String, event: DeviceEvent) -> EventKind {
             error,
         },
         DeviceEvent::BackendLost { reason } => EventKind::DeviceBackendLost { device, reason },
+        DeviceEvent::Failed => EventKind::DeviceFailed { device },
+        DeviceEvent::Requested => EventKind::DeviceRequested { device },
         DeviceEvent::BalloonActual { bytes } => EventKind::BalloonActual { bytes },
     }
 }

@@ -82,6 +82,17 @@ pub enum EventKind {
         /// What happened.
         reason: String,
     },
+    /// An assigned device has met an error that it cannot correct; the guest may not know.
+    DeviceFailed {
+        /// The device.
+        device: String,
+    },
+    /// The host wants an assigned device back: the guest is asked to let it go. Again every few
+    /// seconds until it has.
+    DeviceRequested {
+        /// The device.
+        device: String,
+    },
     /// A device was added, and the guest told.
     DeviceAdded {
         /// The device.

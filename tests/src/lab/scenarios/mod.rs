@@ -2,6 +2,7 @@
 
 mod assigned;
 mod assigned_gpu;
+mod assigned_host;
 mod assigned_network;
 mod boot;
 mod devices;
@@ -322,6 +323,12 @@ pub const TABLE: &[Scenario] = &[
         240,
         "what cannot be added to a running guest is told, and the next that can be is",
         assigned::hotplug_refused,
+    ),
+    assigned(
+        "assigned-wanted",
+        240,
+        "a function that the host wants back goes from the running guest",
+        assigned_host::wanted_back,
     ),
     assigned(
         "assigned-network",

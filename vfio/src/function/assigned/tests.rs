@@ -1,5 +1,5 @@
-use std::sync::Weak;
-use std::time::Duration;
+use std::sync::{Weak, mpsc};
+use std::time::{Duration, Instant};
 
 use devices::interrupt::{LineSource, MsiMessage, MsiRoute};
 use devices::testing::FakeRouter;
@@ -8,6 +8,7 @@ use parking_lot::Condvar;
 
 use super::*;
 use crate::backend::IrqKind;
+use crate::function::HostNotice;
 use crate::testing::ModelBackend;
 
 /// BAR 0 of 32 bits, BAR 2 of 64, MSI with 4 vectors, MSI-X with 2 in BAR 2, PCI Express.
@@ -296,4 +297,29 @@ fn assigned_devices_do_not_move() {
         Migratability::Blocked(_)
     ));
     assert!(f.function.save().is_err());
+}
+
+#[test]
+fn notices_of_the_host_are_heard_through_resets_and_not_too_often() {
+    let Fixture {
+        function, model, ..
+    } = fixture(&config()).unwrap();
+    let (hear, heard) = mpsc::channel();
+    let hook = move |notice| hear.send(notice).unwrap();
+    let function = function.with_notices(Box::new(hook)).unwrap();
+    Device::reset(&function).unwrap();
+    let soon = Duration::from_secs(10);
+    let begin = Instant::now();
+    assert!(model.interrupt(IrqKind::Request, 0));
+    assert_eq!(heard.recv_timeout(soon), Ok(HostNotice::Request));
+    // Without end, but for what is heard of it: one a second.
+    let mut count = 1;
+    while begin.elapsed() < Duration::from_millis(500) {
+        assert!(model.interrupt(IrqKind::Error, 0));
+        count += heard.try_iter().count() as u64;
+    }
+    assert!(count <= 1 + begin.elapsed().as_secs(), "{count}");
+    assert_eq!(heard.recv_timeout(soon), Ok(HostNotice::Error));
+    drop(function);
+    assert!(heard.recv().is_err(), "nobody is left to call it");
 }
