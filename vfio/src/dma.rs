@@ -57,6 +57,12 @@ pub trait DmaSpace: Sync {
     /// # Errors
     /// [`BackendError`].
     fn unmap(&self, range: DmaRange) -> Result<(), BackendError>;
+
+    /// Whether a range may also be a part of a BAR that is mapped in this process, so that the VM's
+    /// devices reach each other.
+    fn maps_bars(&self) -> bool {
+        false
+    }
 }
 
 /// A range cannot be added or removed.

@@ -205,12 +205,20 @@ impl<'b> AdminQueue<'b> {
     /// # Errors
     /// When the backend refuses.
     pub fn ask(&mut self) -> anyhow::Result<()> {
+        self.ask_to(self.data.range.iova)
+    }
+
+    /// The same, with the answer to another place.
+    ///
+    /// # Errors
+    /// When the backend refuses.
+    pub fn ask_to(&mut self, place: Iova) -> anyhow::Result<()> {
         let slot = self.count % Self::ENTRIES;
         let mut command = [0_u8; 64];
         // Identify, with the command's number; where to; the controller itself.
         command[0] = 0x06;
         command[2..4].copy_from_slice(&self.count.to_le_bytes());
-        command[24..32].copy_from_slice(&self.data.range.iova.0.to_le_bytes());
+        command[24..32].copy_from_slice(&place.0.to_le_bytes());
         command[40] = 1;
         let at = u64::from(slot) * 64;
         self.data.file.write_all_at(&[0; 64], 0)?;
@@ -224,6 +232,32 @@ impl<'b> AdminQueue<'b> {
     /// # Errors
     /// When the command is not completed, or not well.
     pub fn answer(&self) -> anyhow::Result<(String, String)> {
+        self.completed()?;
+        let mut data = [0; 64];
+        self.data.file.read_exact_at(&mut data, 0)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        Ok((text(&data[4..24]), text(&data[24..64])))
+    }
+
+    /// Whether the last command is completed, well or not.
+    #[must_use]
+    pub fn has_answered(&self) -> bool {
+        self.status().is_ok()
+    }
+
+    /// That the last command is completed, and well.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn completed(&self) -> anyhow::Result<()> {
+        let status = self.status()?;
+        let number = self.count - 1;
+        ensure!(status == 0, "command {number} failed: status {status:#x}");
+        Ok(())
+    }
+
+    /// The status of the last command, once it is completed.
+    fn status(&self) -> anyhow::Result<u16> {
         let number = self.count - 1;
         let mut completion = [0; 16];
         let at = u64::from(number % Self::ENTRIES) * 16;
@@ -234,14 +268,7 @@ impl<'b> AdminQueue<'b> {
             status & 1 == phase,
             "command {number} is not completed: {completion:02x?}"
         );
-        ensure!(
-            status >> 1 == 0,
-            "command {number} failed: status {status:#x}"
-        );
-        let mut data = [0; 64];
-        self.data.file.read_exact_at(&mut data, 0)?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        Ok((text(&data[4..24]), text(&data[24..64])))
+        Ok(status >> 1)
     }
 
     /// Tells the controller that all completions are read; its legacy line falls.

@@ -16,6 +16,7 @@ use super::config::{self, CONFIG_BYTES, Effects, VirtualConfig};
 use super::interrupts::{Interrupts, MsixPlace, told};
 use super::intx::Intx;
 use super::notifiers::{NoticeHook, Notifiers};
+use super::peers::Shared;
 use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 
 const COMMAND: u16 = 0x04;
@@ -66,6 +67,7 @@ pub struct AssignedFunction {
 struct Inner {
     config: VirtualConfig,
     interrupts: Interrupts,
+    shared: Shared,
 }
 
 impl AssignedFunction {
@@ -94,6 +96,7 @@ impl AssignedFunction {
             inner: Mutex::new(Inner {
                 interrupts: Interrupts::new(router, vectors)?,
                 config,
+                shared: Shared::default(),
             }),
             backend,
             notifiers: None,
@@ -115,6 +118,19 @@ impl AssignedFunction {
             inner.interrupts.connect(intx, &*self.backend);
         }
         Ok(())
+    }
+
+    /// Lets the VM's other devices reach the BARs wherever the guest places them, if the backend
+    /// has them share an address space.
+    ///
+    /// # Errors
+    /// [`BackendError::Absent`] where it cannot map BARs for devices.
+    pub fn within_reach(self) -> Result<Self, BackendError> {
+        if !self.backend.dma().maps_bars() {
+            return Err(BackendError::Absent("way for devices to reach each other"));
+        }
+        self.lock().shared.is_on = true;
+        Ok(self)
     }
 
     /// Has `hook` called with what the host says about the device.
@@ -275,7 +291,9 @@ impl PciFunction for AssignedFunction {
     fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarChange> {
         let mut inner = self.lock();
         let effects = inner.config.write(offset, data);
-        self.follow(&mut inner, effects)
+        let changes = self.follow(&mut inner, effects);
+        inner.shared.follow(&changes, &self.mapped, &*self.backend);
+        changes
     }
 
     fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]) {
@@ -327,7 +345,9 @@ impl PciFunction for AssignedFunction {
     }
 
     fn reset_config(&self) -> Vec<BarChange> {
-        self.lock().config.reset()
+        let mut inner = self.lock();
+        inner.shared.hide(None, &*self.backend);
+        inner.config.reset()
     }
 
     fn decoded(&self) -> Vec<BarChange> {
@@ -393,6 +413,7 @@ impl Drop for AssignedFunction {
     fn drop(&mut self) {
         // Whoever hears may not be called for a device that has gone.
         self.notifiers = None;
+        self.inner.get_mut().shared.hide(None, &*self.backend);
         if let Err(error) = self.backend.reset() {
             told(&error, "an assigned device could not be reset in the end");
         }

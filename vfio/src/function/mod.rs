@@ -14,6 +14,7 @@
 //! | `interrupts` | MSI and MSI-X |
 //! | `intx` | the legacy line |
 //! | `notifiers` | what the host says about it |
+//! | `peers` | BARs within reach of other devices |
 
 mod assigned;
 mod bars;
@@ -22,6 +23,7 @@ mod config;
 mod interrupts;
 mod intx;
 mod notifiers;
+mod peers;
 
 pub use assigned::{AssignedFunction, FunctionError};
 pub use notifiers::{HostNotice, NoticeHook};

@@ -137,6 +137,10 @@ impl<T: Translation> DmaSpace for FunctionDma<T> {
             Err(refused(error))
         })
     }
+
+    fn maps_bars(&self) -> bool {
+        self.shared.translation.maps_bars()
+    }
 }
 
 impl<T: Translation> Drop for FunctionDma<T> {
@@ -173,6 +177,10 @@ mod tests {
             let (removed, _) = removed.expect("it was mapped");
             assert_eq!(removed, range, "a type 1 IOMMU unmaps what was mapped");
             Ok(())
+        }
+
+        fn maps_bars(&self) -> bool {
+            true
         }
     }
 

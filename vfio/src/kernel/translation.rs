@@ -22,6 +22,9 @@ use crate::dma::{DmaAccess, DmaRange};
 pub(super) trait Translation: Send + Sync {
     fn map(&self, range: DmaRange, access: DmaAccess) -> io::Result<()>;
     fn unmap(&self, range: DmaRange) -> io::Result<()>;
+
+    /// Whether ranges may be BARs. A type 1 IOMMU takes them; iommufd takes memory only.
+    fn maps_bars(&self) -> bool;
 }
 
 /// A container of groups with a type 1 IOMMU (Documentation/driver-api/vfio.rst).
@@ -77,6 +80,10 @@ impl Translation for Container {
             true => Ok(()),
             false => Err(io::ErrorKind::NotFound.into()),
         }
+    }
+
+    fn maps_bars(&self) -> bool {
+        true
     }
 }
 
@@ -144,6 +151,10 @@ impl Translation for Ioas {
         };
         self.iommufd.unmap_iommu_ioas(&mut unmap).map_err(plain)
     }
+
+    fn maps_bars(&self) -> bool {
+        false
+    }
 }
 
 impl Drop for Ioas {
@@ -184,6 +195,13 @@ impl Translation for Iommu {
         match self {
             Self::Container(container) => container.unmap(range),
             Self::Ioas(ioas) => ioas.unmap(range),
+        }
+    }
+
+    fn maps_bars(&self) -> bool {
+        match self {
+            Self::Container(container) => container.maps_bars(),
+            Self::Ioas(ioas) => ioas.maps_bars(),
         }
     }
 }

@@ -35,6 +35,10 @@ pub struct DeviceConfig {
     /// Take the function from the driver that it is bound to, and bind it to vfio-pci.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bind: bool,
+    /// Let the VM's other devices reach its BARs directly. It takes a container of groups
+    /// (`iommufd=off`); large BARs take a while each time the guest places them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub p2p: bool,
 }
 
 /// What is asked of a GPU, or of a part of one.

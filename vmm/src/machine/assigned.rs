@@ -52,6 +52,9 @@ pub enum AssignError {
     /// Nobody would hear what the host says about it.
     #[error("what the host says about the device cannot be heard")]
     Notices(#[source] std::io::Error),
+    /// Other devices cannot reach it.
+    #[error("p2p: the VM's devices cannot reach each other on this path, which takes iommufd=off")]
+    PeerToPeer(#[source] BackendError),
     /// What it is cannot be shown to a guest.
     #[error(transparent)]
     Function(#[from] FunctionError),
@@ -114,7 +117,7 @@ impl Opener {
             host,
         } = match &claim {
             Some(claim) => match claim.device_path() {
-                Attachment::Kernel(path) => self.kernel(path, claim.address(), config.iommufd)?,
+                Attachment::Kernel(path) => self.kernel(path, claim.address(), path_of(config))?,
                 Attachment::VfioUser(socket) => self.user(id, socket, claim.address())?,
             },
             None => self.named(id, config)?,
@@ -128,6 +131,10 @@ impl Opener {
         let function = function
             .with_notices(self.notice_hook(id))
             .map_err(AssignError::Notices)?;
+        let function = match config.p2p {
+            true => function.within_reach().map_err(AssignError::PeerToPeer)?,
+            false => function,
+        };
         Ok(Opened {
             function: match claim {
                 Some(claim) => function.holding(Box::new(claim)),
@@ -156,7 +163,7 @@ impl Opener {
                 if let (true, HostDevice::Pci(bdf)) = (config.bind, device) {
                     bind_vfio(Path::new("/sys"), *bdf)?;
                 }
-                self.kernel(&device.sysfs_path(), device.to_string(), config.iommufd)
+                self.kernel(&device.sysfs_path(), device.to_string(), path_of(config))
             }
             (None, Some(socket)) => self.user(id, socket, socket.display().to_string()),
             (None, None) => unreachable!("checked with the configuration"),
@@ -179,22 +186,12 @@ impl Opener {
         Ok(claimed.pop().expect("as many as were asked for"))
     }
 
-    fn kernel(
-        &self,
-        path: &Path,
-        host: String,
-        iommufd: Option<bool>,
-    ) -> Result<Device, AssignError> {
+    fn kernel(&self, path: &Path, host: String, choice: PathChoice) -> Result<Device, AssignError> {
         let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
         // Devices share what is locked: further ones lock nothing.
         if !self.kernel.is_open() {
             check_memory_lock(bytes)?;
         }
-        let choice = match iommufd {
-            None => PathChoice::Auto,
-            Some(true) => PathChoice::Iommufd,
-            Some(false) => PathChoice::Group,
-        };
         let function = self.kernel.open_by(path, choice)?;
         Ok(Device {
             backend: Arc::new(function),
@@ -215,6 +212,16 @@ impl Opener {
             kind: "vfio-user",
             host,
         })
+    }
+}
+
+/// The way that a device is to go; the one on which devices reach each other, if they shall.
+fn path_of(config: &DeviceConfig) -> PathChoice {
+    match config.iommufd {
+        Some(true) => PathChoice::Iommufd,
+        Some(false) => PathChoice::Group,
+        None if config.p2p => PathChoice::Group,
+        None => PathChoice::Auto,
     }
 }
 

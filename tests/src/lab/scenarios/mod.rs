@@ -19,6 +19,7 @@ mod snapshot;
 mod vfio;
 mod vfio_kvm;
 mod vfio_mediated;
+mod vfio_peers;
 mod vfio_refusals;
 mod watched;
 
@@ -293,6 +294,12 @@ pub const TABLE: &[Scenario] = &[
         120,
         "KVM hears of each function before it is opened and after it is closed",
         vfio_kvm::files,
+    ),
+    vfio(
+        "vfio-peers",
+        120,
+        "one VF's DMA reaches another's registers, where a container maps them",
+        vfio_peers::reach,
     ),
     vfio(
         "vfio-memory-lock",

@@ -217,6 +217,10 @@ impl DeviceConfig {
             let why = "only PCI functions of the host, vfio=BDF, are bound";
             return Err(ConfigError::invalid(format!("{at}.bind"), "on", why));
         }
+        if self.p2p && (self.vfio_user.is_some() || self.iommufd == Some(true)) {
+            let why = "it is for devices of the kernel's, with iommufd=off";
+            return Err(ConfigError::invalid(format!("{at}.p2p"), "on", why));
+        }
         let why = match given.into_iter().filter(|given| *given).count() {
             0 => "expected vfio=BDF, vfio=UUID, vfio-user=SOCKET or a GPU",
             1 if self.iommufd.is_some() && self.vfio_user.is_some() => {
