@@ -38,7 +38,8 @@ mod tree;
 pub use crate::Bdf;
 pub use change::ChangeError;
 pub use claim::{
-    CLAIMS_DIR, CLAIMS_VARIABLE, ClaimError, ClaimedPartition, Claims, GpuRequest, Owner,
+    CLAIMS_DIR, CLAIMS_VARIABLE, ClaimError, ClaimedDevice, ClaimedPartition, Claims, GpuRequest,
+    Owner,
 };
 pub use compare::{Found, Mismatch, compare};
 pub use divide::{

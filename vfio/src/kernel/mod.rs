@@ -38,6 +38,7 @@ mod vm;
 pub use bind::{BindError, bind_vfio, release_vfio};
 pub use error::{KernelPath, OpenError};
 pub use function::KernelFunction;
+pub(crate) use holders::OpenNodes;
 pub use holders::{Holder, Holders};
 pub use kvm::KvmFiles;
 pub use mapping::RegionMapping;
