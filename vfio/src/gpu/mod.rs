@@ -44,7 +44,7 @@ pub use claim::{
 pub use compare::{Found, Mismatch, compare};
 pub use divide::{
     Counts, Divided, Division, PartitionError, Partitioner, Restored, SETTINGS_FILE, Setting,
-    Settings, SettingsError, StepError,
+    Settings, SettingsError, SettingsLock, StepError,
 };
 pub use inventory::{Gpu, Partition, PartitionState, PciId, inventory, inventory_with};
 pub use offer::Attachment;
