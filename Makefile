@@ -65,11 +65,12 @@ bench-migrate: build ## Compare live migration with QEMU's; docs/benchmarks.md g
 	$(CARGO) build --locked --package tests --bins
 	target/debug/bench migrate --docs docs/benchmarks.md
 
-lint: ## Formatting and clippy, warnings are errors
+lint: ## Formatting and clippy, warnings are errors; systemd units
 	$(CARGO) fmt --all --check
 	$(CARGO) fmt --all --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) check --manifest-path fuzz/Cargo.toml --locked
+	@packaging/check-units.sh
 
 deny: ## Who may depend on whom; licences, sources, versions
 	$(CARGO) test --locked --package tests --test architecture

@@ -34,9 +34,7 @@ const PROPERTIES: [Property; 7] = [
     ("video memory", |gpu| gpu.vram_bytes.map(bytes)),
     ("driver", |gpu| Some(driver(gpu))),
     ("status", |gpu| Some(gpu.status.to_string())),
-    ("partition count", |gpu| {
-        gpu.partition_count.map(|count| count.to_string())
-    }),
+    ("partition count", count),
     ("partition type", types),
 ];
 
@@ -152,10 +150,17 @@ fn driver(gpu: &Gpu) -> String {
     }
 }
 
+/// Into how many somebody has divided it: what VMs have had made for themselves comes and goes with them.
+fn count(gpu: &Gpu) -> Option<String> {
+    let made = gpu.partitions.iter().filter(|one| one.temporary).count();
+    let count = usize::try_from(gpu.partition_count?).ok()?;
+    Some(count.saturating_sub(made).to_string())
+}
+
 /// The types of a GPU's partitions, each once.
 fn types(gpu: &Gpu) -> Option<String> {
     let mut types = Vec::new();
-    for partition in &gpu.partitions {
+    for partition in gpu.partitions.iter().filter(|one| !one.temporary) {
         let memory = partition.vram_bytes.map(bytes);
         let named = partition.kind.clone().or(memory)?;
         if !types.contains(&named) {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::address::Address;
 use super::claim::{ClaimError, Claims, Occupants, Owners};
 use super::holders::Holders;
+use super::offer::Attachment;
 use super::provider::{self, Survey};
 use super::status::{self, Status};
 use super::tree::{Function, SysfsTree, TreeError};
@@ -94,6 +95,9 @@ pub struct Partition {
     pub state: Option<PartitionState>,
     /// Whose it is.
     pub owner: Option<String>,
+    /// Whether it goes with its owner, who has had it made.
+    #[serde(default)]
+    pub temporary: bool,
     /// Whether a VM moves with it.
     pub migratable: Option<bool>,
     /// Why that is so, or why it is not known.
@@ -109,6 +113,7 @@ impl Partition {
             vram_bytes: None,
             state: None,
             owner: None,
+            temporary: false,
             migratable: None,
             reason,
         }
@@ -156,21 +161,27 @@ pub fn inventory_with(tree: &SysfsTree, claims: Option<&Claims>) -> Result<Vec<G
     let owners: Result<Owners, ClaimError> = look();
     match owners {
         Ok(owners) => {
+            let is_told = owners.know(tree) || tree.proc().is_some();
             let holders = &Holders::scan(tree);
-            let owners = &owners;
+            let is_seen = tree.proc().is_none() || holders.are_complete();
+            let owners = &owners.of_tree(tree);
             let occupants = Occupants {
                 tree,
                 owners,
                 holders,
             };
-            gpus.iter_mut().for_each(|gpu| fill_in(gpu, &occupants));
+            let is_known = is_told && is_seen;
+            gpus.iter_mut()
+                .for_each(|gpu| fill_in(gpu, &occupants, is_known));
         }
         Err(error) => log::warn!(error:%; "who has which GPU cannot be told"),
     }
     Ok(gpus)
 }
 
-fn fill_in(gpu: &mut Gpu, occupants: &Occupants<'_>) {
+/// Whose each part is. What nobody has is free where everybody could be seen: all processes of this host,
+/// or claims of the tree. A model's parts are known by their claims alone.
+fn fill_in(gpu: &mut Gpu, occupants: &Occupants<'_>, is_known: bool) {
     let whole = occupants.of(&Address::Pci(gpu.address));
     gpu.owner = whole.map(|owner| owner.to_string());
     for partition in &mut gpu.partitions {
@@ -178,10 +189,13 @@ fn fill_in(gpu: &mut Gpu, occupants: &Occupants<'_>) {
             continue;
         };
         let owner = occupants.of(&address);
-        partition.state = Some(match owner {
-            Some(_) => PartitionState::Claimed,
-            None => PartitionState::Free,
-        });
+        let attachment = Attachment::of(occupants.tree, &address);
+        let is_model = matches!(attachment, Attachment::VfioUser(_));
+        partition.state = match owner {
+            Some(_) => Some(PartitionState::Claimed),
+            None => (is_known || is_model).then_some(PartitionState::Free),
+        };
+        partition.temporary = occupants.owners.is_made(&address);
         partition.owner = owner.map(|owner| owner.to_string());
     }
 }
@@ -193,7 +207,8 @@ pub(super) fn gpus(tree: &SysfsTree) -> Result<Vec<Function<'_>>, TreeError> {
     Ok(functions)
 }
 
-fn is_gpu(function: &Function<'_>) -> bool {
+/// Whether a function has the class of a GPU; virtual ones have it, too.
+pub(super) fn is_gpu(function: &Function<'_>) -> bool {
     let class = function.hex("class").map(|class| class >> 8);
     class.is_some_and(|class| class >> 8 == BASE_CLASS_DISPLAY || class == CLASS_ACCELERATOR)
 }

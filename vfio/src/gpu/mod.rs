@@ -38,12 +38,13 @@ mod tree;
 pub use crate::Bdf;
 pub use change::ChangeError;
 pub use claim::{
-    CLAIMS_DIR, CLAIMS_VARIABLE, ClaimError, ClaimedPartition, Claims, GpuRequest, Owner,
+    CLAIMS_DIR, CLAIMS_VARIABLE, ClaimError, ClaimedDevice, ClaimedPartition, Claims, GpuRequest,
+    Owner,
 };
 pub use compare::{Found, Mismatch, compare};
 pub use divide::{
     Counts, Divided, Division, PartitionError, Partitioner, Restored, SETTINGS_FILE, Setting,
-    Settings, SettingsError, StepError,
+    Settings, SettingsError, SettingsLock, StepError,
 };
 pub use inventory::{Gpu, Partition, PartitionState, PciId, inventory, inventory_with};
 pub use offer::Attachment;

@@ -59,6 +59,15 @@ impl Setup {
         matches!(self, Self::VgpuType(..) | Self::Mediated(..))
     }
 
+    /// What is to be undone when the claim ends, or fails half-way.
+    pub(super) fn undo(&self) -> Undo {
+        match self {
+            Self::Ready => Undo::Nothing,
+            Self::Reset(_, id) => Undo::Retype(*id),
+            Self::VgpuType(..) | Self::Mediated(..) => Undo::Unmake,
+        }
+    }
+
     /// Does it, for a partition of this address.
     pub(super) fn make(&self, tree: &SysfsTree, address: &Address) -> Result<(), ChangeError> {
         match (self, address) {
@@ -75,16 +84,30 @@ impl Setup {
     }
 }
 
-/// Takes back what a claim has made at this address; what is not there any more is no error.
-pub(super) fn unmake(tree: &SysfsTree, address: &Address) -> Result<(), ChangeError> {
-    match address {
-        Address::Mediated(uuid) => change::remove_mediated(tree, uuid),
-        Address::Pci(vf) => {
-            let current = tree.function(*vf).decimal::<u32>(change::CURRENT_VGPU_TYPE);
-            match current {
-                None | Some(0) => Ok(()),
-                Some(_) => change::set_vgpu_type(tree, *vf, 0),
+/// What a claim leaves to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Undo {
+    #[default]
+    Nothing,
+    /// What it has made goes.
+    Unmake,
+    /// A virtual function that had this type gets it again.
+    Retype(u32),
+}
+
+impl Undo {
+    /// Does it at this address; what is not there any more is no error.
+    pub(super) fn carry_out(self, tree: &SysfsTree, address: &Address) -> Result<(), ChangeError> {
+        let type_of = |vf: Bdf| tree.function(vf).decimal::<u32>(change::CURRENT_VGPU_TYPE);
+        match (self, address) {
+            (Self::Unmake, Address::Mediated(uuid)) => change::remove_mediated(tree, uuid),
+            (Self::Unmake, Address::Pci(vf)) if type_of(*vf).is_some_and(|id| id != 0) => {
+                change::set_vgpu_type(tree, *vf, 0)
             }
+            (Self::Retype(id), Address::Pci(vf)) if type_of(*vf) == Some(0) => {
+                change::set_vgpu_type(tree, *vf, id)
+            }
+            _ => Ok(()),
         }
     }
 }

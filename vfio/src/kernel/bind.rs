@@ -4,7 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::sysfs::Folder;
+use super::holders::{self, Holders};
+use super::sysfs::{Folder, is_vfio_driver};
 use crate::Bdf;
 
 const VFIO_PCI: &str = "vfio-pci";
@@ -18,6 +19,25 @@ pub enum BindError {
     /// It is a bridge.
     #[error("{0} is a bridge: assign the functions behind it, not the bridge")]
     Bridge(Bdf),
+    /// It has virtual functions, which would go.
+    #[error(
+        "{device} has virtual functions, which others may have: {functions}; give those, or have none made \
+         of it"
+    )]
+    Divided {
+        /// The function.
+        device: Bdf,
+        /// Its virtual functions.
+        functions: String,
+    },
+    /// A process has it open.
+    #[error("{device} is in use: it is open in {holders}")]
+    InUse {
+        /// The function.
+        device: Bdf,
+        /// By whom.
+        holders: Holders,
+    },
     /// The host has no such driver.
     #[error("{0} cannot be bound to vfio-pci, which the host does not have: `modprobe vfio-pci`")]
     NoDriver(Bdf),
@@ -38,19 +58,22 @@ pub enum BindError {
 }
 
 /// Takes a function from the driver that has it and binds it to vfio-pci. What it had is told:
-/// `None` when it had no driver. One that vfio-pci has stays as it is.
+/// `None` when it had no driver. One that any driver of VFIO has stays as it is: those of vendors know
+/// more of their devices. So does one that has virtual functions, or is open.
 ///
 /// # Errors
 /// [`BindError`].
 pub fn bind_vfio(sysfs: &Path, device: Bdf) -> Result<Option<String>, BindError> {
     let (path, folder) = function(sysfs, device)?;
     let had = folder.driver();
-    if had.as_deref() == Some(VFIO_PCI) {
+    // Drivers of VFIO show a node of the device, whatever they are called.
+    if had.as_deref().is_some_and(is_vfio_driver) || (had.is_some() && folder.cdev().is_some()) {
         return Ok(had);
     }
     if folder.is_bridge() {
         return Err(BindError::Bridge(device));
     }
+    check_unused(sysfs, device, &folder)?;
     if !sysfs.join("bus/pci/drivers").join(VFIO_PCI).is_dir() {
         return Err(BindError::NoDriver(device));
     }
@@ -72,6 +95,30 @@ pub fn release_vfio(sysfs: &Path, device: Bdf) -> Result<Option<String>, BindErr
     let (path, folder) = function(sysfs, device)?;
     rebind(sysfs, device, &path, "")?;
     Ok(folder.driver())
+}
+
+/// Nobody is to lose it, or a part of it.
+fn check_unused(sysfs: &Path, device: Bdf, folder: &Folder) -> Result<(), BindError> {
+    let names = folder.names("").into_iter();
+    let functions: Vec<_> = names
+        .filter(|name| name.starts_with("virtfn"))
+        .map(|name| folder.link(&name).unwrap_or(name))
+        .collect();
+    if !functions.is_empty() {
+        let functions = functions.join(", ");
+        return Err(BindError::Divided { device, functions });
+    }
+    // Beside this host's /sys, or a recorded one, are its processes.
+    let proc = sysfs.parent().unwrap_or(Path::new("/")).join("proc");
+    let group = folder.group().map(|group| format!("/dev/vfio/{group}"));
+    let holders = match group {
+        Some(node) => holders::find(&proc, &[node]),
+        None => Holders::default(),
+    };
+    match holders.0.is_empty() {
+        true => Ok(()),
+        false => Err(BindError::InUse { device, holders }),
+    }
 }
 
 fn function(sysfs: &Path, device: Bdf) -> Result<(PathBuf, Folder), BindError> {

@@ -1,8 +1,10 @@
 //! Who has a device open.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
 
 use super::sysfs::{names, text};
 
@@ -39,28 +41,84 @@ impl fmt::Display for Holders {
     }
 }
 
-/// The processes that have one of `nodes` open. `/proc` tells only of processes of the same user,
-/// or of all to root.
+/// Nodes that processes have open, as far as `/proc` tells: of processes of the same user, or of all
+/// to root.
+#[derive(Debug, Default)]
+pub(crate) struct OpenNodes {
+    nodes: BTreeMap<PathBuf, Vec<u32>>,
+    /// Whether every process could be looked at.
+    pub(crate) is_complete: bool,
+}
+
+impl OpenNodes {
+    /// Those of the processes in `proc` that are `wanted`.
+    pub(crate) fn scan(proc: &Path, wanted: impl Fn(&Path) -> bool) -> Self {
+        let pids = processes(proc);
+        let mut open = Self {
+            nodes: BTreeMap::new(),
+            is_complete: pids.len() <= PROCESSES_MAX,
+        };
+        for pid in pids.into_iter().take(PROCESSES_MAX) {
+            let files = proc.join(pid.to_string()).join("fd");
+            // A process that has ended meanwhile has nothing open.
+            let is_gone = |error: &io::Error| {
+                error.kind() == ErrorKind::NotFound
+                    || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+            };
+            match open.add(pid, &files, &wanted) {
+                Err(error) if !is_gone(&error) => open.is_complete = false,
+                _ => {}
+            }
+        }
+        open
+    }
+
+    fn add(&mut self, pid: u32, files: &Path, wanted: impl Fn(&Path) -> bool) -> io::Result<()> {
+        for file in fs::read_dir(files)?.take(FILES_MAX) {
+            let node = match fs::read_link(file?.path()) {
+                Ok(node) => node,
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(error),
+                // One may be closed at any time.
+                Err(_) => continue,
+            };
+            if wanted(&node) {
+                let pids = self.nodes.entry(node).or_default();
+                if pids.last() != Some(&pid) {
+                    pids.push(pid);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// Who has this node open, ascending.
+    pub(crate) fn of(&self, node: &Path) -> &[u32] {
+        self.nodes.get(node).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// The processes that have one of `nodes` open.
 pub(super) fn find(proc: &Path, nodes: &[String]) -> Holders {
-    let pids = processes(proc).take(PROCESSES_MAX);
-    let holders = pids.filter(|pid| {
-        let files = fs::read_dir(proc.join(pid.to_string()).join("fd"));
-        let files = files.into_iter().flatten().take(FILES_MAX);
-        let mut targets = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
-        targets.any(|target| nodes.iter().any(|node| target == Path::new(node)))
-    });
+    let open = OpenNodes::scan(proc, |node| nodes.iter().any(|one| node == Path::new(one)));
+    let mut pids: Vec<u32> = open.nodes.into_values().flatten().collect();
+    pids.sort_unstable();
+    pids.dedup();
     let holder = |pid: u32| Holder {
         pid,
         name: text(&proc.join(pid.to_string()).join("comm")),
     };
-    Holders(holders.map(holder).collect())
+    Holders(pids.into_iter().map(holder).collect())
 }
 
-fn processes(proc: &Path) -> impl Iterator<Item = u32> {
+fn processes(proc: &Path) -> Vec<u32> {
     let mut pids: Vec<u32> = names(proc)
         .iter()
         .filter_map(|name| name.parse().ok())
         .collect();
     pids.sort_unstable();
-    pids.into_iter()
+    pids
 }

@@ -41,6 +41,7 @@ pub use bind::{BindError, bind_vfio, release_vfio};
 pub use error::{KernelPath, OpenError};
 pub use events::{has_events, take_events};
 pub use function::KernelFunction;
+pub(crate) use holders::OpenNodes;
 pub use holders::{Holder, Holders};
 pub use kvm::KvmFiles;
 pub use mapping::RegionMapping;

@@ -353,3 +353,45 @@ fn binding_writes_what_the_kernel_documents() {
     let bridge = bind_vfio(&sysfs, "0000:44:00.0".parse().unwrap());
     assert!(matches!(bridge, Err(BindError::Bridge(_))));
 }
+
+#[test]
+fn nothing_is_bound_that_others_have_or_that_is_divided() {
+    const VF: &str = "0000:41:00.4";
+    let host = Recorded::new();
+    let (sysfs, gpu) = (host.0.join("sys"), GPU.parse().unwrap());
+    host.function(GPU, Some(41), Some("xe"));
+    host.function(VF, Some(42), Some("xe-vfio-pci"));
+    host.write("sys/bus/pci/drivers_probe", "");
+    host.folder("sys/bus/pci/drivers/vfio-pci");
+    let folder = format!("sys/devices/pci0000:40/{GPU}");
+    let link = format!("{folder}/virtfn0");
+    host.link(&link, &host.0.join("sys/devices/pci0000:40").join(VF));
+    let is_untouched = |driver: &str| {
+        assert_eq!(
+            host.read(&format!("sys/bus/pci/drivers/{driver}/unbind")),
+            ""
+        );
+        assert_eq!(host.read("sys/bus/pci/drivers_probe"), "");
+    };
+    says(
+        &bind_vfio(&sysfs, gpu).unwrap_err().to_string(),
+        &[GPU, "virtual functions", VF],
+    );
+    is_untouched("xe");
+    // A driver of VFIO knows its device better than vfio-pci does.
+    let bound = bind_vfio(&sysfs, VF.parse().unwrap()).unwrap();
+    assert_eq!(bound.as_deref(), Some("xe-vfio-pci"));
+    // NVIDIA's is called as that of the GPU is.
+    host.function("0000:43:00.4", Some(43), Some("nvidia"));
+    host.cdev("0000:43:00.4", "vfio2");
+    let bound = bind_vfio(&sysfs, "0000:43:00.4".parse().unwrap()).unwrap();
+    assert_eq!(bound.as_deref(), Some("nvidia"));
+    is_untouched("nvidia");
+    fs::remove_file(host.0.join(&link)).unwrap();
+    host.process(4711, "other", "/dev/vfio/41");
+    says(
+        &bind_vfio(&sysfs, gpu).unwrap_err().to_string(),
+        &[GPU, "process 4711 (other)"],
+    );
+    is_untouched("xe");
+}

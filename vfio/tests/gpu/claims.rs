@@ -2,14 +2,12 @@
 
 use std::path::PathBuf;
 
-use vfio::gpu::{
-    Attachment, ClaimError, ClaimedPartition, GpuRequest, PartitionState, inventory_with,
-};
+use vfio::gpu::{Attachment, ClaimError, ClaimedPartition, GpuRequest, inventory_with};
 
 use crate::host::Host;
 use crate::models::{CLASS_VGA, GIB, GPU, INTEL, NVIDIA, NVIDIA_MODELS, sriov, vf_address};
 
-fn xe(vfs: u32) -> Host {
+pub(crate) fn xe(vfs: u32) -> Host {
     sriov(
         (INTEL, 0xe211, CLASS_VGA),
         ("xe", Some("xe-vfio-pci")),
@@ -17,21 +15,21 @@ fn xe(vfs: u32) -> Host {
     )
 }
 
-fn any(count: u32) -> GpuRequest {
+pub(crate) fn any(count: u32) -> GpuRequest {
     GpuRequest {
         count,
         ..GpuRequest::default()
     }
 }
 
-fn of_type(kind: &str) -> GpuRequest {
+pub(crate) fn of_type(kind: &str) -> GpuRequest {
     GpuRequest {
         kind: Some(kind.to_owned()),
         ..GpuRequest::default()
     }
 }
 
-fn at(address: &str) -> GpuRequest {
+pub(crate) fn at(address: &str) -> GpuRequest {
     GpuRequest {
         pci: Some(address.parse().expect("an address")),
         ..GpuRequest::default()
@@ -39,16 +37,19 @@ fn at(address: &str) -> GpuRequest {
 }
 
 impl Host {
-    fn acquire(&self, request: &GpuRequest) -> Result<Vec<ClaimedPartition>, ClaimError> {
+    pub(crate) fn acquire(
+        &self,
+        request: &GpuRequest,
+    ) -> Result<Vec<ClaimedPartition>, ClaimError> {
         self.claims().acquire(&self.tree(), request, "web")
     }
 
-    fn refusal(&self, request: &GpuRequest) -> String {
+    pub(crate) fn refusal(&self, request: &GpuRequest) -> String {
         let refused = self.acquire(request);
         refused.expect_err("it cannot be given").to_string()
     }
 
-    fn vgpu_type(&self, number: u32) -> String {
+    pub(crate) fn vgpu_type(&self, number: u32) -> String {
         self.read(&format!(
             "bus/pci/devices/{}/nvidia/current_vgpu_type",
             vf_address(number)
@@ -56,7 +57,7 @@ impl Host {
     }
 }
 
-fn addresses(claimed: &[ClaimedPartition]) -> Vec<String> {
+pub(crate) fn addresses(claimed: &[ClaimedPartition]) -> Vec<String> {
     claimed.iter().map(ClaimedPartition::address).collect()
 }
 
@@ -288,34 +289,6 @@ fn a_models_partition_is_its_socket() {
     assert_eq!(claimed[0].vram_bytes(), Some(1 << 28));
 }
 
-#[test]
-fn the_inventory_tells_whose_a_partition_is() {
-    let host = xe(2);
-    let list = || {
-        let mut gpus = inventory_with(&host.tree(), Some(&host.claims())).expect("it has PCI");
-        let parts = gpus.remove(0).partitions;
-        parts
-            .into_iter()
-            .map(|part| (part.state, part.owner))
-            .collect::<Vec<_>>()
-    };
-    let free = (Some(PartitionState::Free), None);
-    // Nobody has ever claimed one.
-    assert_eq!(list(), [free.clone(), free.clone()]);
-    assert!(!host.claims_dir().exists());
-    let claimed = host.acquire(&at(&vf_address(1))).expect("it is free");
-    let owner = format!("web (pid {})", std::process::id());
-    assert_eq!(
-        list(),
-        [free.clone(), (Some(PartitionState::Claimed), Some(owner))]
-    );
-    drop(claimed);
-    assert_eq!(list(), [free.clone(), free]);
-    std::fs::remove_dir_all(host.claims_dir()).expect("the folder is ours");
-    host.write("claims", "no folder");
-    assert_eq!(list(), [(None, None), (None, None)]);
-}
-
 /// Programs that know nothing of claims.
 #[test]
 fn what_somebody_has_open_is_not_given() {
@@ -338,56 +311,4 @@ fn what_somebody_has_open_is_not_given() {
         error.contains(&format!("{first} by pid 4711, {second} by pid 4712")),
         "{error}"
     );
-}
-
-#[test]
-fn hostile_claim_files_are_read_within_bounds() {
-    let host = xe(7);
-    let dir = host.claims_dir();
-    let claim = |number: u32| dir.join(vf_address(number));
-    std::fs::create_dir_all(claim(0)).expect("the folder is ours");
-    std::os::unix::fs::symlink("/etc/passwd", claim(1)).expect("the folder is ours");
-    let pipe = std::process::Command::new("mkfifo").arg(claim(2)).status();
-    assert!(pipe.is_ok_and(|status| status.success()));
-    std::fs::write(claim(3), vec![b'['; 1 << 20]).expect("the folder is ours");
-    let odd = r#"{"vm":"a\u001b[31m\nb","pid":4294967295,"made":false,"sysfs":"/"}"#;
-    std::fs::write(claim(4), odd).expect("the folder is ours");
-    std::fs::write(dir.join("../claims/passwd"), "{}").expect("the folder is ours");
-    let locked = std::fs::File::open(claim(4)).expect("the folder is ours");
-    locked.lock().expect("nobody else has it");
-    // What cannot be a claim is somebody's; what nobody has locked is free, whatever it says.
-    let claimed = host.acquire(&any(3)).expect("three are free");
-    assert_eq!(
-        addresses(&claimed),
-        [vf_address(3), vf_address(5), vf_address(6)]
-    );
-    let error = host.refusal(&any(1));
-    assert!(error.contains("by a[31mb (pid 4294967295)"), "{error:?}");
-    assert!(!error.contains(['\u{1b}', '\n']), "{error:?}");
-    assert!(
-        error.contains(&format!("{} by somebody", vf_address(0))),
-        "{error}"
-    );
-    assert!(dir.join("passwd").exists(), "it is no claim");
-}
-
-/// A file that says that its claim has made a partition.
-#[test]
-fn what_is_not_of_this_tree_or_is_open_is_not_taken_back() {
-    let host = NVIDIA_MODELS[1].host(true, &[6, 6, 6]);
-    let left = |sysfs: &str| format!(r#"{{"vm":"a","pid":1,"made":true,"sysfs":"{sysfs}"}}"#);
-    let claim = |number: u32| format!("claims/{}", vf_address(number));
-    let here = host.root().to_str().expect("a plain path").to_owned();
-    host.write(&claim(0), left(&here));
-    host.write(&claim(1), left("/sys"));
-    host.write(&claim(2), left(&here));
-    host.link("proc/4711/fd/3", "/dev/vfio/102");
-    let tree = host.tree().with_proc(host.root().join("proc"));
-    let claimed = host
-        .claims()
-        .acquire(&tree, &of_type("A10-4Q"), "web")
-        .expect("it is offered");
-    let types: Vec<_> = (0..3).map(|number| host.vgpu_type(number)).collect();
-    assert_eq!(types, ["584", "586", "586"]);
-    assert_eq!(addresses(&claimed), [vf_address(0)]);
 }

@@ -157,9 +157,10 @@ impl At {
         }
         let folder = self.root.join("bus/pci/devices").join(&address);
         let driver = read(&folder.join("driver_override"));
+        // Whoever sees the driver may write the next one there.
+        fs::write(&path, "").expect("the folder is ours");
         let target = format!("../../drivers/{driver}");
         symlink(target, folder.join("driver")).expect("it is bound to none");
-        fs::write(&path, "").expect("the folder is ours");
     }
 
     fn create(&self, kind: &Path) {

@@ -1,15 +1,20 @@
 //! GPUs of recorded hosts: what is told of them, and what is not.
 
 mod claims;
+mod devices;
 mod host;
 mod hostile;
 mod kernel;
+mod leftovers;
+mod mediated;
 mod models;
+mod nvidia;
 mod partition;
 mod race;
 mod settings;
+mod whose;
 
-use vfio::gpu::{Found, Gpu, Status, compare};
+use vfio::gpu::{Found, Gpu, Status, compare, inventory_with};
 
 use host::Host;
 use models::{
@@ -345,6 +350,28 @@ fn hosts_with_the_same_mix_are_the_same() {
     other.push(mixed[0].clone());
     let properties: Vec<_> = named(&other).iter().map(|one| one.property).collect();
     assert_eq!(properties, ["number of GPUs"]);
+}
+
+/// What VMs have had made for themselves comes and goes with them.
+#[test]
+fn hosts_differ_in_nothing_that_goes_with_a_vm() {
+    let (idle, busy) = (
+        NVIDIA_MODELS[1].host(true, &[6]),
+        NVIDIA_MODELS[1].host(true, &[6]),
+    );
+    let _made = busy
+        .acquire(&claims::of_type("A10-4Q"))
+        .expect("it is offered");
+    let listed = |host: &Host| {
+        let gpus = inventory_with(&host.tree(), Some(&host.claims())).expect("it has PCI");
+        told(&gpus)
+    };
+    assert_eq!(listed(&busy)[0].partition_count, Some(2));
+    let both = [
+        ("idle".to_owned(), listed(&idle)),
+        ("busy".to_owned(), listed(&busy)),
+    ];
+    assert_eq!(compare(&both), []);
 }
 
 /// What a server's console is shown by, and what is given whole, is not compared.

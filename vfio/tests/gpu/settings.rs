@@ -3,7 +3,7 @@
 use vfio::gpu::{Division, PartitionError, Partitioner, Settings, SettingsError};
 
 use crate::host::Host;
-use crate::models::{GPU, NVIDIA_MODELS};
+use crate::models::{GPU, NVIDIA_MODELS, vf_address};
 
 fn four() -> Division {
     Division {
@@ -82,4 +82,39 @@ fn what_is_no_settings_is_refused() {
     }
     let folder = Settings::load(host.root()).expect_err("it is none");
     assert!(matches!(folder, SettingsError::File { .. }), "{folder:?}");
+}
+
+/// Programs that keep divisions at the same time.
+#[test]
+fn nobodys_division_is_lost() {
+    const COUNT: u32 = 16;
+    let host = NVIDIA_MODELS[1].host(true, &[]);
+    let path = host.root().join("etc/gpu-partitions.toml");
+    let address = |number: u32| vf_address(number).parse().expect("an address");
+    std::thread::scope(|scope| {
+        for number in 0..COUNT {
+            let (host, path) = (&host, &path);
+            scope.spawn(move || {
+                let (mut settings, _lock) = Settings::edit(path).expect("the folder is ours");
+                settings.keep(&host.tree(), address(number), &four());
+                settings.store(path).expect("the folder is ours");
+            });
+        }
+    });
+    let kept = Settings::load(&path).expect("it was written").gpu;
+    let kept: Vec<_> = kept.iter().map(|setting| setting.address).collect();
+    assert_eq!(kept, (0..COUNT).map(address).collect::<Vec<_>>());
+}
+
+/// Whoever has the lock has it alone.
+#[test]
+fn whoever_changes_waits_for_who_does() {
+    let host = NVIDIA_MODELS[1].host(true, &[]);
+    let path = host.root().join("etc/gpu-partitions.toml");
+    let (settings, lock) = Settings::edit(&path).expect("the folder is ours");
+    assert_eq!(settings, Settings::default());
+    let folder = std::fs::File::open(host.root().join("etc")).expect("it was made");
+    assert!(folder.try_lock().is_err());
+    drop(lock);
+    assert!(folder.try_lock().is_ok());
 }

@@ -33,8 +33,11 @@ pub enum ClientError {
     #[error("the VM's answer broke off")]
     Http(#[from] hyper::Error),
     /// No answer came.
-    #[error("the VM did not answer within {} s", ANSWER_TIME.as_secs())]
-    Timeout,
+    #[error("the VM did not answer within {} s", .within.as_secs())]
+    Timeout {
+        /// How long was waited.
+        within: Duration,
+    },
     /// The VM refused.
     #[error("{message}")]
     Refused {
@@ -197,7 +200,7 @@ impl Client {
             Ok(body.collect().await?.to_bytes())
         };
         let answered = tokio::time::timeout(within, whole).await;
-        answered.unwrap_or(Err(ClientError::Timeout))
+        answered.unwrap_or(Err(ClientError::Timeout { within }))
     }
 
     async fn send(
@@ -249,4 +252,24 @@ fn describe(status: StatusCode) -> String {
         status.as_u16(),
         status.canonical_reason().unwrap_or("unknown")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A VM that takes a request and says nothing.
+    #[tokio::test]
+    async fn what_was_waited_is_told() {
+        let name = format!("drover-client-{}.sock", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let _listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let within = Duration::from_millis(1200);
+        let asked = Client::new(&path)
+            .post_for::<_, ()>("/v1/devices", &(), within)
+            .await;
+        std::fs::remove_file(&path).unwrap();
+        let said = asked.unwrap_err().to_string();
+        assert_eq!(said, "the VM did not answer within 1 s");
+    }
 }

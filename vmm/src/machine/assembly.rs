@@ -241,13 +241,20 @@ impl Machine {
 
     /// Devices that are there from the start, and may go.
     fn plug_assigned(&mut self, config: &VmConfig) -> Result<(), BuildError> {
-        for (device, id) in config.device.iter().zip(config.device_ids()) {
-            let id = DeviceId::new(id).expect("names were checked with the configuration");
-            let opened = self.opener.open(&id, device);
-            let opened = opened.map_err(|source| BuildError::Assigned {
-                id: id.clone(),
-                source: Box::new(source),
-            })?;
+        let ids: Vec<_> = config
+            .device_ids()
+            .into_iter()
+            .map(|id| DeviceId::new(id).expect("names were checked with the configuration"))
+            .collect();
+        let error = |id: &DeviceId, source: AssignError| BuildError::Assigned {
+            id: id.clone(),
+            source: Box::new(source),
+        };
+        let claims = self.opener.claim(&config.device);
+        let claims = claims.map_err(|(index, source)| error(&ids[index], source.into()))?;
+        for ((device, id), claim) in config.device.iter().zip(ids).zip(claims) {
+            let opened = self.opener.open_claimed(&id, device, claim);
+            let opened = opened.map_err(|source| error(&id, source))?;
             let plugged = self.plug(opened);
             plugged.map_err(|source| BuildError::Plug { id, source })?;
         }

@@ -9,7 +9,7 @@ use devices::interrupt::MsiRouter;
 use devices::{DeviceId, GuestRam};
 use vfio::dma::{DmaAccess, DmaFile, DmaRange, Iova};
 use vfio::function::{AssignedFunction, FunctionError, HostNotice, NoticeHook};
-use vfio::gpu::{Attachment, ClaimError, ClaimedPartition, Claims, GpuRequest, SysfsTree};
+use vfio::gpu::{Attachment, ClaimError};
 use vfio::kernel::{
     BindError, KernelVfio, MemoryLockError, OpenError, PathChoice, bind_vfio, check_memory_lock,
 };
@@ -19,7 +19,8 @@ use vm_memory::{
     Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 
-use crate::config::{DeviceConfig, GpuConfig, HostDevice, VmName};
+use super::claims::{Claim, Claimer, Unclaimed};
+use crate::config::{DeviceConfig, HostDevice, VmName};
 use crate::kvm::{KvmVfio, Vm};
 
 /// An assigned device cannot be had.
@@ -37,7 +38,7 @@ pub enum AssignError {
     /// Its server.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// No GPU, or no part of one.
+    /// It, or the GPU that it is a part of, is somebody else's.
     #[error(transparent)]
     Claim(#[from] ClaimError),
     /// The guest's memory cannot be shown to it.
@@ -105,22 +106,44 @@ impl Opener {
         }
     }
 
-    /// Opens what `config` names, shows it the guest's memory, and makes a function of it.
+    /// Claims all of `devices`, or none: which one cannot be had is told by its index.
+    ///
+    /// # Errors
+    /// [`ClaimError`].
+    pub(super) fn claim(&self, devices: &[DeviceConfig]) -> Result<Vec<Claim>, Unclaimed> {
+        Claimer::of_host().claim(&self.vm_name, devices)
+    }
+
+    /// Claims and opens what `config` names, shows it the guest's memory, and makes a function of it.
     ///
     /// # Errors
     /// [`AssignError`].
     pub(super) fn open(&self, id: &DeviceId, config: &DeviceConfig) -> Result<Opened, AssignError> {
-        let claim = config.gpu.as_ref().map(|gpu| self.claim(gpu)).transpose()?;
+        let claims = self.claim(std::slice::from_ref(config));
+        let claim = claims.map_err(|(_, error)| error)?.pop();
+        self.open_claimed(id, config, claim.unwrap_or(Claim::None))
+    }
+
+    /// The same for what is claimed already.
+    ///
+    /// # Errors
+    /// [`AssignError`]; then it is given back.
+    pub(super) fn open_claimed(
+        &self,
+        id: &DeviceId,
+        config: &DeviceConfig,
+        claim: Claim,
+    ) -> Result<Opened, AssignError> {
         let Device {
             backend,
             kind,
             host,
         } = match &claim {
-            Some(claim) => match claim.device_path() {
+            Claim::Gpu(claim) => match claim.device_path() {
                 Attachment::Kernel(path) => self.kernel(path, claim.address(), path_of(config))?,
                 Attachment::VfioUser(socket) => self.user(id, socket, claim.address())?,
             },
-            None => self.named(id, config)?,
+            Claim::Named(_) | Claim::None => self.named(id, config)?,
         };
         for region in self.memory.iter() {
             let base = region.start_addr().raw_value();
@@ -137,8 +160,9 @@ impl Opener {
         };
         Ok(Opened {
             function: match claim {
-                Some(claim) => function.holding(Box::new(claim)),
-                None => function,
+                Claim::Gpu(claim) => function.holding(Box::new(claim)),
+                Claim::Named(claim) => function.holding(Box::new(claim)),
+                Claim::None => function,
             },
             kind: if config.gpu.is_some() { "gpu" } else { kind },
             host,
@@ -168,22 +192,6 @@ impl Opener {
             (None, Some(socket)) => self.user(id, socket, socket.display().to_string()),
             (None, None) => unreachable!("checked with the configuration"),
         }
-    }
-
-    /// One part of a GPU, which this process has from now on.
-    fn claim(&self, gpu: &GpuConfig) -> Result<ClaimedPartition, ClaimError> {
-        let tree = match &gpu.sysfs_root {
-            Some(root) => SysfsTree::at(root),
-            None => SysfsTree::of_host(),
-        };
-        let request = GpuRequest {
-            pci: gpu.pci,
-            count: 1,
-            kind: gpu.kind.clone(),
-            min_vram_bytes: gpu.vram.map(|vram| vram.0.bytes()),
-        };
-        let mut claimed = Claims::of_host().acquire(&tree, &request, self.vm_name.as_str())?;
-        Ok(claimed.pop().expect("as many as were asked for"))
     }
 
     fn kernel(&self, path: &Path, host: String, choice: PathChoice) -> Result<Device, AssignError> {

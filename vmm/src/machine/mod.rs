@@ -22,6 +22,7 @@ mod arrival;
 mod assembly;
 mod assigned;
 mod board;
+mod claims;
 mod controller;
 mod events;
 mod handle;

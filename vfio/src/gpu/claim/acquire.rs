@@ -1,13 +1,15 @@
 //! Claiming: all that a VM asks for, or nothing.
 
+use super::allocation::{Allocation, NewClaim};
 use super::choose::choose;
-use super::folder::{Allocation, ClaimError, Claims, NewClaim};
+use super::error::ClaimError;
+use super::folder::Claims;
 use super::partition::ClaimedPartition;
 use super::request::GpuRequest;
 use super::view::{Occupants, View};
 use crate::Bdf;
 use crate::gpu::holders::Holders;
-use crate::gpu::offer::{Attachment, Offer};
+use crate::gpu::offer::{Attachment, Offer, Undo};
 use crate::gpu::tree::SysfsTree;
 
 impl Claims {
@@ -22,7 +24,20 @@ impl Claims {
         request: &GpuRequest,
         vm: &str,
     ) -> Result<Vec<ClaimedPartition>, ClaimError> {
-        if let Some(mistake) = request.mistake() {
+        self.acquire_all(tree, std::slice::from_ref(request), vm)
+    }
+
+    /// The same for several requests of a VM: all of them or none. What is claimed comes in their order.
+    ///
+    /// # Errors
+    /// As [`Claims::acquire`].
+    pub fn acquire_all(
+        &self,
+        tree: &SysfsTree,
+        requests: &[GpuRequest],
+        vm: &str,
+    ) -> Result<Vec<ClaimedPartition>, ClaimError> {
+        if let Some(mistake) = requests.iter().find_map(GpuRequest::mistake) {
             return Err(ClaimError::Request(mistake));
         }
         // Before what is claimed, so that it is let go after that when something fails.
@@ -30,7 +45,10 @@ impl Claims {
         let holders = Holders::scan(tree);
         allocation.sweep(tree, &holders)?;
         let mut claimed = Vec::new();
-        for _ in 0..request.count {
+        let each = requests
+            .iter()
+            .flat_map(|request| (0..request.count).map(move |_| request));
+        for request in each {
             let occupants = Occupants {
                 tree,
                 owners: &allocation.owners()?,
@@ -50,19 +68,15 @@ fn claim(
     (gpu, offer): (Bdf, Offer),
     vm: &str,
 ) -> Result<ClaimedPartition, ClaimError> {
-    let is_making = offer.setup.is_making();
-    let new = NewClaim {
-        vm,
-        is_making,
-        tree,
-    };
-    let claimed = ClaimedPartition {
+    let undo = offer.setup.undo();
+    let new = NewClaim { vm, tree, undo };
+    let mut claimed = ClaimedPartition {
         tree: tree.clone(),
         claim: allocation.claim(&offer.address, new)?,
         gpu,
         kind: offer.kind.map(|kind| kind.name),
         vram_bytes: offer.vram_bytes,
-        is_made: is_making,
+        undo,
         attachment: Attachment::of(tree, &offer.address),
         address: offer.address,
     };
@@ -72,5 +86,11 @@ fn claim(
         address: claimed.address(),
         source,
     })?;
+    if let Undo::Retype(_) = undo {
+        claimed.undo = Undo::Nothing;
+        if let Err(error) = claimed.claim.settle(new) {
+            log::warn!(address:% = claimed.address, error:%; "the claim's file cannot be written");
+        }
+    }
     Ok(claimed)
 }

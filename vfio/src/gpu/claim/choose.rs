@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::folder::ClaimError;
+use super::error::ClaimError;
 use super::request::{GpuRequest, Misfit};
 use super::view::{View, Whole};
 use crate::Bdf;

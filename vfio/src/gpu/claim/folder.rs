@@ -1,21 +1,15 @@
 //! The folder of claims. Lock order: the folder's, then those of claims; who has a claim alone asks for no
 //! other lock.
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, ErrorKind, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use crate::gpu::address::Address;
-use crate::gpu::change::{ChangeError, wait_until};
-use crate::gpu::holders::Holders;
-use crate::gpu::offer;
-use crate::gpu::tree::{SysfsTree, TreeError, names, printable};
+use super::allocation::Allocation;
+use super::error::ClaimError;
+use crate::gpu::change::wait_until;
 
 /// Where the claims of a host are.
 pub const CLAIMS_DIR: &str = "/run/drover/gpu";
@@ -26,110 +20,19 @@ pub const CLAIMS_VARIABLE: &str = "DROVER_GPU_CLAIMS";
 /// Held by whoever looks at claims, or makes one.
 const ALLOCATION: &str = "allocation.lock";
 
-/// Bytes of a claim that are read.
-const CLAIM_MAX_BYTES: u64 = 4096;
-
-/// Characters of a VM's name that are shown.
-const NAME_MAX: usize = 128;
-
 /// How long others may take to choose: making virtual functions of some GPUs takes many seconds.
 const WAIT: Duration = Duration::from_secs(120);
 
 /// How long somebody waits who only looks.
 const LOOK: Duration = Duration::from_secs(3);
 
+/// How often a file may be another one once its lock is had.
+const REOPENS_MAX: usize = 16;
+
 /// The claims of a host's partitions.
 #[derive(Clone, Debug)]
 pub struct Claims {
     dir: PathBuf,
-}
-
-/// Whose a partition is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Owner {
-    /// The VM; `None` where no claim tells.
-    pub vm: Option<String>,
-    /// Its process.
-    pub pid: Option<u32>,
-}
-
-/// No partition was claimed.
-#[derive(Debug, thiserror::Error)]
-pub enum ClaimError {
-    /// What is asked for can never be.
-    #[error("{0}")]
-    Request(String),
-    /// There is no such device.
-    #[error("{0}")]
-    Missing(String),
-    /// There are such partitions, and others have them.
-    #[error("{wanted} cannot be given, others have what there is: {details}")]
-    Exhausted {
-        /// What was asked for.
-        wanted: String,
-        /// Per GPU what it has, who has it, or why it does not count.
-        details: String,
-    },
-    /// There are none such.
-    #[error("{wanted} cannot be given: {details}")]
-    Unsuitable {
-        /// What was asked for.
-        wanted: String,
-        /// Per GPU what it has, and why that is not it.
-        details: String,
-    },
-    /// It was claimed, and could not be made ready.
-    #[error("partition {address} of GPU {gpu} cannot be made ready")]
-    Setup {
-        /// Of which GPU.
-        gpu: crate::Bdf,
-        /// Which one.
-        address: String,
-        /// Why not.
-        #[source]
-        source: ChangeError,
-    },
-    /// Others are choosing, and do not come to an end.
-    #[error("{} has been held for {} s", .path.display(), .seconds)]
-    Held {
-        /// The lock.
-        path: PathBuf,
-        /// How long was waited.
-        seconds: u64,
-    },
-    /// A file of the claims cannot be used.
-    #[error("{} cannot be used", .path.display())]
-    File {
-        /// Which one.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The host's devices cannot be listed.
-    #[error(transparent)]
-    Tree(#[from] TreeError),
-}
-
-/// What a claim's file says.
-#[derive(Debug, Serialize, Deserialize)]
-struct Record {
-    vm: String,
-    pid: u32,
-    /// Whether the claim has made the partition, which is to go with it.
-    made: bool,
-    /// Below which `/sys` that is.
-    sysfs: PathBuf,
-}
-
-/// Who has what.
-#[derive(Debug, Default)]
-pub(in crate::gpu) struct Owners(BTreeMap<Address, Owner>);
-
-impl Owners {
-    pub(in crate::gpu) fn get(&self, address: &Address) -> Option<&Owner> {
-        self.0.get(address)
-    }
 }
 
 impl Claims {
@@ -145,6 +48,10 @@ impl Claims {
         Self { dir: dir.into() }
     }
 
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Waits until nobody else chooses, and keeps others from it.
     pub(in crate::gpu) fn allocation(&self) -> Result<Allocation<'_>, ClaimError> {
         let made = DirBuilder::new()
@@ -152,23 +59,67 @@ impl Claims {
             .mode(0o700)
             .create(&self.dir);
         made.map_err(|source| self.error("", source))?;
-        self.lock(&self.file(ALLOCATION, true)?, WAIT)
+        self.check_owner()?;
+        let lock = self.lock(ALLOCATION, true, WAIT)?;
+        Ok(Allocation::new(self, lock))
     }
 
     /// The same to look only; `None` where nothing was ever claimed.
     pub(in crate::gpu) fn look(&self) -> Result<Option<Allocation<'_>>, ClaimError> {
-        let file = match self.file(ALLOCATION, false) {
-            Err(ClaimError::File { source, .. }) if source.kind() == ErrorKind::NotFound => {
-                return Ok(None);
-            }
-            file => file?,
+        let locked = match self.dir.exists() {
+            true => self
+                .check_owner()
+                .and_then(|()| self.lock(ALLOCATION, false, LOOK)),
+            false => self.lock(ALLOCATION, false, LOOK),
         };
-        self.lock(&file, LOOK).map(Some)
+        match locked {
+            Ok(lock) => Ok(Some(Allocation::new(self, lock))),
+            Err(ClaimError::File { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
-    fn lock(&self, file: &File, limit: Duration) -> Result<Allocation<'_>, ClaimError> {
-        let error = |source| self.error(ALLOCATION, source);
-        let file = file.try_clone().map_err(error)?;
+    /// Nobody else may write there: what a claim's file says is done, by root as well.
+    fn check_owner(&self) -> Result<(), ClaimError> {
+        let found = fs::metadata(&self.dir).map_err(|source| self.error("", source))?;
+        if !found.is_dir() {
+            return Err(self.error("", ErrorKind::NotADirectory.into()));
+        }
+        let own = rustix::process::geteuid().as_raw();
+        match [own, 0].contains(&found.uid()) && found.mode() & 0o022 == 0 {
+            true => Ok(()),
+            false => Err(ClaimError::Untrusted {
+                path: self.dir.clone(),
+                mode: found.mode() & 0o7777,
+                uid: found.uid(),
+            }),
+        }
+    }
+
+    /// Locks a file that is there under its name once the lock is had: whoever had it before may have
+    /// removed it.
+    pub(super) fn lock(
+        &self,
+        name: &str,
+        is_changed: bool,
+        limit: Duration,
+    ) -> Result<File, ClaimError> {
+        for _ in 0..REOPENS_MAX {
+            let file = self.file(name, is_changed)?;
+            self.wait(name, &file, limit)?;
+            if self.is_there(name, &file)? {
+                return Ok(file);
+            }
+        }
+        Err(self.error(
+            name,
+            io::Error::other("somebody removes it again and again"),
+        ))
+    }
+
+    fn wait(&self, name: &str, file: &File, limit: Duration) -> Result<(), ClaimError> {
         let mut failure = None;
         let is_locked = wait_until(limit, || match file.try_lock() {
             Ok(()) => true,
@@ -179,20 +130,25 @@ impl Claims {
             }
         });
         match (failure, is_locked) {
-            (Some(source), _) => Err(error(source)),
+            (Some(source), _) => Err(self.error(name, source)),
             (None, false) => Err(ClaimError::Held {
-                path: self.dir.join(ALLOCATION),
+                path: self.dir.join(name),
                 seconds: limit.as_secs(),
             }),
-            (None, true) => Ok(Allocation {
-                claims: self,
-                _lock: file,
-            }),
+            (None, true) => Ok(()),
         }
     }
 
+    /// Whether this is the file of that name.
+    fn is_there(&self, name: &str, file: &File) -> Result<bool, ClaimError> {
+        let ours = file.metadata().map_err(|source| self.error(name, source))?;
+        let there = fs::symlink_metadata(self.dir.join(name));
+        let is_it = there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()));
+        Ok(ours.nlink() > 0 && is_it)
+    }
+
     /// A plain file of the folder: a link would lead elsewhere, a pipe would be waited for.
-    fn file(&self, name: &str, is_changed: bool) -> Result<File, ClaimError> {
+    pub(super) fn file(&self, name: &str, is_changed: bool) -> Result<File, ClaimError> {
         let error = |source| self.error(name, source);
         let file = OpenOptions::new()
             .read(true)
@@ -208,175 +164,29 @@ impl Claims {
         }
     }
 
-    fn error(&self, name: &str, source: io::Error) -> ClaimError {
+    pub(super) fn error(&self, name: &str, source: io::Error) -> ClaimError {
         let path = match name {
             "" => self.dir.clone(),
             name => self.dir.join(name),
         };
-        ClaimError::File { path, source }
-    }
-}
-
-/// The right to look at claims and to make some. Nobody else has it meanwhile, so a claim that was free when
-/// it was looked at still is, and looking keeps nobody from claiming.
-#[derive(Debug)]
-pub(in crate::gpu) struct Allocation<'c> {
-    claims: &'c Claims,
-    _lock: File,
-}
-
-impl Allocation<'_> {
-    /// Everybody who has a claim.
-    pub(in crate::gpu) fn owners(&self) -> Result<Owners, ClaimError> {
-        let mut owners = Owners::default();
-        for (name, address) in self.entries()? {
-            if let Some(owner) = self.owner(&name) {
-                owners.0.insert(address, owner);
-            }
-        }
-        Ok(owners)
-    }
-
-    fn entries(&self) -> Result<Vec<(String, Address)>, ClaimError> {
-        let names = names(&self.claims.dir).map_err(|source| self.claims.error("", source))?;
-        let entry = |name: String| {
-            let address = name.parse().ok()?;
-            Some((name, address))
-        };
-        Ok(names.into_iter().filter_map(entry).collect())
-    }
-
-    /// Who has this claim. One that cannot be looked at is somebody's: better none than two.
-    fn owner(&self, name: &str) -> Option<Owner> {
-        let file = match self.claims.file(name, false) {
-            Ok(file) => file,
-            Err(error) => {
-                log::warn!(error:%; "a claim cannot be looked at, and counts as taken");
-                return Some(Owner::default());
-            }
-        };
-        match file.try_lock() {
-            Ok(()) => None,
-            Err(_) => Some(record(&file).map_or_else(Owner::default, |record| record.owner())),
-        }
-    }
-
-    /// Takes back what those have made who are gone, and removes their files.
-    pub(in crate::gpu) fn sweep(
-        &self,
-        tree: &SysfsTree,
-        holders: &Holders,
-    ) -> Result<(), ClaimError> {
-        let place = tree.place();
-        for (name, address) in self.entries()? {
-            let Ok(file) = self.claims.file(&name, false) else {
-                continue;
-            };
-            if file.try_lock().is_err() {
-                continue;
-            }
-            let left = record(&file).filter(|record| record.made);
-            if left.as_ref().is_some_and(|left| left.sysfs != place) {
-                continue;
-            }
-            if left.is_some() {
-                // Whoever that is: an open device is not taken away.
-                if holders.of(tree, &address).is_some() {
-                    continue;
-                }
-                log::info!(address:%; "a partition whose owner is gone is taken back");
-                if let Err(error) = offer::unmake(tree, &address) {
-                    log::warn!(address:%, error:%; "a partition whose owner is gone cannot be taken back");
-                    continue;
-                }
-            }
-            // Nobody else opens it meanwhile: claims are made by who has the allocation alone.
-            let _ = fs::remove_file(self.claims.dir.join(&name));
-        }
-        Ok(())
-    }
-
-    /// Claims it, for a VM of this process.
-    pub(super) fn claim(
-        &self,
-        address: &Address,
-        claim: NewClaim<'_>,
-    ) -> Result<Claim, ClaimError> {
-        let name = address.to_string();
-        let error = |source| self.claims.error(&name, source);
-        let file = self.claims.file(&name, true)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::Error(source)) => return Err(error(source)),
-            Err(TryLockError::WouldBlock) => {
-                return Err(error(io::Error::other("somebody has locked it meanwhile")));
-            }
-        }
-        let record = Record {
-            vm: claim.vm.to_owned(),
-            pid: std::process::id(),
-            made: claim.is_making,
-            sysfs: claim.tree.place(),
-        };
-        let mut claim = Claim(file);
-        claim.write(&record).map_err(error)?;
-        Ok(claim)
-    }
-}
-
-/// For whom a claim is.
-#[derive(Clone, Copy)]
-pub(super) struct NewClaim<'v> {
-    pub(super) vm: &'v str,
-    pub(super) is_making: bool,
-    pub(super) tree: &'v SysfsTree,
-}
-
-/// A lock on a claim's file.
-#[derive(Debug)]
-pub(super) struct Claim(File);
-
-impl Claim {
-    fn write(&mut self, record: &Record) -> io::Result<()> {
-        let text = serde_json::to_vec(record)?;
-        self.0.set_len(0)?;
-        self.0.rewind()?;
-        self.0.write_all(&text)
-    }
-
-    /// What it has made is gone: the next has nothing to take back.
-    pub(super) fn forget(&self) -> io::Result<()> {
-        self.0.set_len(0)
-    }
-}
-
-impl Record {
-    fn owner(self) -> Owner {
-        let name: String = printable(&self.vm)
-            .chars()
-            .filter(|letter| *letter != '\n')
-            .take(NAME_MAX)
-            .collect();
-        Owner {
-            vm: Some(name),
-            pid: Some(self.pid),
+        match source.kind() {
+            ErrorKind::PermissionDenied => ClaimError::Denied { path },
+            _ => ClaimError::File { path, source },
         }
     }
 }
 
-fn record(file: &File) -> Option<Record> {
-    let mut text = Vec::new();
-    file.take(CLAIM_MAX_BYTES).read_to_end(&mut text).ok()?;
-    serde_json::from_slice(&text).ok()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl fmt::Display for Owner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.vm, self.pid) {
-            (Some(vm), Some(pid)) => write!(f, "{vm} (pid {pid})"),
-            (Some(vm), None) => f.write_str(vm),
-            (None, Some(pid)) => write!(f, "pid {pid}"),
-            (None, None) => f.write_str("somebody"),
-        }
+    #[test]
+    fn a_folder_of_somebody_else_is_told_with_the_remedy() {
+        let denied = Claims::at("/run/claims").error("", ErrorKind::PermissionDenied.into());
+        let said = denied.to_string();
+        assert!(
+            said.contains("/run/claims ") && said.contains(CLAIMS_VARIABLE),
+            "{said}"
+        );
     }
 }

@@ -3,10 +3,10 @@
 use crate::Bdf;
 use crate::gpu::address::Address;
 use crate::gpu::change::ChangeError;
-use crate::gpu::offer::{self, Attachment};
+use crate::gpu::offer::{Attachment, Undo};
 use crate::gpu::tree::SysfsTree;
 
-use super::folder::Claim;
+use super::allocation::Claim;
 
 /// A partition that a VM of this process has, or a whole GPU. Dropping it gives it back: close the device
 /// first.
@@ -18,8 +18,8 @@ pub struct ClaimedPartition {
     pub(super) gpu: Bdf,
     pub(super) kind: Option<String>,
     pub(super) vram_bytes: Option<u64>,
-    /// Whether the claim has made it.
-    pub(super) is_made: bool,
+    /// What is to be done at its end.
+    pub(super) undo: Undo,
     pub(super) attachment: Attachment,
 }
 
@@ -64,10 +64,11 @@ impl ClaimedPartition {
     }
 
     fn unmake(&mut self) -> Result<(), ChangeError> {
-        if !std::mem::take(&mut self.is_made) {
+        let undo = std::mem::take(&mut self.undo);
+        if undo == Undo::Nothing {
             return Ok(());
         }
-        offer::unmake(&self.tree, &self.address)?;
+        undo.carry_out(&self.tree, &self.address)?;
         if let Err(error) = self.claim.forget() {
             log::warn!(address:% = self.address, error:%; "the claim's file cannot be emptied");
         }

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::folder::{Owner, Owners};
+use super::allocation::Owners;
+use super::record::Owner;
 use crate::Bdf;
 use crate::gpu::address::Address;
 use crate::gpu::holders::Holders;

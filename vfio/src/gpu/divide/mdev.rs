@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::task::{PartitionError, StepError, Task};
-use crate::gpu::address::Uuid;
+use crate::gpu::address::{Address, Uuid};
 use crate::gpu::change::{create_mediated, remove_mediated};
 use crate::gpu::offer::Kind;
 use crate::gpu::provider::mdev::{Device, devices, room, types};
@@ -24,7 +24,9 @@ pub(in crate::gpu) fn divide(task: &Task<'_>) -> Result<bool, PartitionError> {
         .filter(|device| !kept.contains(device))
         .collect();
     let missing = count - kept.len();
-    if removed.is_empty() && missing == 0 {
+    let uuids = kept.iter().map(|device| device.uuid.clone());
+    let is_so = removed.is_empty() && missing == 0;
+    if is_so && !task.is_temporary(uuids.map(Address::Mediated))? {
         return Ok(false);
     }
     task.admit()?;
@@ -63,16 +65,19 @@ fn carry_out(
     Ok(())
 }
 
+/// As it was before. One that does not go or come does not hinder the others.
 fn restore(task: &Task<'_>, before: &[Device], made: &[Uuid]) -> Result<(), StepError> {
     let tree = task.gpu.tree;
+    let mut restored = Ok(());
     for uuid in made {
-        remove_mediated(tree, uuid)?;
+        restored = restored.and(remove_mediated(tree, uuid));
     }
     let left = devices(&task.gpu);
     for device in before.iter().filter(|device| !left.contains(device)) {
-        create_mediated(tree, (device.parent, &device.kind), &device.uuid)?;
+        let made = create_mediated(tree, (device.parent, &device.kind), &device.uuid);
+        restored = restored.and(made);
     }
-    Ok(())
+    Ok(restored?)
 }
 
 /// The type that was asked for, or the only one that makes so many, or that of all that there are.

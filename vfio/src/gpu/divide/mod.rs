@@ -18,7 +18,7 @@ pub(super) mod sriov;
 mod task;
 mod tool;
 
-pub use settings::{SETTINGS_FILE, Setting, Settings, SettingsError};
+pub use settings::{SETTINGS_FILE, Setting, Settings, SettingsError, SettingsLock};
 pub use task::{Counts, Divided, Division, PartitionError, Partitioner, Restored, StepError};
 
 pub(super) use task::Task;

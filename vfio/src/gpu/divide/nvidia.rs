@@ -8,9 +8,10 @@ use std::time::Duration;
 use super::task::{PartitionError, StepError, Task};
 use super::tool;
 use crate::Bdf;
+use crate::gpu::address::Address;
 use crate::gpu::change::{CURRENT_VGPU_TYPE, ChangeError, set_vgpu_type, wait_until};
 use crate::gpu::offer::Kind;
-use crate::gpu::provider::{nvidia as files, total_vfs};
+use crate::gpu::provider::{Provider, nvidia as files, total_vfs};
 use crate::gpu::tree::Function;
 
 /// How long the driver may take until virtual functions have their files: vgpu-device-manager waits 10 s.
@@ -27,9 +28,11 @@ pub(in crate::gpu) fn divide(task: &Task<'_>) -> Result<bool, PartitionError> {
         0 => before.iter().all(|(_, id)| *id == 0) && (before.is_empty() || !has_tool),
         count => is_divided_so(task, &before, count),
     };
-    if is_so {
+    let typed = before.iter().filter(|(_, id)| *id != 0);
+    if is_so && !task.is_temporary(typed.map(|(vf, _)| Address::Pci(*vf)))? {
         return Ok(false);
     }
+    check(task, &before)?;
     task.admit()?;
     let carried_out = match task.division.count {
         0 => undivide(task).map_err(Failure::Step),
@@ -62,6 +65,24 @@ fn types(gpu: &Function<'_>) -> Types {
     let vfs = gpu.virtual_functions().into_iter();
     vfs.map(|(_, vf)| (vf.address, vf.decimal(CURRENT_VGPU_TYPE).unwrap_or(0)))
         .collect()
+}
+
+/// Refuses, before anybody is asked or anything is changed, what can never be.
+fn check(task: &Task<'_>, before: &Types) -> Result<(), PartitionError> {
+    let (gpu, count) = (&task.gpu, task.division.count);
+    let Some(total) = total_vfs(gpu).filter(|_| count > 0) else {
+        return Ok(());
+    };
+    if count > total {
+        let valid = files::VendorVfio.survey(gpu).valid_counts;
+        return task.check_count(valid.or_else(|| Some((1..=total).collect())));
+    }
+    // Only of a GPU without vGPUs the lists are whole.
+    let is_whole = !files::creatable_types(gpu).is_empty();
+    match is_whole && before.iter().all(|(_, id)| *id == 0) {
+        true => choose(task, count).map(drop),
+        false => Ok(()),
+    }
 }
 
 /// All of one type, and of that which was asked for.
@@ -207,19 +228,27 @@ fn choose(task: &Task<'_>, count: u32) -> Result<u32, PartitionError> {
     }
 }
 
-/// Types as they were; functions that were not there before go again.
+/// Types as they were, wherever they are not; functions that were not there before go again. One that does
+/// not take its type does not hinder the others.
 fn restore(task: &Task<'_>, before: &Types) -> Result<(), StepError> {
-    clear(&task.gpu)?;
-    if before.is_empty() {
-        return match task.gpu.virtual_functions().is_empty() {
-            true => Ok(()),
-            false => undivide(task),
-        };
+    let gpu = &task.gpu;
+    let was: BTreeMap<Bdf, u32> = before.iter().copied().collect();
+    let differing = || {
+        let now = types(gpu).into_iter();
+        let changed = now.map(|(vf, id)| (vf, id, was.get(&vf).copied().unwrap_or(0)));
+        changed.filter(|(_, now, before)| now != before)
+    };
+    let mut restored = Ok(());
+    // First those go that take others' room.
+    for (vf, _, _) in differing().filter(|(_, now, _)| *now != 0) {
+        restored = restored.and(set_vgpu_type(gpu.tree, vf, 0));
     }
-    for (vf, id) in before {
-        if *id != 0 {
-            set_vgpu_type(task.gpu.tree, *vf, *id)?;
-        }
+    for (vf, _, id) in differing().filter(|(_, _, before)| *before != 0) {
+        restored = restored.and(set_vgpu_type(gpu.tree, vf, id));
     }
-    Ok(())
+    let restored = restored.map_err(StepError::from);
+    match before.is_empty() && !gpu.virtual_functions().is_empty() {
+        true => restored.and(undivide(task)),
+        false => restored,
+    }
 }

@@ -43,6 +43,13 @@ pub struct Setting {
     pub kind: Option<String>,
 }
 
+/// Held by whoever changes what is kept, from reading it to writing it.
+#[derive(Debug)]
+#[must_use]
+pub struct SettingsLock {
+    _folder: File,
+}
+
 /// The file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
@@ -92,6 +99,28 @@ impl Settings {
         })
     }
 
+    /// What a file says, for somebody who changes it: others who do wait until this is dropped.
+    ///
+    /// # Errors
+    /// [`SettingsError`]: as [`Settings::load`], or its folder cannot be had.
+    pub fn edit(path: &Path) -> Result<(Self, SettingsLock), SettingsError> {
+        let lock = || {
+            let folder = folder(path);
+            let mut builder = DirBuilder::new();
+            builder.recursive(true).mode(0o755).create(folder)?;
+            // The file is another one after each change; the folder stays.
+            let folder = File::open(folder)?;
+            folder.lock()?;
+            Ok(SettingsLock { _folder: folder })
+        };
+        let lock = lock().map_err(|source| SettingsError::File {
+            path: path.to_owned(),
+            is_writing: true,
+            source,
+        })?;
+        Ok((Self::load(path)?, lock))
+    }
+
     /// Writes all of them, or leaves the file as it is.
     ///
     /// # Errors
@@ -106,10 +135,7 @@ impl Settings {
 
     fn write(&self, path: &Path) -> io::Result<()> {
         let text = toml::to_string(self).map_err(io::Error::other)?;
-        let folder = path
-            .parent()
-            .filter(|folder| !folder.as_os_str().is_empty());
-        let folder = folder.unwrap_or(Path::new("."));
+        let folder = folder(path);
         DirBuilder::new()
             .recursive(true)
             .mode(0o755)
@@ -151,6 +177,13 @@ impl Settings {
             self.gpu.sort_by_key(|setting| setting.address);
         }
     }
+}
+
+fn folder(path: &Path) -> &Path {
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
 }
 
 impl Partitioner<'_> {

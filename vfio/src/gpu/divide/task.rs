@@ -227,6 +227,10 @@ impl<'h> Partitioner<'h> {
         if let Some(why) = provider.obstacle(function) {
             return Err(PartitionError::Indivisible { gpu, why });
         }
+        if let (0, Some(kind)) = (division.count, &division.kind) {
+            let why = format!("is to have no partitions, so none of type {kind}");
+            return Err(PartitionError::Type { gpu, why });
+        }
         let allocation = self.claims.allocation()?;
         let holders = Holders::scan(self.tree);
         allocation.sweep(self.tree, &holders)?;
@@ -293,6 +297,17 @@ impl<'t> Task<'t> {
                 holders: held.join(", "),
             }),
         }
+    }
+
+    /// Whether one of these goes with the claim that somebody has of it: then it is none that the GPU is
+    /// divided into.
+    pub(super) fn is_temporary(
+        &self,
+        addresses: impl IntoIterator<Item = Address>,
+    ) -> Result<bool, PartitionError> {
+        let owners = self.allocation.owners()?;
+        let mut addresses = addresses.into_iter();
+        Ok(addresses.any(|address| owners.may_be_made(&address)))
     }
 
     /// Refuses a count that is not one of these; where they are not known the driver will.

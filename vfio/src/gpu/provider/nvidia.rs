@@ -21,7 +21,7 @@ const CREATABLE: &str = "nvidia/creatable_vgpu_types";
 const TYPES_MAX: usize = 256;
 
 /// NVIDIA's way since vGPU 17.
-pub(super) struct VendorVfio;
+pub(in crate::gpu) struct VendorVfio;
 
 /// Types of vGPUs, by their numbers.
 pub(in crate::gpu) type Types = BTreeMap<u32, String>;
