@@ -15,7 +15,7 @@ use super::process::{die_with_parent, send_signal};
 const START: Duration = Duration::from_secs(20);
 
 /// Where the GPU of [`ModelGpu::tree`] is.
-pub const GPU: &str = "0000:c1:00.0";
+pub use crate::model_gpu::ADDRESS as GPU;
 
 /// What a server on a socket is for `--device`.
 #[must_use]

@@ -15,7 +15,7 @@ use vfio::kernel::{
 use super::vfio::{BOTH, assigned_vfs, folder};
 use crate::lab::ctx::{Ctx, run};
 use crate::lab::nvme::AdminQueue;
-use crate::lab::sriov::NvmeController;
+use crate::lab::sriov::{self, NvmeController};
 
 const SYSFS: &str = "/sys";
 /// A user without any rights.
@@ -88,8 +88,7 @@ pub(super) fn of_devices(ctx: &mut Ctx) -> anyhow::Result<()> {
     bind_vfio(sysfs, device)?;
 
     ctx.say("in use, by another process and by this VM");
-    let group = fs::read_link(vf.join("iommu_group"))?;
-    let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
+    let group = sriov::group_node(&vfs[0])?;
     let other = Other::with(&group)?;
     for choice in [PathChoice::Group, PathChoice::Iommufd] {
         let error = refused(&vf, choice)?;
@@ -135,8 +134,7 @@ pub(super) fn rights(ctx: &mut Ctx) -> anyhow::Result<()> {
         ctx.say(&error);
         ensure!(matches!(error, OpenError::Permission { .. }), "{error:?}");
     }
-    let group = fs::read_link(vf.join("iommu_group"))?;
-    let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
+    let group = sriov::group_node(&vfs[0])?;
     for node in [&group, &PathBuf::from("/dev/vfio/vfio")] {
         run("chmod", &["0666", node.to_str().context("no text")?])?;
     }

@@ -1,5 +1,6 @@
 //! Servers: somebody else's, one that follows the protocol by hand, and those that do not.
 
+mod answers;
 mod hostile;
 mod memory;
 mod script;
