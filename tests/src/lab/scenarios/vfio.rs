@@ -104,6 +104,19 @@ fn network_vf(ctx: &Ctx) -> anyhow::Result<()> {
 }
 
 fn examine(ctx: &Ctx, function: &KernelFunction) -> anyhow::Result<()> {
+    let mut queue = AdminQueue::new(function, 0)?;
+    registers(ctx, function, &mut queue)?;
+    interrupts(ctx, function, &mut queue)?;
+    reset(ctx, function, &mut queue)?;
+    queue.unmap_for(function)
+}
+
+/// Leaves the controller on.
+fn registers(
+    ctx: &Ctx,
+    function: &KernelFunction,
+    queue: &mut AdminQueue<'_>,
+) -> anyhow::Result<()> {
     ctx.say("configuration space and a mapped BAR");
     let mut vendor = [0; 2];
     function.read(RegionIndex::Config, 0, &mut vendor)?;
@@ -122,8 +135,6 @@ fn examine(ctx: &Ctx, function: &KernelFunction) -> anyhow::Result<()> {
         function.map_region(BAR0, 0, bar.size + 0x1000).is_err(),
         "more than the region was mapped"
     );
-
-    let mut queue = AdminQueue::new(function, 0)?;
     queue.start()?;
     let mut version = [0; 4];
     function.read(BAR0, 8, &mut version)?;
@@ -136,16 +147,23 @@ fn examine(ctx: &Ctx, function: &KernelFunction) -> anyhow::Result<()> {
         mapped == u32::from_le_bytes(version) && mapped >> 16 > 0,
         "version {mapped:#x} in the mapping, {version:02x?} by a read"
     );
+    Ok(())
+}
 
+fn interrupts(
+    ctx: &Ctx,
+    function: &KernelFunction,
+    queue: &mut AdminQueue<'_>,
+) -> anyhow::Result<()> {
     ctx.say("DMA and MSI-X");
     let irq = function.irq(IrqKind::MsiX)?;
     ensure!(irq.count >= 1 && !irq.automasked, "{irq:?}");
     let [first, second] = [EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?];
     function.set_irqs(IrqKind::MsiX, &[&first])?;
-    ask(&mut queue, &first, "lab-sriov")?;
+    ask(queue, &first, "lab-sriov")?;
     ctx.say("another event for the vector, then none");
     function.set_irqs(IrqKind::MsiX, &[&second])?;
-    ask(&mut queue, &second, "lab-sriov")?;
+    ask(queue, &second, "lab-sriov")?;
     ensure!(first.read().is_err(), "the old event fired, too");
     function.set_irqs(IrqKind::MsiX, &[])?;
     function.set_irqs(IrqKind::MsiX, &[])?;
@@ -161,9 +179,13 @@ fn examine(ctx: &Ctx, function: &KernelFunction) -> anyhow::Result<()> {
             function.set_irqs(kind, &[&first])?;
         }
     }
+    Ok(())
+}
 
+fn reset(ctx: &Ctx, function: &KernelFunction, queue: &mut AdminQueue<'_>) -> anyhow::Result<()> {
     ctx.say("reset");
-    function.set_irqs(IrqKind::MsiX, &[&first])?;
+    let event = EventFd::new(EFD_NONBLOCK)?;
+    function.set_irqs(IrqKind::MsiX, &[&event])?;
     ensure!(queue.is_on()?, "the controller was on");
     function.reset()?;
     // The reset turned memory off as well.
@@ -171,8 +193,7 @@ fn examine(ctx: &Ctx, function: &KernelFunction) -> anyhow::Result<()> {
     function.write(RegionIndex::Config, 4, &command)?;
     ensure!(!queue.is_on()?, "the controller is still on");
     queue.start()?;
-    ask_silently(&mut queue, &first)?;
-    queue.unmap_for(function)
+    ask_silently(queue, &event)
 }
 
 /// One command whose completion is told by `event`.
