@@ -17,12 +17,13 @@ const EDGES: [(&str, &[&str]); 5] = [
 ];
 
 /// Crates that only one of ours may name.
-const OWNERS: [(&str, &str); 7] = [
+const OWNERS: [(&str, &str); 8] = [
     ("kvm-ioctls", "vmm"),
     ("kvm-bindings", "vmm"),
     ("iommufd-ioctls", "vfio"),
     ("iommufd-bindings", "vfio"),
     ("vfio-bindings", "vfio"),
+    ("vfio-ioctls", "vfio"),
     ("lz4_flex", "migration"),
     ("clap", "drover"),
 ];

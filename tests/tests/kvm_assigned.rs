@@ -8,9 +8,9 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use tests::harness::ground::Ground;
-use tests::harness::model_gpu::ModelGpu;
+use tests::harness::model_gpu::{ModelGpu, user_device};
 use tests::harness::moving::{Place, reason_not_moved, try_migrate};
-use tests::harness::process::{self, Finished};
+use tests::harness::process;
 use tests::harness::report::Report;
 use tests::harness::vm::{LATER, SOON, Vm};
 
@@ -20,29 +20,6 @@ const MIB: u64 = 1 << 20;
 
 /// Why a device of the model's cannot move: it knows nothing of migration.
 const BLOCKED: &str = "the device's driver cannot save its state";
-
-/// A model GPU on a socket of this name.
-fn model(ground: &Ground, name: &str, vram: &str) -> anyhow::Result<ModelGpu> {
-    ModelGpu::socket(&ground.scratch().join(name), vram)
-}
-
-/// What a server on a socket is for `--device`.
-fn user(socket: &Path) -> String {
-    format!("vfio-user={}", socket.display())
-}
-
-/// `drover device WORDS...`
-fn drover_device(ground: &Ground, words: &[&str]) -> anyhow::Result<Finished> {
-    process::run(ground.drover().arg("device").args(words), LATER)
-}
-
-/// What the VM's list has of the device `id`.
-fn listed(vm: &Vm, id: &str) -> anyhow::Result<Value> {
-    let devices = vm.control().json("devices")?;
-    let mut all = devices.as_array().into_iter().flatten();
-    let found = all.find(|device| device["id"] == id).cloned();
-    found.with_context(|| format!("no {id} in {devices}"))
-}
 
 fn mmio_exits(vm: &Vm) -> anyhow::Result<u64> {
     let samples = vm.control().json("metrics")?;
@@ -90,8 +67,8 @@ fn guest_computes_on_its_gpus_asleep_until_their_interrupts() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let small = model(&ground, "small", "64M")?;
-    let large = model(&ground, "large", "2G")?;
+    let small = ModelGpu::on(&ground, "small", "64M")?;
+    let large = ModelGpu::on(&ground, "large", "2G")?;
     for gpus in [vec![(&small, 64)], vec![(&small, 64), (&large, 2048)]] {
         let arguments = gpus
             .iter()
@@ -116,7 +93,7 @@ fn video_memory_is_the_guests_without_exits() -> Outcome {
         return Ok(());
     };
     const JOBS: u64 = 40;
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     let vm = at_work(&ground, &gpu, "gpu.rounds=1 gpu.poll_ms=10")?;
     let ram = vm.memory()?;
     let before = ram.heartbeat()?.progress;
@@ -135,26 +112,29 @@ fn assigned_device_is_listed_with_why_it_cannot_move_and_its_vm_stays() -> Outco
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
-    let vm = at_work(&ground, &gpu, "gpu.progress_ms=10")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
+    let mut vm = at_work(&ground, &gpu, "gpu.progress_ms=10")?;
     let name = "device0";
-    let seen = listed(&vm, name)?;
+    let seen = vm.control().device(name)?;
     assert_eq!(seen["kind"], "vfio-user");
     assert_eq!(seen["host"], gpu.place().display().to_string());
     assert_eq!(seen["migration_blocked"], BLOCKED);
     // The guest has it where the list says that it is.
     let address = seen["address"].as_str().context("no address")?;
     let short = address.strip_prefix("0000:").unwrap_or(address);
-    let said = vm.console.text();
-    ensure!(said.contains(&format!(" gpu={short} ")), "{short}: {said}");
-    let text = drover_device(&ground, &["list", "vm"])?.success()?;
+    let said = format!(" gpu={short} ");
+    let line = |line: &str| line.contains(&said).then_some(());
+    vm.console.wait_line(SOON, line).context(short.to_owned())?;
+    let text = ground.run_drover(&["device", "list", "vm"])?.success()?;
     assert_eq!(text, vm.control().drover("devices", &[])?);
     let line = text.lines().find(|line| line.starts_with(name));
     let line = line.context("not in the table")?;
     for word in ["vfio-user", address, &format!("no: {BLOCKED}")] {
         ensure!(line.contains(word), "no {word:?} in {line}");
     }
-    let text = drover_device(&ground, &["list", "vm", "--json"])?.success()?;
+    let text = ground
+        .run_drover(&["device", "list", "vm", "--json"])?
+        .success()?;
     let devices: Value = serde_json::from_str(&text)?;
     assert_eq!(devices, vm.control().json("devices")?);
 
@@ -191,7 +171,7 @@ fn server_is_lost(signal: libc::c_int) -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     let mut vm = at_work(&ground, &gpu, "")?;
     let mut events = vm.control().follow_events()?;
     gpu.signal(signal)?;
@@ -208,7 +188,7 @@ fn server_is_lost(signal: libc::c_int) -> Outcome {
     ram.wait_heartbeat(SOON, |beat| beat.command == 2)?;
     ram.wait_beat(SOON)?;
     assert_eq!(vm.control().state()?, "running");
-    listed(&vm, "device0")?;
+    vm.control().device("device0")?;
     vm.control().post("/v1/pause")?;
     vm.control().post("/v1/resume")?;
     ram.wait_beat(SOON)?;
@@ -238,7 +218,7 @@ fn next_vm_has_the_device_and_nothing_of_the_last_ones_memory() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     let spec = ground.vm("run=heartbeat,gpu,heartbeat");
     let spec = spec.args(&["--device", &gpu.device()]);
     let mut seen: Vec<File> = Vec::new();
@@ -282,7 +262,7 @@ fn device_that_another_vm_has_is_refused_in_time() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     let vm = at_work(&ground, &gpu, "")?;
     let second = ground
         .vm("run=gpu")
@@ -314,10 +294,14 @@ fn devices_that_are_none_are_refused_by_name() -> Outcome {
     let path = |path: &Path| path.display().to_string();
     let gone = "it has closed the connection";
     for (device, name, why) in [
-        (user(&missing), path(&missing), "No such file or directory"),
-        (user(&closing), path(&closing), gone),
         (
-            user(&silent),
+            user_device(&missing),
+            path(&missing),
+            "No such file or directory",
+        ),
+        (user_device(&closing), path(&closing), gone),
+        (
+            user_device(&silent),
             path(&silent),
             "no answer to VERSION within 5s",
         ),
@@ -369,15 +353,9 @@ fn guest_computes_again_after_every_reset_in_the_middle_of_it() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     let mut vm = at_work(&ground, &gpu, "")?;
-    let address = listed(&vm, "device0")?["address"].clone();
-    let taken = |vm: &Vm| -> anyhow::Result<_> {
-        let mut descriptors = vm.process().descriptors()?;
-        // Connections come and go; the server's is one of them.
-        descriptors.remove("socket");
-        Ok((descriptors, vm.process().thread_names()?))
-    };
+    let address = vm.control().device("device0")?["address"].clone();
     vm.ready()?;
     let mut before = None;
     for _ in 0..3 {
@@ -386,10 +364,10 @@ fn guest_computes_again_after_every_reset_in_the_middle_of_it() -> Outcome {
         let ram = vm.memory()?;
         ram.wait_heartbeat(SOON, |beat| beat.command == 1 && beat.progress > 1)?;
         match &before {
-            None => before = Some(taken(&vm)?),
-            Some(before) => assert_eq!(*before, taken(&vm)?),
+            None => before = Some(vm.process().taken()?),
+            Some(before) => assert_eq!(*before, vm.process().taken()?),
         }
-        assert_eq!(listed(&vm, "device0")?["address"], address);
+        assert_eq!(vm.control().device("device0")?["address"], address);
     }
     finish(vm)
 }

@@ -1,56 +1,36 @@
 //! Assigned devices that come and go on KVM, as far as a guest goes that knows nothing of hot-plug.
 
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::process::Stdio;
+use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
+use tests::harness::follower::Follower;
 use tests::harness::ground::Ground;
-use tests::harness::model_gpu::ModelGpu;
+use tests::harness::model_gpu::{ModelGpu, user_device};
 use tests::harness::moving::failure;
-use tests::harness::process::{self, Finished};
-use tests::harness::vm::{LATER, SOON, Vm};
+use tests::harness::process;
+use tests::harness::vm::SOON;
 
 type Outcome = anyhow::Result<()>;
 
-/// A model GPU on a socket of this name.
-fn model(ground: &Ground, name: &str, vram: &str) -> anyhow::Result<ModelGpu> {
-    ModelGpu::socket(&ground.scratch().join(name), vram)
-}
-
-/// What a server on a socket is for `--device`.
-fn user(socket: &Path) -> String {
-    format!("vfio-user={}", socket.display())
-}
-
-/// `drover device WORDS...`
-fn drover_device(ground: &Ground, words: &[&str]) -> anyhow::Result<Finished> {
-    process::run(ground.drover().arg("device").args(words), LATER)
-}
-
-/// What the VM's list has of the device `id`.
-fn listed(vm: &Vm, id: &str) -> anyhow::Result<Value> {
-    let devices = vm.control().json("devices")?;
-    let mut all = devices.as_array().into_iter().flatten();
-    let found = all.find(|device| device["id"] == id).cloned();
-    found.with_context(|| format!("no {id} in {devices}"))
-}
-
 #[test]
-fn device_is_added_to_a_running_vm_and_stays_until_the_guest_lets_it_go() -> Outcome {
+fn device_is_added_to_a_running_vm_and_stays_while_the_guest_does_not_let_it_go() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     // This guest looks at the bus when it is told to go on, and knows nothing of hot-plug.
     let spec = ground.vm("run=heartbeat,gpu,heartbeat").args(&["--rng"]);
     let mut vm = spec.start_controlled()?;
     vm.memory()?.wait_beat(SOON)?;
     let mut events = vm.control().follow_events()?;
     let with_id = format!("{},id=gpu", gpu.device());
-    let said = drover_device(&ground, &["add", "vm", &with_id])?.success()?;
-    let seen = listed(&vm, "gpu")?;
+    let said = ground
+        .run_drover(&["device", "add", "vm", &with_id])?
+        .success()?;
+    let seen = vm.control().device("gpu")?;
     let address = seen["address"].as_str().context("no address")?;
     let socket = gpu.place().display().to_string();
     assert_eq!(said, format!("gpu: {socket} is at {address} of vm\n"));
@@ -61,7 +41,7 @@ fn device_is_added_to_a_running_vm_and_stays_until_the_guest_lets_it_go() -> Out
     assert_eq!(config["device"], expected, "{config}");
 
     // Once is enough.
-    let again = drover_device(&ground, &["add", "vm", &gpu.device()])?;
+    let again = ground.run_drover(&["device", "add", "vm", &gpu.device()])?;
     let message = failure(&again, 1)?;
     ensure!(
         message.contains(&socket) && message.contains("twice"),
@@ -76,19 +56,21 @@ fn device_is_added_to_a_running_vm_and_stays_until_the_guest_lets_it_go() -> Out
     ];
     let answer = vm.control().curl_with("POST", "/v1/devices", &options)?;
     assert_eq!(answer.status, 400, "{answer:?}");
-    let other = model(&ground, "other", "64M")?;
-    let said = drover_device(&ground, &["add", "vm", &other.device(), "--json"])?.success()?;
+    let other = ModelGpu::on(&ground, "other", "64M")?;
+    let said = ground
+        .run_drover(&["device", "add", "vm", &other.device(), "--json"])?
+        .success()?;
     let said: Value = serde_json::from_str(&said)?;
-    assert_eq!(said, listed(&vm, "device0")?);
+    assert_eq!(said, vm.control().device("device0")?);
     assert_eq!(events.wait("device-added", SOON)?["device"], "device0");
 
     vm.type_text("s")?;
     assert_eq!(vm.result("gpu")?.number("gpus")?, 2);
-    let late = drover_device(&ground, &["remove", "vm", "gpu", "--timeout", "1"])?;
+    let late = ground.run_drover(&["device", "remove", "vm", "gpu", "--timeout", "1"])?;
     let expected =
         "VM vm: the guest has not let gpu go within 1 s; it may still do so, or not know how";
     assert_eq!(failure(&late, 1)?, expected);
-    listed(&vm, "gpu")?;
+    vm.control().device("gpu")?;
     vm.type_text("s")?;
     vm.wait_end(SOON)?.check()
 }
@@ -98,7 +80,7 @@ fn device_that_cannot_be_added_leaves_the_vm_as_it_was() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     let spec = ground
         .vm("run=heartbeat")
         .args(&["--device", &gpu.device()]);
@@ -108,7 +90,7 @@ fn device_that_cannot_be_added_leaves_the_vm_as_it_was() -> Outcome {
         vm.control().curl("GET", "/v1/config")?.json()?,
     ];
     let missing = ground.scratch().join("missing");
-    let refused = drover_device(&ground, &["add", "vm", &user(&missing)])?;
+    let refused = ground.run_drover(&["device", "add", "vm", &user_device(&missing)])?;
     let expected = format!(
         "VM vm: the device cannot be added: {}: no vfio-user server can be connected: No such file \
          or directory (os error 2)",
@@ -116,24 +98,28 @@ fn device_that_cannot_be_added_leaves_the_vm_as_it_was() -> Outcome {
     );
     assert_eq!(failure(&refused, 1)?, expected);
 
-    let other = model(&ground, "other", "64M")?;
+    let other = ModelGpu::on(&ground, "other", "64M")?;
     // Who waits for a server keeps nobody else waiting, but for those who would add, too.
     let silent = ground.scratch().join("silent");
     let listener = UnixListener::bind(&silent)?;
     let mut command = ground.drover();
-    command.args(["device", "add", "vm", &user(&silent)]);
+    command.args(["device", "add", "vm", &user_device(&silent)]);
     command.stderr(Stdio::piped());
     process::die_with_parent(&mut command, libc::SIGKILL);
-    let adding = command.spawn()?;
-    let (connection, _) = listener.accept()?;
-    let refused = drover_device(&ground, &["add", "vm", &other.device()])?;
+    let mut adding = command.spawn()?;
+    let mut said = Follower::follow(adding.stderr.take().context("piped")?);
+    listener.set_nonblocking(true)?;
+    let accepted = process::wait_until(Instant::now() + SOON, || listener.accept().ok());
+    let connection = accepted.context("nobody has connected")?;
+    let refused = ground.run_drover(&["device", "add", "vm", &other.device()])?;
     let expected = "VM vm: a device is being added to the VM";
     assert_eq!(failure(&refused, 1)?, expected);
     vm.memory()?.wait_beat(SOON)?;
-    let output = adding.wait_with_output()?;
+    let status = process::wait_exit(&mut adding, SOON)?.context("it still waits")?;
     drop(connection);
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr)?;
+    assert_eq!(status.code(), Some(1));
+    said.wait_end(SOON)?;
+    let said = said.text();
     let expected = "the device cannot be added: vfio-user server ";
     ensure!(said.contains(expected), "{said}");
     ensure!(said.contains("no answer to VERSION within 5s"), "{said}");
@@ -143,7 +129,9 @@ fn device_that_cannot_be_added_leaves_the_vm_as_it_was() -> Outcome {
         vm.control().curl("GET", "/v1/config")?.json()?,
     ];
     assert_eq!(after, before);
-    drover_device(&ground, &["add", "vm", &other.device()])?.success()?;
+    ground
+        .run_drover(&["device", "add", "vm", &other.device()])?
+        .success()?;
     vm.memory()?.wait_beat(SOON)?;
     Ok(())
 }
@@ -153,7 +141,7 @@ fn what_cannot_be_removed_is_refused() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = model(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
     let spec = ground.vm("run=heartbeat").args(&["--rng"]);
     let vm = spec.args(&["--device", &gpu.device()]).start_controlled()?;
     for (id, status, message) in [
@@ -164,14 +152,14 @@ fn what_cannot_be_removed_is_refused() -> Outcome {
             "rng cannot be removed while the VM is there: only assigned devices can",
         ),
     ] {
-        let refused = drover_device(&ground, &["remove", "vm", id])?;
+        let refused = ground.run_drover(&["device", "remove", "vm", id])?;
         assert_eq!(failure(&refused, 1)?, format!("VM vm: {message}"));
         let answer = vm.control().curl("DELETE", &format!("/v1/devices/{id}"))?;
         assert_eq!(answer.status, status, "{answer:?}");
         assert_eq!(answer.json()?, json!({ "error": message }));
     }
-    listed(&vm, "device0")?;
-    listed(&vm, "rng")?;
+    vm.control().device("device0")?;
+    vm.control().device("rng")?;
     vm.memory()?.wait_beat(SOON)?;
     Ok(())
 }

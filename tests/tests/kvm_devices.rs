@@ -1,6 +1,5 @@
 //! The smaller devices on KVM, and all devices together.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -344,18 +343,6 @@ fn every_configured_device_is_on_the_bus_and_in_the_list() -> Outcome {
     Ok(())
 }
 
-type Counts = BTreeMap<String, usize>;
-
-/// Descriptors and threads of a VMM, but for connections and for the threads of disks, which come
-/// as they are needed, up to their number.
-fn taken(vm: &Vm) -> anyhow::Result<(Counts, Counts)> {
-    let mut descriptors = vm.process().descriptors()?;
-    descriptors.remove("socket");
-    let mut threads = vm.process().thread_names()?;
-    threads.retain(|name, _| !name.contains("-io"));
-    Ok((descriptors, threads))
-}
-
 #[test]
 fn all_devices_work_again_after_every_reset_and_nothing_is_left_of_one() -> Outcome {
     let Some(ground) = Ground::kvm_and_net()? else {
@@ -379,15 +366,15 @@ fn all_devices_work_again_after_every_reset_and_nothing_is_left_of_one() -> Outc
         vm.control().post("/v1/pause")?;
         match &before {
             None if round == 0 => {}
-            None => before = Some(taken(&vm)?),
+            None => before = Some(vm.process().taken()?),
             Some(before) => {
                 // What earlier requests had open may be closing still.
-                let same = || (taken(&vm).ok()? == *before).then_some(());
+                let same = || (vm.process().taken().ok()? == *before).then_some(());
                 let back = process::wait_until(Instant::now() + SOON, same);
                 ensure!(
                     back.is_some(),
                     "round {round}: {before:?}, {:?}",
-                    taken(&vm)?
+                    vm.process().taken()?
                 );
             }
         }

@@ -60,11 +60,23 @@ const DRIVERS: [&str; 7] = ["nvidia", "xe", "i915", "gim", "amdgpu", "vfio-pci",
 /// Steps per input: each is a file.
 const STEPS: usize = 24;
 
-/// A folder of its own, empty.
-fn folder() -> PathBuf {
-    let path = std::env::temp_dir().join(format!("drover-fuzz-gpu-{}", std::process::id()));
-    let _ = fs::remove_dir_all(&path);
-    path
+/// A folder of its own, empty. Dropping it removes it.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("drover-fuzz-gpu-{}", std::process::id()));
+        // Of a process that was killed and had the same number.
+        let _ = fs::remove_dir_all(&path);
+        Self(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // Nothing is there when the first file could not be made.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 fn write(path: &Path, bytes: &[u8]) {
@@ -76,7 +88,8 @@ fn write(path: &Path, bytes: &[u8]) {
 /// Each step a device, which of its files, and what that says.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    let root = folder();
+    let folder = Folder::new();
+    let root = &folder.0;
     let devices = root.join("bus/pci/devices");
     for device in DEVICES {
         for (file, text) in DEFAULTS {
@@ -112,7 +125,7 @@ pub fn run(data: &[u8]) {
             }
         }
     }
-    let tree = SysfsTree::at(&root);
+    let tree = SysfsTree::at(root);
     let claims = Claims::at(root.join("claims"));
     check(&tree, &claims);
     // Nobody answers what is written to make a mediated device, and it would be waited for.

@@ -138,17 +138,47 @@ task_disks() {
     say task=disks count=$n sha256="$sums" result=ok
 }
 
-# arrived, gone: wait until lab.disk is there, or no PCI function of NVMe's class is.
-nvme_functions() { grep -l 0x010802 /sys/bus/pci/devices/*/class 2> /dev/null | wc -l; }
+# arrived, plugged, gone: wait until lab.disk is there, or any PCI function of the class lab.class (NVMe's),
+# or neither.
+functions() { grep -l "$(arg class 0x010802)" /sys/bus/pci/devices/*/class 2> /dev/null | wc -l; }
 task_arrived() {
     disk=$(arg disk /dev/nvme0n1); n=0
     until [ -b "$disk" ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
-    say task=arrived functions="$(nvme_functions)" result=ok
+    say task=arrived functions="$(functions)" result=ok
+}
+task_plugged() {
+    n=0
+    until [ "$(functions)" != 0 ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
+    say task=plugged functions="$(functions)" result=ok
 }
 task_gone() {
     disk=$(arg disk /dev/nvme0n1); n=0
-    until [ ! -b "$disk" ] && [ "$(nvme_functions)" = 0 ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
+    until [ ! -b "$disk" ] && [ "$(functions)" = 0 ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
     say task=gone result=ok
+}
+
+# busy: reads lab.disk in the background, past the cache, until that fails: then it reports as idle.
+task_busy() {
+    disk=$(arg disk /dev/nvme0n1); n=0
+    reads() { awk '{ print $1 }' "/sys/class/block/${disk##*/}/stat"; }
+    begin=$(reads)
+    (
+        while dd if="$disk" of=/dev/null bs=256K 2> /dev/null; do echo 3 > /proc/sys/vm/drop_caches; done
+        say task=idle result=ok
+    ) &
+    until [ "$(reads)" -gt $((begin + 50)) ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1; done
+    say task=busy reads=$(($(reads) - begin)) result=ok
+}
+
+# eject: turns off the slot of the PCI function of the class lab.class, as a guest's administrator would.
+task_eject() {
+    function=$(basename "$(dirname "$(grep -l "$(arg class 0x010802)" /sys/bus/pci/devices/*/class)")")
+    for slot in /sys/bus/pci/slots/*; do
+        [ "$(cat "$slot/address")" = "${function%.*}" ] || continue
+        echo 0 > "$slot/power" && say task=eject slot="${slot##*/}" function="$function" result=ok
+        return
+    done
+    return 1
 }
 
 # picture: fills the frame buffer with random pixels and reads them back.

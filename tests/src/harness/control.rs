@@ -121,6 +121,17 @@ impl Control {
         Ok(state.to_owned())
     }
 
+    /// What the VM's list of devices has of the device `id`.
+    ///
+    /// # Errors
+    /// When the VM does not answer, or has no such device.
+    pub fn device(&self, id: &str) -> anyhow::Result<Value> {
+        let devices = self.json("devices")?;
+        let mut all = devices.as_array().into_iter().flatten();
+        let found = all.find(|device| device["id"] == id).cloned();
+        found.with_context(|| format!("no {id} in {devices}"))
+    }
+
     /// Names of all events so far, in order.
     ///
     /// # Errors

@@ -9,8 +9,9 @@ use anyhow::bail;
 
 use super::binaries;
 use super::netns;
+use super::process::{self, Finished};
 use super::scratch::Scratch;
-use super::vm::VmSpec;
+use super::vm::{LATER, VmSpec};
 
 /// Names of grounds of which a skip is a failure, separated by commas.
 const REQUIRE: &str = "DROVER_REQUIRE";
@@ -77,7 +78,8 @@ impl Ground {
         &self.drover
     }
 
-    /// `drover` with this test's runtime directory, and no other of its variables.
+    /// `drover` with this test's folders for VMs and for who has which GPU, and no other of its
+    /// variables.
     #[must_use]
     pub fn drover(&self) -> Command {
         self.wrapped::<&str>(&[])
@@ -96,9 +98,18 @@ impl Ground {
         };
         command
             .env("DROVER_RUNTIME_DIR", self.runtime_dir())
+            .env("DROVER_GPU_CLAIMS", self.scratch.join("claims"))
             .env_remove("DROVER_LOG")
             .env_remove("RUST_BACKTRACE");
         command
+    }
+
+    /// Runs `drover WORDS...` to its end, whatever that is.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn run_drover(&self, words: &[&str]) -> anyhow::Result<Finished> {
+        process::run(self.drover().args(words), LATER)
     }
 
     /// The test guest.

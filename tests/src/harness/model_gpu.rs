@@ -8,13 +8,20 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 
 use super::follower::Follower;
+use super::ground::Ground;
 use super::process::{die_with_parent, send_signal};
 
 /// How long it may take to start.
 const START: Duration = Duration::from_secs(20);
 
 /// Where the GPU of [`ModelGpu::tree`] is.
-pub const GPU: &str = "0000:c1:00.0";
+pub use crate::model_gpu::ADDRESS as GPU;
+
+/// What a server on a socket is for `--device`.
+#[must_use]
+pub fn user_device(socket: &Path) -> String {
+    format!("vfio-user={}", socket.display())
+}
 
 /// A running process; it ends with this.
 #[derive(Debug)]
@@ -30,6 +37,14 @@ impl ModelGpu {
     /// When the process is not built, or does not become ready.
     pub fn socket(path: &Path, vram: &str) -> anyhow::Result<Self> {
         Self::start("--socket", path, &["--vram", vram])
+    }
+
+    /// The same on a socket of this name in the test's folder.
+    ///
+    /// # Errors
+    /// As [`ModelGpu::socket`].
+    pub fn on(ground: &Ground, name: &str, vram: &str) -> anyhow::Result<Self> {
+        Self::socket(&ground.scratch().join(name), vram)
     }
 
     /// A GPU of up to four partitions at [`GPU`], with a copy of `/sys` in a folder.
@@ -74,7 +89,7 @@ impl ModelGpu {
     /// The function on the socket, as `--device` wants it.
     #[must_use]
     pub fn device(&self) -> String {
-        format!("vfio-user={}", self.place.display())
+        user_device(&self.place)
     }
 
     /// Sends a signal to the process.

@@ -14,6 +14,9 @@ pub struct ProcessView {
     folder: PathBuf,
 }
 
+/// How many descriptors of each kind, and how many threads of each name.
+pub type Taken = (BTreeMap<String, usize>, BTreeMap<String, usize>);
+
 /// A thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Thread {
@@ -175,6 +178,19 @@ impl ProcessView {
             *targets.entry(kind).or_default() += 1;
         }
         Ok(targets)
+    }
+
+    /// Its descriptors and threads by kind and name, but for connections and for the threads of
+    /// disks, which come as they are needed, up to their number.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn taken(&self) -> anyhow::Result<Taken> {
+        let mut descriptors = self.descriptors()?;
+        descriptors.remove("socket");
+        let mut threads = self.thread_names()?;
+        threads.retain(|name, _| !name.contains("-io"));
+        Ok((descriptors, threads))
     }
 
     /// Lines of `numa_maps` about the guest's memory.

@@ -160,10 +160,12 @@ pub fn allocated_bytes(path: &Path) -> anyhow::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::harness::scratch::Scratch;
 
     #[test]
     fn sum_covers_the_asked_part_only() {
-        let path = std::env::temp_dir().join(format!("drover-image-{}", std::process::id()));
+        let scratch = Scratch::new().unwrap();
+        let path = scratch.join("image");
         create_raw(&path, 2).unwrap();
         // Of one MiB of zeroes.
         let zeroes = "30e14955ebf1352266dc2ff8067e68104607e750abb9d3b36582b8af909fcb58";
@@ -175,6 +177,5 @@ mod tests {
                 .to_string()
                 .contains("fewer than 3 MiB")
         );
-        std::fs::remove_file(&path).unwrap();
     }
 }

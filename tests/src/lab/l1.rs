@@ -59,7 +59,7 @@ impl BootFolder {
         let folder = Self { path };
         fs::create_dir_all(folder.share().join("logs"))?;
         if shape.has_devices() {
-            fs::write(folder.nvme(), nvme::image())?;
+            File::create(folder.nvme())?.set_len(nvme::DISK_BYTES)?;
         }
         let scratch = folder.scratch();
         File::create(&scratch)?.set_len(SCRATCH_BYTES)?;

@@ -39,20 +39,8 @@ const PAGE: u64 = 0x1000;
 const EMPTY: [u8; 0x1000] = [0; 0x1000];
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Bytes of the image behind the controller.
-const IMAGE_BYTES: usize = 64 << 20;
-/// Bytes of one block of it.
-const BLOCK_BYTES: usize = 512;
-
-/// What is on the NVMe disk of L1: every block of 512 bytes begins with its own number.
-#[must_use]
-pub fn image() -> Vec<u8> {
-    let mut bytes = vec![0; IMAGE_BYTES];
-    for (number, block) in bytes.chunks_exact_mut(BLOCK_BYTES).enumerate() {
-        block[..8].copy_from_slice(&(number as u64).to_le_bytes());
-    }
-    bytes
-}
+/// Bytes of the disk behind the controller.
+pub(super) const DISK_BYTES: u64 = 64 << 20;
 
 /// Pages that a controller and this process both see.
 struct Page {

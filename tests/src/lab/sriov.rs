@@ -194,6 +194,26 @@ fn network_card() -> anyhow::Result<PathBuf> {
     bail!("L1 has no network card with virtual functions")
 }
 
+/// The node of a function's IOMMU group.
+///
+/// # Errors
+/// When it has none.
+pub fn group_node(address: &str) -> anyhow::Result<PathBuf> {
+    let group = fs::read_link(Path::new(PCI_DEVICES).join(address).join("iommu_group"))?;
+    Ok(Path::new("/dev/vfio").join(group.file_name().context("no group")?))
+}
+
+/// The node of a function that a VFIO driver has.
+///
+/// # Errors
+/// When it has none.
+pub fn device_node(address: &str) -> anyhow::Result<PathBuf> {
+    let folder = Path::new(PCI_DEVICES).join(address).join("vfio-dev");
+    let names = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+    let name = names.flatten().next().context("no node")?.file_name();
+    Ok(Path::new("/dev/vfio/devices").join(name))
+}
+
 fn open(path: &Path) -> anyhow::Result<File> {
     let file = OpenOptions::new().read(true).write(true).open(path);
     file.with_context(|| format!("cannot open {}", path.display()))

@@ -149,6 +149,22 @@ impl Vmm {
         self.json("device", &about)
     }
 
+    /// `drover gpu assign NAME LIST --json`; its JSON.
+    ///
+    /// # Errors
+    /// When the command fails or writes something else.
+    pub fn assign_gpu(&self, gpus: &str) -> anyhow::Result<Value> {
+        self.json("gpu", &["assign", &self.spec.name, gpus])
+    }
+
+    /// `drover gpu release NAME`; what it says.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub fn release_gpus(&self) -> anyhow::Result<String> {
+        self.drover("gpu", &["release", &self.spec.name])
+    }
+
     /// The VMM's process.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -182,11 +198,20 @@ impl Vmm {
     }
 
     fn json(&self, command: &str, args: &[&str]) -> anyhow::Result<Value> {
+        let said = self.drover(command, &[args, &["--json"]].concat())?;
+        if said.trim().is_empty() {
+            return Ok(Value::Null);
+        }
+        let json = serde_json::from_str(&said);
+        json.with_context(|| format!("drover {command} --json wrote {said}"))
+    }
+
+    /// What `drover COMMAND ARGS` writes.
+    fn drover(&self, command: &str, args: &[&str]) -> anyhow::Result<String> {
         let output = output(
             Command::new(DROVER)
                 .arg(command)
                 .args(args)
-                .arg("--json")
                 .env("DROVER_RUNTIME_DIR", &self.spec.run_folder),
         )?;
         if !output.status.success() {
@@ -197,15 +222,7 @@ impl Vmm {
                 stderr.trim()
             );
         }
-        if output.stdout.iter().all(u8::is_ascii_whitespace) {
-            return Ok(Value::Null);
-        }
-        serde_json::from_slice(&output.stdout).with_context(|| {
-            format!(
-                "drover {command} --json wrote {}",
-                String::from_utf8_lossy(&output.stdout)
-            )
-        })
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Asks for a balloon of `mib` MiB, over the API.

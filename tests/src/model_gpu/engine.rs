@@ -78,7 +78,7 @@ fn steps(command: Command) -> Option<u64> {
 fn begin(device: &mut Device) -> Result<(), Refusal> {
     let registers = &device.state.registers;
     let slot = u64::from(registers.ring_head) * COMMAND_BYTES as u64;
-    // The ring was checked when the device was enabled; a restored one may be anywhere.
+    // The ring was checked when the device was enabled; its memory may have gone since.
     let address = registers.ring_base.saturating_add(slot);
     may_access(device, address)?;
     let mut command = [0; COMMAND_BYTES];

@@ -2,7 +2,7 @@
 //!
 //! It is a model for tests and demonstrations (`docs/model-gpu.md`): it has video memory that a guest
 //! maps, a command ring in guest memory, a compute engine whose results can be checked, interrupts,
-//! and partitions that share the memory of one parent. What its driver sees is in
+//! and partitions, each with its share of one parent's memory and nothing in common. What its driver sees is in
 //! [`drover_guest::gpu`]; the guest's command `gpu` is that driver.
 //!
 //! Not here: anything of Drover. The protocol is written from its specification (QEMU's
@@ -34,7 +34,7 @@ mod wire;
 mod tests;
 
 pub use device::Shape;
-pub use options::{Mode, Options, USAGE};
+pub use options::{ADDRESS, Mode, Options, USAGE};
 pub use program::run;
 pub use server::{Server, ServerError};
 pub use tree::{Tree, TreeError, TreeOptions};

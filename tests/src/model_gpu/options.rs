@@ -17,6 +17,9 @@ model-gpu: a virtual function of a made-up GPU, served over vfio-user; a model f
         a GPU that is divided by writing to sriov_numvfs; FOLDER gets a copy of /sys that tells of it
 ";
 
+/// Where the GPU of a tree is, if nothing else is said.
+pub const ADDRESS: &str = "0000:c1:00.0";
+
 /// Video memory, in bytes: what a BAR can have, and what a device can count.
 const VRAM_MIN: u64 = 1 << 20;
 const VRAM_MAX: u64 = 64 << 30;
@@ -74,7 +77,7 @@ impl Options {
                 let count = partitions.as_deref().unwrap_or("4");
                 let options = TreeOptions {
                     root: root.into(),
-                    address: address.unwrap_or_else(|| "0000:c1:00.0".to_owned()),
+                    address: address.unwrap_or_else(|| ADDRESS.to_owned()),
                     partitions_max: partition_count(count, vram_bytes)?,
                     vram_bytes,
                 };

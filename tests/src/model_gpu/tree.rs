@@ -142,7 +142,7 @@ impl Tree {
                 source: errno.into(),
             })?;
             let name = event.file_name().and_then(|name| name.to_str().ok());
-            // Those that have come with it are heard in the next call: all say the same.
+            // Others that have come with it need not be heard: the file says what the last one asks.
             if name == Some(COUNT_FILE) {
                 break;
             }

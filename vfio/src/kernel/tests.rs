@@ -4,7 +4,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+
+use vmm_sys_util::tempdir::TempDir;
 
 use super::error::{KernelPath, OpenError};
 use super::locate::{self, Located};
@@ -18,34 +19,29 @@ const AUDIO: &str = "0000:41:00.1";
 const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
 
 /// A host in plain files and links.
-struct Recorded(PathBuf);
+struct Recorded(TempDir);
 
 impl Recorded {
     fn new() -> Self {
-        static HOSTS: AtomicU32 = AtomicU32::new(0);
-        let number = HOSTS.fetch_add(1, Ordering::Relaxed);
-        let name = format!("drover-vfio-host-{}-{number}", std::process::id());
-        let root = std::env::temp_dir().join(name);
-        fs::create_dir_all(&root).unwrap();
-        Self(root)
+        Self(TempDir::new().unwrap())
     }
 
     fn write(&self, path: &str, text: &str) -> &Self {
-        let path = self.0.join(path);
+        let path = self.0.as_path().join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
         self
     }
 
     fn folder(&self, path: &str) -> PathBuf {
-        let path = self.0.join(path);
+        let path = self.0.as_path().join(path);
         fs::create_dir_all(&path).unwrap();
         path
     }
 
     /// A link, relative as those of `/sys` are not needed to be.
     fn link(&self, path: &str, target: &Path) -> &Self {
-        let path = self.0.join(path);
+        let path = self.0.as_path().join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         symlink(target, path).unwrap();
         self
@@ -56,7 +52,7 @@ impl Recorded {
         let folder = format!("sys/devices/pci0000:40/{address}");
         self.write(&format!("{folder}/class"), "0x030200\n");
         self.write(&format!("{folder}/driver_override"), "(null)\n");
-        let real = self.0.join(&folder);
+        let real = self.0.as_path().join(&folder);
         self.link(&format!("sys/bus/pci/devices/{address}"), &real);
         self.grouped(&folder, address, group);
         if let Some(driver) = driver {
@@ -69,7 +65,7 @@ impl Recorded {
         if let Some(group) = group {
             let of_group = self.folder(&format!("sys/kernel/iommu_groups/{group}/devices"));
             self.link(&format!("{folder}/iommu_group"), of_group.parent().unwrap());
-            symlink(self.0.join(folder), of_group.join(name)).unwrap();
+            symlink(self.0.as_path().join(folder), of_group.join(name)).unwrap();
         }
     }
 
@@ -95,7 +91,7 @@ impl Recorded {
         if let Some(driver) = driver {
             self.driven(&folder, "mdev", driver);
         }
-        self.0.join("sys/bus/mdev/devices").join(UUID)
+        self.0.as_path().join("sys/bus/mdev/devices").join(UUID)
     }
 
     /// A process that has a node open.
@@ -106,11 +102,11 @@ impl Recorded {
     }
 
     fn host(&self) -> Host {
-        Host::below(&self.0)
+        Host::below(self.0.as_path())
     }
 
     fn device(&self, address: &str) -> PathBuf {
-        self.0.join("sys/bus/pci/devices").join(address)
+        self.0.as_path().join("sys/bus/pci/devices").join(address)
     }
 
     fn examine(&self, address: &str) -> Result<Located, OpenError> {
@@ -122,13 +118,7 @@ impl Recorded {
     }
 
     fn read(&self, path: &str) -> String {
-        fs::read_to_string(self.0.join(path)).unwrap()
-    }
-}
-
-impl Drop for Recorded {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        fs::read_to_string(self.0.as_path().join(path)).unwrap()
     }
 }
 
@@ -236,7 +226,7 @@ fn busy_devices_are_told_with_the_process() {
         OpenError::Kernel { .. }
     ));
     // Processes of others are not seen.
-    fs::remove_dir_all(host.0.join("proc")).unwrap();
+    fs::remove_dir_all(host.0.as_path().join("proc")).unwrap();
     let text = refusals::of_node(&host.host(), &located, node, busy()).to_string();
     says(&text, &["a process that this one may not see"]);
     assert!(matches!(
@@ -296,23 +286,26 @@ fn path_that_the_host_does_not_have_is_told() {
 #[test]
 fn host_tells_what_it_has() {
     let host = Recorded::new();
-    let bare = support(&host.0);
+    let bare = support(host.0.as_path());
     assert!(!bare.iommu && !bare.iommufd && !bare.container && !bare.driver);
     assert_eq!(
         (bare.interrupt_remapping, bare.unsafe_interrupts),
         (None, false)
     );
     host.mediated(Some("mtty"));
-    assert!(!support(&host.0).iommu, "the group of a mediated device");
+    assert!(
+        !support(host.0.as_path()).iommu,
+        "the group of a mediated device"
+    );
     host.write("proc/interrupts", "  0:  2  IO-APIC  2-edge  timer\n");
-    assert_eq!(support(&host.0).interrupt_remapping, Some(false));
+    assert_eq!(support(host.0.as_path()).interrupt_remapping, Some(false));
     host.function(GPU, Some(41), Some("vfio-pci"))
         .cdev(GPU, "vfio0");
     host.write("dev/iommu", "").write("dev/vfio/vfio", "");
     host.write("proc/interrupts", " 24:  0  IR-PCI-MSI 0-edge  nvme0q0\n");
     let parameter = "sys/module/iommufd/parameters/allow_unsafe_interrupts";
     host.write(parameter, "Y\n");
-    let full = support(&host.0);
+    let full = support(host.0.as_path());
     assert!(full.iommu && full.iommufd && full.container && full.driver);
     assert_eq!(full.interrupt_remapping, Some(true));
     assert!(full.unsafe_interrupts);
@@ -322,7 +315,7 @@ fn host_tells_what_it_has() {
 #[test]
 fn binding_writes_what_the_kernel_documents() {
     let host = Recorded::new();
-    let (sysfs, gpu) = (host.0.join("sys"), GPU.parse().unwrap());
+    let (sysfs, gpu) = (host.0.as_path().join("sys"), GPU.parse().unwrap());
     let bind = || bind_vfio(&sysfs, gpu);
     assert!(matches!(bind(), Err(BindError::NoDevice(_))));
     host.function(GPU, Some(41), Some("nouveau"));
@@ -340,7 +333,7 @@ fn binding_writes_what_the_kernel_documents() {
         host.read(&format!("{folder}/driver_override"))
             .starts_with('\n')
     );
-    fs::remove_file(host.0.join(&folder).join("driver")).unwrap();
+    fs::remove_file(host.0.as_path().join(&folder).join("driver")).unwrap();
     host.driven(&folder, "pci", "vfio-pci");
     assert_eq!(bind().unwrap().as_deref(), Some("vfio-pci"));
     assert_eq!(

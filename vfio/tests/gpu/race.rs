@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use vfio::gpu::{ClaimError, Claims, GpuRequest, SysfsTree};
 
@@ -11,6 +13,8 @@ use crate::models::{GPU, INTEL, NVIDIA_MODELS, sriov, vf_address};
 
 const PROCESSES: usize = 50;
 const PARTITIONS: u32 = 7;
+/// For all to say something.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Variables of a process that claims.
 const ROOT: &str = "DROVER_TEST_GPU_ROOT";
@@ -42,7 +46,7 @@ fn a_process_that_claims() {
 }
 
 /// Processes that claim. They are killed at the end.
-struct Race(Vec<(Child, BufReader<std::process::ChildStderr>)>);
+struct Race(Vec<(Child, Receiver<String>)>);
 
 impl Race {
     fn of(host: &Host, kind: Option<&str>) -> Self {
@@ -64,22 +68,28 @@ impl Race {
                 command.env(KIND, kind);
             }
             let mut child = command.spawn().expect("it has just been run");
-            let lines = BufReader::new(child.stderr.take().expect("it is piped"));
+            let stderr = BufReader::new(child.stderr.take().expect("it is piped"));
+            let (sender, lines) = channel();
+            std::thread::spawn(move || {
+                // Until its end, or nobody's interest.
+                let mut lines = stderr.lines().map_while(Result::ok);
+                lines.try_for_each(|line| sender.send(line))
+            });
             (child, lines)
         };
-        let mut race = Self((0..PROCESSES).map(start).collect());
+        let race = Self((0..PROCESSES).map(start).collect());
         assert!(race.said().iter().all(|line| line == "ready"));
         race
     }
 
     /// A line of each.
-    fn said(&mut self) -> Vec<String> {
-        let line = |lines: &mut BufReader<_>| {
-            let mut line = String::new();
-            lines.read_line(&mut line).expect("it says something");
-            line.trim().to_owned()
+    fn said(&self) -> Vec<String> {
+        let end = Instant::now() + LIMIT;
+        let line = |lines: &Receiver<String>| {
+            let left = end.saturating_duration_since(Instant::now());
+            lines.recv_timeout(left).expect("it says something in time")
         };
-        self.0.iter_mut().map(|(_, lines)| line(lines)).collect()
+        self.0.iter().map(|(_, lines)| line(lines)).collect()
     }
 
     /// All begin at once; what they say.

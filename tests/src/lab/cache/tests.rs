@@ -1,23 +1,20 @@
 //! Tests of the artefact cache.
 
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
+use crate::harness::scratch::Scratch;
 
 /// A cache and a script folder that vanish with the test.
 struct Fixture {
-    root: PathBuf,
+    root: Scratch,
 }
 
 impl Fixture {
     fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let root =
-            std::env::temp_dir().join(format!("drover-cache-{}-{number}", std::process::id()));
-        fs::create_dir_all(&root).unwrap();
-        Self { root }
+        Self {
+            root: Scratch::new().unwrap(),
+        }
     }
 
     fn cache(&self) -> Cache {
@@ -44,12 +41,6 @@ impl Fixture {
 
     fn runs(&self) -> usize {
         fs::read_to_string(self.root.join("runs")).map_or(0, |text| text.lines().count())
-    }
-}
-
-impl Drop for Fixture {
-    fn drop(&mut self) {
-        fs::remove_dir_all(&self.root).unwrap();
     }
 }
 

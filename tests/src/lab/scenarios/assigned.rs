@@ -1,13 +1,13 @@
 //! Virtual functions of L1's devices in VMs of Drover's.
 
-use std::path::Path;
-
 use anyhow::{Context, ensure};
+use serde_json::Value;
 
 use super::vfio::assigned_vfs;
+use crate::harness::follower::Follower;
 use crate::lab::ctx::Ctx;
 use crate::lab::image;
-use crate::lab::sriov::NvmeController;
+use crate::lab::sriov::{self, NvmeController};
 use crate::lab::vm_spec::VmSpec;
 use crate::lab::vmm::{BOOT, SOON, Vmm};
 
@@ -33,7 +33,7 @@ fn with_disk(ctx: &Ctx, name: &str, device: &str) -> anyhow::Result<VmSpec> {
 }
 
 /// The guest writes and reads back through its NVMe driver; the host sees the same bytes.
-fn write_and_compare(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
+pub(super) fn write_and_compare(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
     let report = vmm.do_task("disk", SOON)?;
     let mib: u64 = report.number("mib")?;
     ensure!(
@@ -89,15 +89,16 @@ pub(super) fn nvme(ctx: &mut Ctx) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A function comes while the guest runs, goes, and comes again.
+/// A function comes while the guest runs, goes, and comes again. Drover binds it.
 pub(super) fn hotplug(ctx: &mut Ctx) -> anyhow::Result<()> {
-    let vfs = assigned_vfs()?;
+    let vfs = NvmeController::find()?.virtual_functions(2)?;
     for (vf, iommufd) in vfs.iter().zip(["off", "on"]) {
         let words = "lab.do=shell lab.disk=/dev/nvme0n1 lab.mib=4 lab.end=reboot";
         let mut vmm = ctx.vm("plug")?.words(words).start()?;
         vmm.report("shell", BOOT)?;
         vmm.do_task("gone", SOON)?;
-        let device = format!("vfio={vf},iommufd={iommufd},id=disk");
+        let mut events = vmm.events()?;
+        let device = format!("vfio={vf},iommufd={iommufd},bind,id=disk");
         for round in ["first", "again"] {
             ctx.say(format!("{device}: {round}"));
             vmm.device("add", &[&device])?;
@@ -105,7 +106,9 @@ pub(super) fn hotplug(ctx: &mut Ctx) -> anyhow::Result<()> {
             ensure!(arrived.text("functions")? == "1", "{arrived:?}");
             write_and_compare(ctx, &mut vmm)?;
             ensure!(in_list(&vmm)?, "it is not listed");
+            ensure!(holds_vfio(&vmm, vf)?, "the VMM does not have it open");
             vmm.device("remove", &["disk"])?;
+            removed(&mut events)?;
             vmm.do_task("gone", SOON)?;
             ensure!(!in_list(&vmm)?, "it is listed still");
             ensure!(!holds_vfio(&vmm, vf)?, "the VMM has it open still");
@@ -122,20 +125,26 @@ pub(super) fn hotplug(ctx: &mut Ctx) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn in_list(vmm: &Vmm) -> anyhow::Result<bool> {
+/// Waits for the event that the disk is gone.
+pub(super) fn removed(events: &mut Follower) -> anyhow::Result<()> {
+    let event = events.wait_line(SOON, |line| {
+        let event: Value = serde_json::from_str(line).ok()?;
+        (event["event"] == "device-removed").then_some(event)
+    });
+    let event = event.context("no event that it is removed")?;
+    ensure!(event["device"] == "disk", "{event}");
+    Ok(())
+}
+
+pub(super) fn in_list(vmm: &Vmm) -> anyhow::Result<bool> {
     let list = vmm.device("list", &[])?;
     let devices = list.as_array().context("no list of devices")?;
     Ok(devices.iter().any(|device| device["id"] == "disk"))
 }
 
 /// Whether the VMM has the function's node open: its group's, or its own.
-fn holds_vfio(vmm: &Vmm, vf: &str) -> anyhow::Result<bool> {
-    let folder = super::vfio::folder(vf);
-    let group = std::fs::read_link(folder.join("iommu_group"))?;
-    let mut nodes = vec![Path::new("/dev/vfio").join(group.file_name().context("no group")?)];
-    for entry in std::fs::read_dir(folder.join("vfio-dev"))? {
-        nodes.push(Path::new("/dev/vfio/devices").join(entry?.file_name()));
-    }
+pub(super) fn holds_vfio(vmm: &Vmm, vf: &str) -> anyhow::Result<bool> {
+    let nodes = [sriov::group_node(vf)?, sriov::device_node(vf)?];
     for entry in std::fs::read_dir(format!("/proc/{}/fd", vmm.pid()))? {
         // A descriptor may be closed meanwhile.
         let Ok(open) = std::fs::read_link(entry?.path()) else {

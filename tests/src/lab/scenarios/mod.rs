@@ -4,6 +4,7 @@ mod assigned;
 mod assigned_gpu;
 mod assigned_host;
 mod assigned_network;
+mod assigned_removal;
 mod boot;
 mod devices;
 mod disk;
@@ -292,7 +293,7 @@ pub const TABLE: &[Scenario] = &[
     vfio(
         "vfio-kvm",
         120,
-        "KVM hears of each function before it is opened and after it is closed",
+        "KVM hears of each function that is opened, and again when it is closed",
         vfio_kvm::files,
     ),
     vfio(
@@ -318,6 +319,12 @@ pub const TABLE: &[Scenario] = &[
         400,
         "an NVMe VF comes to a running guest, goes, comes again, and stays over a reboot",
         assigned::hotplug,
+    ),
+    assigned(
+        "assigned-removal",
+        400,
+        "an NVMe VF is taken from a guest that reads it, and turned off by the guest; the host has it at once",
+        assigned_removal::at_work,
     ),
     assigned(
         "assigned-several",
@@ -348,6 +355,12 @@ pub const TABLE: &[Scenario] = &[
         300,
         "a mediated display in a guest: its driver's pixels are in the device's memory",
         assigned_gpu::mbochs,
+    ),
+    drover(
+        "gpu-release",
+        240,
+        "parts of a model GPU are assigned to a running guest, released by it, and free again",
+        assigned_removal::gpu,
     ),
     Scenario {
         shape: Shape::VfioNoRemap,

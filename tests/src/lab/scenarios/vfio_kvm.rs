@@ -52,7 +52,7 @@ impl KvmFiles for Told {
     }
 }
 
-/// A VM's KVM hears of a function before it is opened, and after it was closed.
+/// A VM's KVM hears of each function that is opened, once, and again when it is closed.
 pub(super) fn files(ctx: &mut Ctx) -> anyhow::Result<()> {
     let vfs = assigned_vfs()?;
     let kvm = Kvm::new()?.create_vm()?;

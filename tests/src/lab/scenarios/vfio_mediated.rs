@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use vfio::kernel::{KernelVfio, PathChoice};
 use vfio::testing::conformance as check_conformance;
-use vfio::{BackendError, IrqKind, RegionIndex, VfioBackend};
+use vfio::{IrqKind, RegionIndex, VfioBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::lab::ctx::Ctx;
@@ -85,11 +85,7 @@ pub(super) fn conformance(ctx: &mut Ctx) -> anyhow::Result<()> {
                 function.set_irqs(IrqKind::Intx, &[&event])?;
                 function.set_irqs(IrqKind::Intx, &[])?;
             }
-            match function.reset() {
-                Ok(()) => check_conformance(&function),
-                Err(BackendError::Absent(what)) => ctx.say(format!("it has no {what}")),
-                Err(error) => return Err(error.into()),
-            }
+            check_conformance(&function);
         }
     }
     Ok(())

@@ -15,7 +15,7 @@ use vfio::kernel::{
 use super::vfio::{BOTH, assigned_vfs, folder};
 use crate::lab::ctx::{Ctx, run};
 use crate::lab::nvme::AdminQueue;
-use crate::lab::sriov::NvmeController;
+use crate::lab::sriov::{self, NvmeController};
 
 const SYSFS: &str = "/sys";
 /// A user without any rights.
@@ -46,53 +46,68 @@ pub(super) fn of_devices(ctx: &mut Ctx) -> anyhow::Result<()> {
     let controller = NvmeController::find()?;
     let vfs = controller.virtual_functions(2)?;
     let vf = folder(&vfs[0]);
-    let open = |path: &Path| KernelVfio::new(PathChoice::Auto).open(path);
-    let refused = |path: &Path, choice| match KernelVfio::new(choice).open(path) {
+    unfit(ctx, &controller, &vf)?;
+    bound_and_given_back(ctx, &vfs[0])?;
+    in_use(ctx, &vfs[0])
+}
+
+/// Why a device is not opened.
+fn refused(ctx: &Ctx, path: &Path, choice: PathChoice) -> anyhow::Result<OpenError> {
+    match KernelVfio::new(choice).open(path) {
         Ok(function) => bail!("{} was opened", function.name()),
         Err(error) => {
             ctx.say(&error);
             Ok(error)
         }
-    };
-    let error = refused(&vf, PathChoice::Auto)?;
+    }
+}
+
+/// `vf` has no driver yet.
+fn unfit(ctx: &Ctx, controller: &NvmeController, vf: &Path) -> anyhow::Result<()> {
+    let refused = |path: &Path| refused(ctx, path, PathChoice::Auto);
+    let error = refused(vf)?;
     ensure!(matches!(error, OpenError::Unbound(_)), "{error:?}");
-    let error = refused(&folder(&controller.address()?), PathChoice::Auto)?;
+    let error = refused(&folder(&controller.address()?))?;
     ensure!(
         matches!(&error, OpenError::WrongDriver { driver, .. } if driver == "nvme"),
         "{error:?}"
     );
-    let error = refused(&folder("0000:7f:00.0"), PathChoice::Auto)?;
+    let error = refused(&folder("0000:7f:00.0"))?;
     ensure!(matches!(error, OpenError::NoDevice(_)), "{error:?}");
     let port = fs::canonicalize(folder(&controller.address()?).join(".."))?;
-    let error = refused(
-        &fs::canonicalize(folder(&controller.address()?))?.join(".."),
-        PathChoice::Auto,
-    )?;
+    let error = refused(&fs::canonicalize(folder(&controller.address()?))?.join(".."))?;
     ensure!(
         matches!(error, OpenError::Bridge(_)),
         "{error:?} of {}",
         port.display()
     );
+    Ok(())
+}
 
+/// Leaves it bound.
+fn bound_and_given_back(ctx: &Ctx, vf: &str) -> anyhow::Result<()> {
     ctx.say("bound, given back, bound");
-    let device: Bdf = vfs[0].parse()?;
+    let open = || KernelVfio::new(PathChoice::Auto).open(&folder(vf));
+    let device: Bdf = vf.parse()?;
     let sysfs = Path::new(SYSFS);
     ensure!(bind_vfio(sysfs, device)?.is_none(), "it had no driver");
     ensure!(
         bind_vfio(sysfs, device)?.as_deref() == Some("vfio-pci"),
         "it had vfio-pci"
     );
-    drop(open(&vf)?);
+    drop(open()?);
     release_vfio(sysfs, device)?;
-    ensure!(open(&vf).is_err(), "it was given back");
+    ensure!(open().is_err(), "it was given back");
     bind_vfio(sysfs, device)?;
+    Ok(())
+}
 
+fn in_use(ctx: &Ctx, vf: &str) -> anyhow::Result<()> {
     ctx.say("in use, by another process and by this VM");
-    let group = fs::read_link(vf.join("iommu_group"))?;
-    let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
-    let other = Other::with(&group)?;
+    let other = Other::with(&sriov::group_node(vf)?)?;
+    let vf = folder(vf);
     for choice in [PathChoice::Group, PathChoice::Iommufd] {
-        let error = refused(&vf, choice)?;
+        let error = refused(ctx, &vf, choice)?;
         let text = error.to_string();
         let pid = format!("process {} (sleep)", other.0.id());
         ensure!(
@@ -135,8 +150,7 @@ pub(super) fn rights(ctx: &mut Ctx) -> anyhow::Result<()> {
         ctx.say(&error);
         ensure!(matches!(error, OpenError::Permission { .. }), "{error:?}");
     }
-    let group = fs::read_link(vf.join("iommu_group"))?;
-    let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
+    let group = sriov::group_node(&vfs[0])?;
     for node in [&group, &PathBuf::from("/dev/vfio/vfio")] {
         run("chmod", &["0666", node.to_str().context("no text")?])?;
     }

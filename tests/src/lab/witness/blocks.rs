@@ -157,11 +157,11 @@ pub fn verify(disk: &Path, written: &[u64], direct: bool) -> anyhow::Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::harness::scratch::Scratch;
 
     /// A disk on which each writer has written `counts` times.
-    fn disk(name: &str, counts: [u64; 2]) -> std::path::PathBuf {
-        let name = format!("drover-blocks-{name}-{}", std::process::id());
-        let path = std::env::temp_dir().join(name);
+    fn disk(scratch: &Scratch, counts: [u64; 2]) -> std::path::PathBuf {
+        let path = scratch.join("disk");
         let file = File::create(&path).unwrap();
         file.set_len(NEEDED).unwrap();
         let mut block = vec![0; BLOCK];
@@ -176,7 +176,8 @@ mod tests {
 
     #[test]
     fn lost_misplaced_and_torn_writes_are_found() {
-        let path = disk("faults", [SLOTS + 9, 40]);
+        let scratch = Scratch::new().unwrap();
+        let path = disk(&scratch, [SLOTS + 9, 40]);
         verify(&path, &[SLOTS + 9, 40], false).unwrap();
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         let fails = |what: &str| {
@@ -195,6 +196,5 @@ mod tests {
         block[BLOCK - 1] ^= 1;
         file.write_all_at(&block, offset(1, 3)).unwrap();
         fails("wrong from byte 4088");
-        std::fs::remove_file(&path).unwrap();
     }
 }

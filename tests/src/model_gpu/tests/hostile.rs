@@ -1,6 +1,6 @@
 //! Drivers and clients that ask for what cannot be.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -273,9 +273,13 @@ impl Raw {
         self.reply()
     }
 
+    /// Whether the next that comes is the end, as it must within the limit of [`Raw::connect`].
     fn is_hung_up(&mut self) -> bool {
-        // What was left unread may become a reset instead of an end.
-        matches!(self.socket.read(&mut [0; 16]), Ok(0) | Err(_))
+        match self.socket.read(&mut [0; 16]) {
+            Ok(len) => len == 0,
+            // What was left unread may become a reset instead of an end.
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        }
     }
 }
 

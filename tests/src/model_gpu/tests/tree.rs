@@ -8,9 +8,7 @@ use vfio_user::Client;
 
 use super::driver::{Driver, MIB};
 use crate::harness::scratch::Scratch;
-use crate::model_gpu::{Tree, TreeError, TreeOptions};
-
-const GPU: &str = "0000:c1:00.0";
+use crate::model_gpu::{ADDRESS as GPU, Tree, TreeError, TreeOptions};
 
 struct Host {
     tree: Tree,

@@ -161,6 +161,9 @@ fn fences_without_interrupt_send_none() {
     // Nor does one to a vector that there is not.
     driver.set(registers::FENCE_VECTOR, 4);
     assert_eq!(driver.register(registers::FENCE_VECTOR), u32::MAX);
+    driver.submit(&[]);
+    driver.wait_register(registers::FENCE, |fence| fence == 1);
+    assert!(!driver.has_interrupt(0) && !driver.has_interrupt(1));
 }
 
 #[test]

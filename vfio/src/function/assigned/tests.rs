@@ -255,12 +255,18 @@ fn device_is_silent_after_a_reset_of_the_machine_though_it_has_none() {
 #[test]
 fn machine_is_reset_without_a_device_whose_server_is_lost() {
     let f = fixture(&config()).unwrap();
+    f.function.write_bar(0, 0x20, &[1, 2, 3, 4]);
     f.program_vector(0, 0x41);
+    f.function.write_config(0x42, &[0x01, 0x80]);
+    assert_eq!(f.model.vectors(IrqKind::MsiX), 2);
     f.model.lose();
     f.function.reset().unwrap();
-    let mut entry = [0; 4];
-    f.function.read_bar(2, 0x1008, &mut entry);
-    assert_eq!(entry, [0; 4], "the vector is what it is at power-on");
+    let mut data = [0; 4];
+    f.function.read_bar(2, 0x1008, &mut data);
+    assert_eq!(data, [0; 4], "the vector is what it is at power-on");
+    f.function.read_bar(0, 0x20, &mut data);
+    assert_eq!(data, [0xff; 4], "nothing answers");
+    assert_eq!(f.model.resets(), 1, "the one before its guest");
 }
 
 #[test]

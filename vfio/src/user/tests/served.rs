@@ -1,15 +1,15 @@
 //! A device behind the `vfio_user` crate's server, which is not ours.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
-use std::{env, fs};
 
 use devices::pci::HostMemory;
 use parking_lot::Mutex;
@@ -17,6 +17,7 @@ use vfio_user::{
     DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea,
 };
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::tempdir::TempDir;
 
 use super::super::UserFunction;
 use super::super::protocol::{
@@ -145,7 +146,7 @@ impl Device {
 struct Rig {
     device: Device,
     bar: File,
-    socket: PathBuf,
+    folder: TempDir,
     server: Option<JoinHandle<()>>,
 }
 
@@ -179,12 +180,13 @@ fn irqs() -> Vec<IrqInfo> {
     kinds.collect()
 }
 
+fn socket_in(folder: &TempDir) -> PathBuf {
+    folder.as_path().join("server.sock")
+}
+
 impl Rig {
     fn new() -> Self {
-        static SOCKETS: AtomicU32 = AtomicU32::new(0);
-        let number = SOCKETS.fetch_add(1, Ordering::Relaxed);
-        let socket = format!("vfio-user-{}-{number}.sock", std::process::id());
-        let socket = env::temp_dir().join(socket);
+        let folder = TempDir::new().unwrap();
         let (bar, _) = shared_page().unwrap();
         bar.set_len(BAR2_BYTES).unwrap();
         let device = Device::default();
@@ -207,26 +209,27 @@ impl Rig {
         (area.area.offset, area.area.size) = BAR2_AREA;
         regions[2].sparse_areas.push(area);
         regions[2].mmap_fd = Some(bar.as_raw_fd());
-        let server = Server::new(&socket, true, irqs(), regions).unwrap();
+        let server = Server::new(&socket_in(&folder), true, irqs(), regions).unwrap();
         let mut backend = device.clone();
         let server = thread::spawn(move || server.run(&mut backend).unwrap());
         Self {
             device,
             bar,
-            socket,
+            folder,
             server: Some(server),
         }
     }
 
     fn connect(&self) -> UserFunction {
-        UserFunction::connect_within(&self.socket, limits(super::PATIENCE)).unwrap()
+        UserFunction::connect_within(&socket_in(&self.folder), limits(super::PATIENCE)).unwrap()
     }
 }
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        // A test that has failed early has left the server waiting for its client.
+        let _ = UnixStream::connect(socket_in(&self.folder));
         let ended = self.server.take().unwrap().join();
-        let _ = fs::remove_file(&self.socket);
         if !thread::panicking() {
             ended.unwrap();
         }
