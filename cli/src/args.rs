@@ -182,7 +182,7 @@ pub(crate) struct RunArgs {
     /// Shared directory behind virtiofsd: tag=NAME,socket=PATH[,queues=][,queue-size=][,id=].
     #[arg(long, value_name = "LIST", value_parser = values::fs)]
     pub(crate) fs: Vec<FsConfig>,
-    /// Assigned device: vfio=BDF|UUID[,iommufd=on|off][,bind][,p2p] of the host, or vfio-user=SOCKET of another process[,id=].
+    /// Assigned device: vfio=BDF|UUID[,iommufd=on|off][,bind][,p2p][,fd=N[,iommu-fd=N]] of the host, or vfio-user=SOCKET of another process[,id=].
     #[arg(long, value_name = "LIST", value_parser = values::device)]
     pub(crate) device: Vec<DeviceConfig>,
     /// GPU, or a part of one, whichever is free: auto[,count=N][,type=NAME|ID|whole][,vram=>=SIZE][,id=], or pci=BDF[,...].

@@ -36,7 +36,7 @@ enum DeviceCommand {
 struct AddArgs {
     /// Name of the VM.
     name: VmName,
-    /// vfio=BDF|UUID[,iommufd=on|off][,bind][,p2p] of the host, or vfio-user=SOCKET of another process[,id=].
+    /// vfio=BDF|UUID[,iommufd=on|off][,bind][,p2p][,fd=N[,iommu-fd=N]] of the host, or vfio-user=SOCKET of another process[,id=].
     #[arg(value_name = "DEVICE", value_parser = values::device)]
     device: DeviceConfig,
     /// Seconds that it may take until the device is open: all of the guest's memory is brought in

@@ -11,6 +11,7 @@
 //! | `function`, `regions`, `irqs`, `group` | [`KernelFunction`], the backend |
 //! | `translation`, `space` | the shared address space |
 //! | `mapping` | parts of regions in this process |
+//! | `handed` | nodes that others have opened |
 //! | `kvm` | what KVM is told |
 //! | `events` | event descriptors that others have, too |
 //! | `bind` | giving a function to vfio-pci and back |
@@ -22,6 +23,7 @@ mod error;
 mod events;
 mod function;
 mod group;
+mod handed;
 mod holders;
 mod ioctl;
 mod irqs;
@@ -41,6 +43,7 @@ pub use bind::{BindError, bind_vfio, release_vfio};
 pub use error::{KernelPath, OpenError};
 pub use events::{has_events, take_events};
 pub use function::KernelFunction;
+pub use handed::HandedError;
 pub(crate) use holders::OpenNodes;
 pub use holders::{Holder, Holders};
 pub use kvm::KvmFiles;

@@ -351,14 +351,17 @@ fn binding_writes_what_the_kernel_documents() {
 fn nothing_is_bound_that_others_have_or_that_is_divided() {
     const VF: &str = "0000:41:00.4";
     let host = Recorded::new();
-    let (sysfs, gpu) = (host.0.join("sys"), GPU.parse().unwrap());
+    let (sysfs, gpu) = (host.0.as_path().join("sys"), GPU.parse().unwrap());
     host.function(GPU, Some(41), Some("xe"));
     host.function(VF, Some(42), Some("xe-vfio-pci"));
     host.write("sys/bus/pci/drivers_probe", "");
     host.folder("sys/bus/pci/drivers/vfio-pci");
     let folder = format!("sys/devices/pci0000:40/{GPU}");
     let link = format!("{folder}/virtfn0");
-    host.link(&link, &host.0.join("sys/devices/pci0000:40").join(VF));
+    host.link(
+        &link,
+        &host.0.as_path().join("sys/devices/pci0000:40").join(VF),
+    );
     let is_untouched = |driver: &str| {
         assert_eq!(
             host.read(&format!("sys/bus/pci/drivers/{driver}/unbind")),
@@ -380,7 +383,7 @@ fn nothing_is_bound_that_others_have_or_that_is_divided() {
     let bound = bind_vfio(&sysfs, "0000:43:00.4".parse().unwrap()).unwrap();
     assert_eq!(bound.as_deref(), Some("nvidia"));
     is_untouched("nvidia");
-    fs::remove_file(host.0.join(&link)).unwrap();
+    fs::remove_file(host.0.as_path().join(&link)).unwrap();
     host.process(4711, "other", "/dev/vfio/41");
     says(
         &bind_vfio(&sysfs, gpu).unwrap_err().to_string(),

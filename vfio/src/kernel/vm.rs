@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use super::error::{KernelPath, OpenError};
 use super::function::{KernelFunction, Opened};
 use super::group::Group;
+use super::handed::{HandedError, HandedSpace};
 use super::ioctl;
 use super::kvm::{KvmFiles, Registration};
 use super::locate::{self, Located};
@@ -63,9 +64,6 @@ pub struct KernelVfio {
     choice: PathChoice,
     host: Host,
     kvm: Option<Arc<dyn KvmFiles>>,
-    /// `/dev/iommu` and `/dev/vfio/vfio`, opened by somebody with more rights.
-    iommufd: Option<OwnedFd>,
-    container: Option<OwnedFd>,
     state: Mutex<State>,
 }
 
@@ -74,6 +72,9 @@ type Space = SharedSpace<Iommu>;
 /// What is open. All of it goes with the last function.
 #[derive(Default)]
 struct State {
+    /// `/dev/iommu` and `/dev/vfio/vfio`, opened by somebody with more rights. They stay.
+    iommufd: Option<OwnedFd>,
+    container: Option<OwnedFd>,
     space: Weak<Space>,
     groups: BTreeMap<u32, Weak<Group>>,
     /// Names of the functions.
@@ -92,8 +93,6 @@ impl KernelVfio {
             choice,
             host,
             kvm: None,
-            iommufd: None,
-            container: None,
             state: Mutex::default(),
         }
     }
@@ -108,15 +107,30 @@ impl KernelVfio {
     /// With an open `/dev/iommu` instead of this host's.
     #[must_use]
     pub fn with_iommufd(mut self, iommufd: OwnedFd) -> Self {
-        self.iommufd = Some(iommufd);
+        self.state.get_mut().iommufd = Some(iommufd);
         self
     }
 
     /// With an open `/dev/vfio/vfio`, which has no group yet, instead of this host's.
     #[must_use]
     pub fn with_container(mut self, container: OwnedFd) -> Self {
-        self.container = Some(container);
+        self.state.get_mut().container = Some(container);
         self
+    }
+
+    /// Takes over an inherited descriptor of an open `/dev/iommu` or `/dev/vfio/vfio`, for the next
+    /// address space: that which is there stays.
+    ///
+    /// # Errors
+    /// [`HandedError`].
+    pub fn inherit_space(&self, fd: u32) -> Result<(), HandedError> {
+        let space = HandedSpace::inherited(fd)?;
+        let mut state = self.state.lock();
+        match space {
+            HandedSpace::Iommufd(file) => state.iommufd = Some(file),
+            HandedSpace::Container(file) => state.container = Some(file),
+        }
+        Ok(())
     }
 
     /// Whether any function is open: then there is an address space, with what was mapped in it.
@@ -187,7 +201,7 @@ impl KernelVfio {
             return Err(mixed(located, chosen));
         }
         let wanted = settled.or(chosen);
-        let has_iommufd = self.iommufd.is_some() || self.host.dev.join("iommu").exists();
+        let has_iommufd = state.iommufd.is_some() || self.host.dev.join("iommu").exists();
         let missing = match &located.cdev {
             _ if !has_iommufd => Some(
                 "there is no /dev/iommu: `modprobe iommufd`, or run a kernel with CONFIG_IOMMUFD",
@@ -341,8 +355,8 @@ impl KernelVfio {
         }
         let refused = |step| refusals::of(&self.host, located, path, step);
         let (handed, node, rule) = match path {
-            KernelPath::Iommufd => (&self.iommufd, "iommu", IOMMUFD_RULE),
-            KernelPath::Group => (&self.container, "vfio/vfio", GROUP_RULE),
+            KernelPath::Iommufd => (&state.iommufd, "iommu", IOMMUFD_RULE),
+            KernelPath::Group => (&state.container, "vfio/vfio", GROUP_RULE),
         };
         let file = match handed {
             Some(file) => file.try_clone().map_err(refused(Step::Space))?,

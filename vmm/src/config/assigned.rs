@@ -35,6 +35,13 @@ pub struct DeviceConfig {
     /// Take the function from the driver that it is bound to, and bind it to vfio-pci.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bind: bool,
+    /// An open node of the function's that the VMM has inherited: its own or its group's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd: Option<u32>,
+    /// An open `/dev/iommu`, for a function's own node, or `/dev/vfio/vfio` that the VMM has
+    /// inherited. All of a VM's devices share it: it is given with the first of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommu_fd: Option<u32>,
     /// Let the VM's other devices reach its BARs directly. It takes a container of groups
     /// (`iommufd=off`); large BARs take a while each time the guest places them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

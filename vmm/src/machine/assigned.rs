@@ -11,7 +11,8 @@ use vfio::dma::{DmaAccess, DmaFile, DmaRange, Iova};
 use vfio::function::{AssignedFunction, FunctionError, HostNotice, NoticeHook};
 use vfio::gpu::{Attachment, ClaimError};
 use vfio::kernel::{
-    BindError, KernelVfio, MemoryLockError, OpenError, PathChoice, bind_vfio, check_memory_lock,
+    BindError, HandedError, KernelFunction, KernelVfio, MemoryLockError, OpenError, PathChoice,
+    Source, bind_vfio, check_memory_lock,
 };
 use vfio::user::{ConnectError, UserFunction};
 use vfio::{BackendError, VfioBackend};
@@ -29,6 +30,9 @@ pub enum AssignError {
     /// The kernel's VFIO.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// A descriptor that was handed over.
+    #[error(transparent)]
+    Handed(#[from] HandedError),
     /// It cannot be bound to vfio-pci.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -85,6 +89,16 @@ struct Device {
     backend: Arc<dyn VfioBackend>,
     kind: &'static str,
     host: String,
+}
+
+impl Device {
+    fn of_kernel(function: KernelFunction, host: String) -> Self {
+        Self {
+            backend: Arc::new(function),
+            kind: "vfio",
+            host,
+        }
+    }
 }
 
 impl Opener {
@@ -187,7 +201,11 @@ impl Opener {
                 if let (true, HostDevice::Pci(bdf)) = (config.bind, device) {
                     bind_vfio(Path::new("/sys"), *bdf)?;
                 }
-                self.kernel(&device.sysfs_path(), device.to_string(), path_of(config))
+                let host = device.to_string();
+                match config.fd {
+                    Some(fd) => self.handed(fd, config.iommu_fd, host),
+                    None => self.kernel(&device.sysfs_path(), host, path_of(config)),
+                }
             }
             (None, Some(socket)) => self.user(id, socket, socket.display().to_string()),
             (None, None) => unreachable!("checked with the configuration"),
@@ -195,17 +213,29 @@ impl Opener {
     }
 
     fn kernel(&self, path: &Path, host: String, choice: PathChoice) -> Result<Device, AssignError> {
-        let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
-        // Devices share what is locked: further ones lock nothing.
-        if !self.kernel.is_open() {
-            check_memory_lock(bytes)?;
-        }
+        self.check_memory_lock()?;
         let function = self.kernel.open_by(path, choice)?;
-        Ok(Device {
-            backend: Arc::new(function),
-            kind: "vfio",
-            host,
-        })
+        Ok(Device::of_kernel(function, host))
+    }
+
+    /// What somebody with more rights has opened.
+    fn handed(&self, fd: u32, iommu_fd: Option<u32>, host: String) -> Result<Device, AssignError> {
+        self.check_memory_lock()?;
+        if let Some(fd) = iommu_fd {
+            self.kernel.inherit_space(fd)?;
+        }
+        let source = Source::inherited(fd, &host)?;
+        let function = self.kernel.open_source(source)?;
+        Ok(Device::of_kernel(function, host))
+    }
+
+    /// Devices share what is locked: further ones lock nothing.
+    fn check_memory_lock(&self) -> Result<(), MemoryLockError> {
+        let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        match self.kernel.is_open() {
+            true => Ok(()),
+            false => check_memory_lock(bytes),
+        }
     }
 
     fn user(&self, id: &DeviceId, socket: &Path, host: String) -> Result<Device, AssignError> {

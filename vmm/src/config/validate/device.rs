@@ -217,6 +217,15 @@ impl DeviceConfig {
             let why = "only PCI functions of the host, vfio=BDF, are bound";
             return Err(ConfigError::invalid(format!("{at}.bind"), "on", why));
         }
+        let other = self.iommufd.is_some() || self.bind || self.vfio.is_none();
+        if let Some(fd) = self.fd.filter(|_| other) {
+            let why = "it goes with vfio=, and without iommufd and bind: the node is what it is";
+            return Err(ConfigError::invalid(format!("{at}.fd"), fd, why));
+        }
+        if let (Some(fd), None) = (self.iommu_fd, self.fd) {
+            let why = "it goes with fd=, an open node of the function";
+            return Err(ConfigError::invalid(format!("{at}.iommu-fd"), fd, why));
+        }
         if self.p2p && (self.vfio_user.is_some() || self.iommufd == Some(true)) {
             let why = "it is for devices of the kernel's, with iommufd=off";
             return Err(ConfigError::invalid(format!("{at}.p2p"), "on", why));
