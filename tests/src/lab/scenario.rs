@@ -8,7 +8,7 @@ use super::shape::Shape;
 /// What a scenario needs beside L1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Group {
-    /// Nothing: it proves the lab itself.
+    /// Nothing: it proves the lab itself, or looks at the kernel's VFIO without a guest.
     Lab,
     /// The `drover` program.
     Drover,
