@@ -41,7 +41,7 @@ pub(crate) async fn follow<R: Serialize, T>(
     match client.post_json(path, request).await {
         Ok(()) => {}
         // It may have been begun all the same.
-        Err(error @ (ClientError::Http(_) | ClientError::Timeout)) => {
+        Err(error @ (ClientError::Http(_) | ClientError::Timeout { .. })) => {
             return Ok(Ending::Silent(error.to_string()));
         }
         Err(error) => return Err(error.into()),
