@@ -85,7 +85,12 @@ pub(crate) fn add_to(name: &VmName, device: &DeviceConfig, within: Duration) -> 
     let client = find(name)?;
     let added = block_on(async {
         let answer = client.post_for("/v1/devices", device, within).await;
-        Ok(answer?)
+        answer.map_err(|error| match error {
+            ClientError::Timeout { .. } => {
+                anyhow!("{error}; the device may still be added: `drover device list {name}` tells")
+            }
+            error => error.into(),
+        })
     });
     added.with_context(|| format!("VM {name}"))
 }

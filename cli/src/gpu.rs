@@ -176,6 +176,7 @@ fn part(partition: &Partition) -> String {
         partition.kind.clone(),
         partition.vram_bytes.map(units::size),
         state,
+        partition.temporary.then(|| "goes with it".to_owned()),
         moves,
     ];
     known.into_iter().flatten().collect::<Vec<_>>().join("  ")

@@ -100,7 +100,7 @@ fn list_tells_people_and_scripts_the_same() -> Result<()> {
         "24 GiB",
         "Partitioned: xe has made 2 partitions of it",
         "can be divided into 1 to 12",
-        "0000:41:00.2  free  can move",
+        "0000:41:00.2  can move",
     ] {
         ensure!(text.contains(part), "{part:?} is not in:\n{text}");
     }
@@ -197,6 +197,14 @@ fn partition_tells_by_its_exit_code() -> Result<()> {
             "",
             "is not the address of a PCI function",
         ),
+        (
+            vec![GPU, "off", "--type", "Nonsense"],
+            1,
+            "",
+            "is to have no partitions, so none of type Nonsense",
+        ),
+        (vec![GPU, "2", "--save"], 1, "", "name another file for"),
+        (vec!["--restore"], 1, "", "name another file for"),
         (vec!["--restore", GPU, "2"], 2, "", "cannot be used with"),
         (vec![], 2, "", "required arguments"),
     ] {
@@ -218,17 +226,20 @@ fn a_partition_in_use_is_shown_with_its_owner_and_not_taken_away() -> Result<()>
     scratch.host()?;
     let listed = of(&scratch, &["list"])?;
     assert!(
-        stdout(&listed).contains("0000:41:00.2  free  can move"),
-        "{listed:?}"
+        stdout(&listed).contains("0000:41:00.2  can move"),
+        "nobody knows of a copy: {listed:?}"
     );
+    let root = scratch.0.join("sys");
     let claims = scratch.0.join("claims");
     fs::create_dir(&claims)?;
     fs::write(claims.join("allocation.lock"), "")?;
     let claim = claims.join("0000:41:00.2");
-    fs::write(
-        &claim,
-        r#"{"vm":"web","pid":4711,"made":false,"sysfs":"/sys"}"#,
-    )?;
+    let place = fs::canonicalize(&root)?;
+    let record = format!(
+        r#"{{"vm":"web","pid":4711,"made":false,"sysfs":"{}"}}"#,
+        place.display()
+    );
+    fs::write(&claim, record)?;
     let lock = fs::File::open(&claim)?;
     lock.lock()?;
     let listed = of(&scratch, &["list"])?;
@@ -283,8 +294,9 @@ fn a_saved_division_is_restored() -> Result<()> {
         &scratch,
         &["partition", "--restore", "--settings", settings],
     )?;
+    assert_eq!(nothing.status.code(), Some(1), "{nothing:?}");
     assert!(
-        nothing.status.success() && nothing.stdout.is_empty(),
+        stderr(&nothing).contains("there is no file") && stderr(&nothing).contains(settings),
         "{nothing:?}"
     );
     let saved = of(
@@ -319,5 +331,32 @@ fn a_saved_division_is_restored() -> Result<()> {
     );
     let json: Value = serde_json::from_slice(&other.stdout)?;
     assert_eq!(json[0]["gpu"], "0000:41:00.0");
+    Ok(())
+}
+
+#[test]
+fn nothing_is_divided_that_cannot_be_kept() -> Result<()> {
+    let scratch = Scratch::new("unkept")?;
+    let root = scratch.host()?;
+    let settings = scratch.0.join("gpus.toml");
+    fs::write(&settings, "gpu = 1\n")?;
+    let arguments = [
+        "partition",
+        "0000:41:00.0",
+        "off",
+        "--save",
+        "--settings",
+        utf8(&settings)?,
+    ];
+    let refused = of(&scratch, &arguments)?;
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    for part in [
+        "GPU 0000:41:00.0 is left as it is",
+        "does not say how GPUs are divided",
+    ] {
+        assert!(stderr(&refused).contains(part), "{refused:?}");
+    }
+    let count = fs::read_to_string(root.join("bus/pci/devices/0000:41:00.0/sriov_numvfs"))?;
+    assert_eq!(count, "2\n");
     Ok(())
 }

@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Error, Result, bail};
 use clap::Args;
 use vmm::config::VmName;
 use vmm::machine::DeviceInfo;
@@ -18,6 +18,9 @@ use crate::values::{self, Gpus};
 
 /// What the list of devices calls a GPU, or a part of one.
 const KIND: &str = "gpu";
+
+/// How long the guest has to let one go that is given back.
+const GIVE_BACK_SECONDS: u64 = 30;
 
 #[derive(Debug, Args)]
 pub(super) struct AssignArgs {
@@ -50,15 +53,40 @@ pub(super) fn assign(args: &AssignArgs) -> Result<ExitCode> {
     let Gpus(gpus) = &args.gpus;
     let mut added = Vec::new();
     for gpu in gpus {
-        let device = add_to(&args.name, gpu, within)?;
-        if !args.json {
-            println!("{}", placed(&args.name, &device));
+        match add_to(&args.name, gpu, within) {
+            Ok(device) => added.push(device),
+            Err(error) => return Err(give_back(&args.name, &added, error)),
         }
-        added.push(device);
+    }
+    if !args.json {
+        added
+            .iter()
+            .for_each(|device| println!("{}", placed(&args.name, device)));
     }
     match args.json {
         true => print_json(&added),
         false => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// All or none: what was added before one could not be goes again. What has become of it is said with why.
+fn give_back(name: &VmName, added: &[DeviceInfo], why: Error) -> Error {
+    let mut left = Vec::new();
+    for device in added.iter().rev() {
+        if let Err(error) = remove_from(name, &device.id, GIVE_BACK_SECONDS) {
+            left.push(format!("{}: {error:#}", device.id));
+        }
+    }
+    match (added.len(), left.is_empty()) {
+        (0, _) => why,
+        (count, true) => why.context(format!(
+            "not all can be had, and {name} has none of them: what it had been given, {count} so far, was \
+             given back"
+        )),
+        (_, false) => why.context(format!(
+            "not all can be had, and of the others {name} keeps some: {}",
+            left.join("; ")
+        )),
     }
 }
 

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
-use vmm::gpu::{Bdf, Divided, Division, PartitionError, Partitioner, SETTINGS_FILE, Settings};
+use vmm::gpu::{
+    Bdf, Divided, Division, PartitionError, Partitioner, SETTINGS_FILE, Settings, SettingsLock,
+};
 
 use super::HostArgs;
 
@@ -48,7 +50,8 @@ pub(super) struct PartitionArgs {
     /// Into how many equal partitions, or off.
     #[arg(value_name = "COUNT|off", required_unless_present = "restore")]
     into: Option<Parts>,
-    /// The partitions' type, by name or number, for drivers that have types.
+    /// The partitions' type, by name or number, for drivers that have types; of a type that is named
+    /// there may be fewer than fit.
     #[arg(long = "type", value_name = "NAME|ID")]
     kind: Option<String>,
     /// Keep it for the next boot, too.
@@ -57,9 +60,9 @@ pub(super) struct PartitionArgs {
     /// Divide all GPUs as it was kept: what drover-gpu.service does at boot.
     #[arg(long, conflicts_with_all = ["gpu", "into", "kind", "save"])]
     restore: bool,
-    /// Where it is kept.
-    #[arg(long, value_name = "FILE", default_value = SETTINGS_FILE)]
-    settings: PathBuf,
+    /// Where it is kept [default: /etc/drover/gpu-partitions.toml; none with --sysfs-root]
+    #[arg(long, value_name = "FILE")]
+    settings: Option<PathBuf>,
     /// NVIDIA's sriov-manage, where it is not in /usr/lib/nvidia.
     #[arg(long, value_name = "FILE")]
     sriov_manage: Option<PathBuf>,
@@ -84,6 +87,11 @@ pub(super) fn partition(args: &PartitionArgs) -> Result<ExitCode> {
         count: into.0,
         kind: args.kind.clone(),
     };
+    // What cannot be kept is not begun.
+    let edited = match args.save {
+        true => Some(Edited::begin(args, gpu)?),
+        false => None,
+    };
     let divided = match partitioner.divide(gpu, &division) {
         Ok(divided) => divided,
         Err(error) => {
@@ -92,10 +100,9 @@ pub(super) fn partition(args: &PartitionArgs) -> Result<ExitCode> {
             return Ok(ExitCode::from(code));
         }
     };
-    if args.save {
-        let mut settings = Settings::load(&args.settings)?;
-        settings.keep(&tree, gpu, &division);
-        let stored = settings.store(&args.settings);
+    if let Some(mut edited) = edited {
+        edited.settings.keep(&tree, gpu, &division);
+        let stored = edited.settings.store(&edited.path);
         stored.with_context(|| format!("GPU {gpu} is divided, but not at the next boot"))?;
     }
     match args.json {
@@ -103,6 +110,40 @@ pub(super) fn partition(args: &PartitionArgs) -> Result<ExitCode> {
         false => show(&divided),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is kept, which nobody else changes meanwhile.
+struct Edited {
+    path: PathBuf,
+    settings: Settings,
+    _lock: SettingsLock,
+}
+
+impl Edited {
+    fn begin(args: &PartitionArgs, gpu: Bdf) -> Result<Self> {
+        let path = args.settings()?;
+        let edited = Settings::edit(&path);
+        let (settings, _lock) = edited.with_context(|| format!("GPU {gpu} is left as it is"))?;
+        Ok(Self {
+            path,
+            settings,
+            _lock,
+        })
+    }
+}
+
+impl PartitionArgs {
+    /// Where divisions are kept: those of another tree not among this host's.
+    fn settings(&self) -> Result<PathBuf> {
+        match (&self.settings, &self.host.sysfs_root) {
+            (Some(path), _) => Ok(path.clone()),
+            (None, None) => Ok(SETTINGS_FILE.into()),
+            (None, Some(root)) => bail!(
+                "{SETTINGS_FILE} is this host's: name another file for {} by --settings",
+                root.display()
+            ),
+        }
+    }
 }
 
 fn exit_code(error: &PartitionError) -> u8 {
@@ -129,7 +170,12 @@ fn show(divided: &Divided) {
 
 /// All are tried; the worst of what came of it is the exit code.
 fn restore(args: &PartitionArgs, partitioner: &Partitioner<'_>) -> Result<ExitCode> {
-    let settings = Settings::load(&args.settings)?;
+    let path = args.settings()?;
+    // Nothing is kept before the first is; but who names a file means one.
+    if let (Some(named), false) = (&args.settings, path.exists()) {
+        bail!("there is no file {}", named.display());
+    }
+    let settings = Settings::load(&path)?;
     let mut codes = Vec::new();
     let mut results = Vec::new();
     for (gpu, result) in partitioner.replay(&settings) {
