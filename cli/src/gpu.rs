@@ -126,7 +126,10 @@ fn list(args: &ListArgs) -> Result<ExitCode> {
 
 /// Some lines for a person.
 fn show(gpu: &Gpu) {
-    let unnamed = || format!("{:04x}:{:04x}", gpu.vendor_id.0, gpu.device_id.0);
+    let unnamed = || match (gpu.vendor_id, gpu.device_id) {
+        (Some(vendor), Some(device)) => format!("{:04x}:{:04x}", vendor.0, device.0),
+        _ => "no PCI device".to_owned(),
+    };
     let name = gpu.name.clone().unwrap_or_else(unnamed);
     let memory = gpu.vram_bytes.map(units::size);
     let memory = memory.unwrap_or_else(|| "memory not known".to_owned());

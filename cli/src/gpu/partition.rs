@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use vmm::gpu::{
-    Bdf, Divided, Division, PartitionError, Partitioner, SETTINGS_FILE, Settings, SettingsLock,
+    Divided, Division, GpuAddress, PartitionError, Partitioner, SETTINGS_FILE, Settings,
+    SettingsLock,
 };
 
 use super::HostArgs;
@@ -40,13 +41,13 @@ impl FromStr for Parts {
 
 #[derive(Debug, Args)]
 pub(super) struct PartitionArgs {
-    /// The GPU's address, as `drover gpu list` shows it.
+    /// The GPU's address or name, as `drover gpu list` shows it.
     #[arg(
         value_name = "GPU",
         required_unless_present = "restore",
         requires = "into"
     )]
-    gpu: Option<Bdf>,
+    gpu: Option<GpuAddress>,
     /// Into how many equal partitions, or off.
     #[arg(value_name = "COUNT|off", required_unless_present = "restore")]
     into: Option<Parts>,
@@ -120,7 +121,7 @@ struct Edited {
 }
 
 impl Edited {
-    fn begin(args: &PartitionArgs, gpu: Bdf) -> Result<Self> {
+    fn begin(args: &PartitionArgs, gpu: GpuAddress) -> Result<Self> {
         let path = args.settings()?;
         let edited = Settings::edit(&path);
         let (settings, _lock) = edited.with_context(|| format!("GPU {gpu} is left as it is"))?;

@@ -5,9 +5,8 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::address::{Address, Uuid};
+use super::address::{Address, GpuAddress, Uuid};
 use super::tree::SysfsTree;
-use crate::Bdf;
 
 /// A file of a driver that says which type of vGPU a virtual function is (`nvidia` of vGPU 17 on).
 pub(super) const CURRENT_VGPU_TYPE: &str = "nvidia/current_vgpu_type";
@@ -103,7 +102,7 @@ pub(super) fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> 
 }
 
 /// Makes a virtual function a vGPU of this type; 0 makes it none.
-pub(super) fn set_vgpu_type(tree: &SysfsTree, vf: Bdf, id: u32) -> Result<(), ChangeError> {
+pub(super) fn set_vgpu_type(tree: &SysfsTree, vf: GpuAddress, id: u32) -> Result<(), ChangeError> {
     let path = tree.function(vf).path(CURRENT_VGPU_TYPE);
     set_when_closed(&path, &id.to_string())
 }
@@ -111,7 +110,7 @@ pub(super) fn set_vgpu_type(tree: &SysfsTree, vf: Bdf, id: u32) -> Result<(), Ch
 /// Makes a mediated device (Documentation/driver-api/vfio-mediated-device.rst).
 pub(super) fn create_mediated(
     tree: &SysfsTree,
-    (parent, type_id): (Bdf, &str),
+    (parent, type_id): (GpuAddress, &str),
     uuid: &Uuid,
 ) -> Result<(), ChangeError> {
     let create = format!("mdev_supported_types/{type_id}/create");

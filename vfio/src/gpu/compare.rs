@@ -1,11 +1,11 @@
 //! Whether hosts have the same GPUs: a VM that has a partition of one can only move to another such.
 //! Others, such as those of a server's console, do not count.
 
+use crate::gpu::address::GpuAddress;
 use std::collections::BTreeMap;
 use std::fmt;
 
 use super::inventory::Gpu;
-use crate::Bdf;
 
 /// What is not the same everywhere.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -22,15 +22,17 @@ pub struct Found {
     /// The value; `None` where it is not known.
     pub value: Option<String>,
     /// By host, the GPUs; none where it is said of the host.
-    pub places: BTreeMap<String, Vec<Bdf>>,
+    pub places: BTreeMap<String, Vec<GpuAddress>>,
 }
 
 type Property = (&'static str, fn(&Gpu) -> Option<String>);
 
 /// What GPUs must have in common.
 const PROPERTIES: [Property; 7] = [
-    ("vendor", |gpu| Some(format!("{:04x}", gpu.vendor_id.0))),
-    ("model", |gpu| Some(model(gpu))),
+    ("vendor", |gpu| {
+        gpu.vendor_id.map(|id| format!("{:04x}", id.0))
+    }),
+    ("model", |gpu| model(gpu)),
     ("video memory", |gpu| gpu.vram_bytes.map(bytes)),
     ("driver", |gpu| Some(driver(gpu))),
     ("status", |gpu| Some(gpu.status.to_string())),
@@ -42,7 +44,7 @@ const PROPERTIES: [Property; 7] = [
 type Host<'g> = (&'g str, Vec<&'g Gpu>);
 
 /// A value, and the GPU that has it unless it is the host's.
-type Value = (Option<String>, Option<Bdf>);
+type Value = (Option<String>, Option<GpuAddress>);
 
 /// Everything in which `hosts`, by name, differ in their GPUs that can be partitioned. A host may have
 /// several kinds, if the others have them, too.
@@ -114,7 +116,7 @@ fn mismatch(
     if sets.len() < 2 {
         return None;
     }
-    let mut grouped: BTreeMap<Option<String>, BTreeMap<String, Vec<Bdf>>> = BTreeMap::new();
+    let mut grouped: BTreeMap<Option<String>, BTreeMap<String, Vec<GpuAddress>>> = BTreeMap::new();
     for (host, values) in found {
         for (value, gpu) in values {
             let places = grouped.entry(value).or_default();
@@ -129,12 +131,12 @@ fn mismatch(
 }
 
 /// With the board: one chip is on several. By number: names change with their database.
-fn model(gpu: &Gpu) -> String {
-    let ids = format!("{:04x}:{:04x}", gpu.vendor_id.0, gpu.device_id.0);
-    match gpu.subsystem_id {
+fn model(gpu: &Gpu) -> Option<String> {
+    let ids = format!("{:04x}:{:04x}", gpu.vendor_id?.0, gpu.device_id?.0);
+    Some(match gpu.subsystem_id {
         Some(board) => format!("{ids}, board {:04x}", board.0),
         None => ids,
-    }
+    })
 }
 
 fn bytes(bytes: u64) -> String {
@@ -183,7 +185,7 @@ impl fmt::Display for Found {
             let mark = if number == 0 { ":" } else { "," };
             write!(f, "{mark} {host}")?;
             if !gpus.is_empty() {
-                let gpus: Vec<_> = gpus.iter().map(Bdf::to_string).collect();
+                let gpus: Vec<_> = gpus.iter().map(GpuAddress::to_string).collect();
                 write!(f, " ({})", gpus.join(", "))?;
             }
         }

@@ -3,14 +3,13 @@
 use pci_ids::Device;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::address::Address;
+use super::address::{Address, GpuAddress};
 use super::claim::{ClaimError, Claims, Occupants, Owners};
 use super::holders::Holders;
 use super::offer::Attachment;
 use super::provider::{self, Survey};
 use super::status::{self, Status};
 use super::tree::{Function, SysfsTree, TreeError};
-use crate::Bdf;
 
 /// A number that the PCI SIG has given a vendor, or a vendor a device; written `0x10de`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,17 +31,17 @@ impl<'de> Deserialize<'de> for PciId {
     }
 }
 
-/// A GPU. What is not known is `None`.
+/// A GPU. What is not known, or is not there of one that is no PCI device, is `None`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {
     /// Where it is.
-    pub address: Bdf,
+    pub address: GpuAddress,
     /// Its name in the PCI ID database.
     pub name: Option<String>,
     /// PCI vendor.
-    pub vendor_id: PciId,
+    pub vendor_id: Option<PciId>,
     /// PCI device.
-    pub device_id: PciId,
+    pub device_id: Option<PciId>,
     /// PCI subsystem's device: the board.
     pub subsystem_id: Option<PciId>,
     /// The driver that it is bound to.
@@ -200,10 +199,15 @@ fn fill_in(gpu: &mut Gpu, occupants: &Occupants<'_>, is_known: bool) {
     }
 }
 
-/// The functions of a host that are GPUs, by address.
+/// The functions of a host that are GPUs, by address, and then those that are no PCI functions.
 pub(super) fn gpus(tree: &SysfsTree) -> Result<Vec<Function<'_>>, TreeError> {
     let mut functions = tree.functions()?;
     functions.retain(|function| is_gpu(function) && !function.is_virtual());
+    functions.extend(
+        tree.parents()
+            .into_iter()
+            .filter(provider::mdev::is_display),
+    );
     Ok(functions)
 }
 
@@ -214,7 +218,14 @@ pub(super) fn is_gpu(function: &Function<'_>) -> bool {
 }
 
 fn gpu(function: &Function<'_>) -> Option<Gpu> {
-    let (vendor_id, device_id) = (function.hex16("vendor")?, function.hex16("device")?);
+    let ids = (function.hex16("vendor"), function.hex16("device"));
+    if let (GpuAddress::Pci(_), (None, _) | (_, None)) = (function.address, ids) {
+        return None;
+    }
+    let name = ids
+        .0
+        .zip(ids.1)
+        .and_then(|(vendor, device)| name(vendor, device));
     let driver = function.driver();
     let provider = provider::of(function);
     let Survey {
@@ -227,9 +238,9 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
     let (status, reason) = status::of(function, provider, count);
     Some(Gpu {
         address: function.address,
-        name: name(vendor_id, device_id),
-        vendor_id: PciId(vendor_id),
-        device_id: PciId(device_id),
+        name,
+        vendor_id: ids.0.map(PciId),
+        device_id: ids.1.map(PciId),
         subsystem_id: function.hex16("subsystem_device").map(PciId),
         driver_version: driver.as_deref().and_then(|name| version(function, name)),
         driver,

@@ -4,7 +4,8 @@
 //! read, is `None`.
 //!
 //! The nouns:
-//! - a [`Gpu`] is a physical function with the class of a display or a processing accelerator;
+//! - a [`Gpu`] is a physical function with the class of a display or a processing accelerator, or another
+//!   device that makes mediated devices with a display;
 //! - a [`Partition`] is what a VM can be given of it: a virtual function, or a mediated device;
 //! - a *claim* is a VM's lock on one, or on all of a GPU;
 //! - a *provider* is the driver that makes partitions, and the files by which it does.
@@ -36,6 +37,7 @@ mod status;
 mod tree;
 
 pub use crate::Bdf;
+pub use address::{GpuAddress, InvalidGpuAddress, ParentName};
 pub use change::ChangeError;
 pub use claim::{
     CLAIMS_DIR, CLAIMS_VARIABLE, ClaimError, ClaimedDevice, ClaimedPartition, Claims, GpuRequest,

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::address::{Address, Uuid};
+use super::address::{Address, GpuAddress, Uuid};
 use super::change::{self, ChangeError};
 use super::tree::{Function, SysfsTree};
-use crate::Bdf;
 
 /// A partition that there is, or could be made.
 #[derive(Clone, Debug)]
@@ -46,11 +45,11 @@ pub(super) enum Setup {
     /// Nothing.
     Ready,
     /// A virtual function has this type already, and whatever its last owner left.
-    Reset(Bdf, u32),
+    Reset(GpuAddress, u32),
     /// A virtual function is to be given this type.
-    VgpuType(Bdf, u32),
+    VgpuType(GpuAddress, u32),
     /// A device of this type is to be made on this parent.
-    Mediated(Bdf, String),
+    Mediated(GpuAddress, String),
 }
 
 impl Setup {
@@ -98,7 +97,7 @@ pub(super) enum Undo {
 impl Undo {
     /// Does it at this address; what is not there any more is no error.
     pub(super) fn carry_out(self, tree: &SysfsTree, address: &Address) -> Result<(), ChangeError> {
-        let type_of = |vf: Bdf| tree.function(vf).decimal::<u32>(change::CURRENT_VGPU_TYPE);
+        let type_of = |vf: GpuAddress| tree.function(vf).decimal::<u32>(change::CURRENT_VGPU_TYPE);
         match (self, address) {
             (Self::Unmake, Address::Mediated(uuid)) => change::remove_mediated(tree, uuid),
             (Self::Unmake, Address::Pci(vf)) if type_of(*vf).is_some_and(|id| id != 0) => {

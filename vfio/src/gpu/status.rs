@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::address::GpuAddress;
 use super::provider::Provider;
 use super::tree::Function;
 use crate::Bdf;
@@ -46,12 +47,18 @@ pub(super) fn of(
     provider: Option<&dyn Provider>,
     count: Option<usize>,
 ) -> (Status, String) {
+    let GpuAddress::Pci(address) = gpu.address else {
+        return match provider {
+            Some(provider) => (Status::Partitioned, divided(provider, count)),
+            None => (Status::NotAssignable, "it is no PCI device".to_owned()),
+        };
+    };
     if let Some(why) = obstacle(gpu) {
         return (Status::NotAssignable, why);
     }
     let has_iommu = gpu.tree.has_iommu();
     let Some(provider) = provider else {
-        return match whole(gpu, has_iommu) {
+        return match whole(gpu, address, has_iommu) {
             Ok(how) => (Status::ReadyForDda, how),
             Err(why) => (Status::NotAssignable, why),
         };
@@ -64,13 +71,17 @@ pub(super) fn of(
     if let Some(why) = provider.obstacle(gpu) {
         return (Status::Paravirtualization, why);
     }
-    let reason = match count {
+    (Status::Partitioned, divided(provider, count))
+}
+
+fn divided(provider: &dyn Provider, count: Option<usize>) -> String {
+    let by = provider.name();
+    match count {
         None => format!("{by} partitions it; how it is divided cannot be read"),
         Some(0) => format!("{by} can partition it; it is not divided"),
         Some(1) => format!("{by} has made 1 partition of it"),
         Some(count) => format!("{by} has made {count} partitions of it"),
-    };
-    (Status::Partitioned, reason)
+    }
 }
 
 /// What no driver mends.
@@ -87,14 +98,14 @@ fn obstacle(gpu: &Function<'_>) -> Option<String> {
 }
 
 /// Whether, and how, a VM can be given all of it.
-fn whole(gpu: &Function<'_>, has_iommu: bool) -> Result<String, String> {
+fn whole(gpu: &Function<'_>, address: Bdf, has_iommu: bool) -> Result<String, String> {
     let Some(group) = gpu.iommu_group().filter(|_| has_iommu) else {
         return Err(match has_iommu {
             true => "it is in no IOMMU group".to_owned(),
             false => NO_IOMMU.to_owned(),
         });
     };
-    let others = strangers(gpu, group);
+    let others = strangers(gpu, address, group);
     if !others.is_empty() {
         let others: Vec<_> = others.iter().map(Bdf::to_string).collect();
         let others = others.join(", ");
@@ -110,7 +121,7 @@ fn whole(gpu: &Function<'_>, has_iommu: bool) -> Result<String, String> {
 }
 
 /// Functions of other devices in its group, other than bridges.
-fn strangers(gpu: &Function<'_>, group: u32) -> Vec<Bdf> {
+fn strangers(gpu: &Function<'_>, own: Bdf, group: u32) -> Vec<Bdf> {
     /// Base class of bridges.
     const BASE_CLASS_BRIDGE: u32 = 0x06;
     let members = gpu.tree.group(group).into_iter();
@@ -119,6 +130,6 @@ fn strangers(gpu: &Function<'_>, group: u32) -> Vec<Bdf> {
         class.is_some_and(|class| class >> 16 == BASE_CLASS_BRIDGE)
     };
     members
-        .filter(|address| !address.is_beside(gpu.address) && !is_bridge(*address))
+        .filter(|address| !address.is_beside(own) && !is_bridge(*address))
         .collect()
 }

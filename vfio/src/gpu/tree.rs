@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
+use super::address::GpuAddress;
 use crate::Bdf;
 
 /// Bytes of a file that are read; the kernel's attributes have one page, lists of types a few.
@@ -89,10 +90,31 @@ impl SysfsTree {
         Ok(functions.collect())
     }
 
-    pub(super) fn function(&self, address: Bdf) -> Function<'_> {
+    /// Parents of mediated devices that have no PCI function above them, by name.
+    pub(super) fn parents(&self) -> Vec<Function<'_>> {
+        let folder = self.root.join("class/mdev_bus");
+        let is_pci = |name: &String| {
+            let place = fs::canonicalize(folder.join(name)).unwrap_or_default();
+            let mut parts = place.strip_prefix(self.place()).unwrap_or(&place).iter();
+            parts.any(|part| {
+                part.to_str()
+                    .is_some_and(|part| part.parse::<Bdf>().is_ok())
+            })
+        };
+        let mut names = names(&folder).unwrap_or_default();
+        names.sort_unstable();
+        let names = names.iter().filter(|name| !is_pci(name));
+        let parents = names.filter_map(|name| match name.parse() {
+            Ok(address @ GpuAddress::Parent(_)) => Some(self.function(address)),
+            _ => None,
+        });
+        parents.collect()
+    }
+
+    pub(super) fn function(&self, address: impl Into<GpuAddress>) -> Function<'_> {
         Function {
             tree: self,
-            address,
+            address: address.into(),
         }
     }
 
@@ -133,18 +155,22 @@ impl SysfsTree {
     }
 }
 
-/// A PCI function's folder (Documentation/ABI/testing/sysfs-bus-pci).
+/// A PCI function's folder (Documentation/ABI/testing/sysfs-bus-pci), or that of a parent of mediated
+/// devices.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Function<'t> {
     pub(super) tree: &'t SysfsTree,
-    pub(super) address: Bdf,
+    pub(super) address: GpuAddress,
 }
 
 impl<'t> Function<'t> {
     /// Its folder.
     pub(super) fn folder(&self) -> PathBuf {
-        let devices = self.tree.root.join("bus/pci/devices");
-        devices.join(self.address.to_string())
+        let folder = match self.address {
+            GpuAddress::Pci(_) => "bus/pci/devices",
+            GpuAddress::Parent(_) => "class/mdev_bus",
+        };
+        self.tree.root.join(folder).join(self.address.to_string())
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -215,7 +241,7 @@ impl<'t> Function<'t> {
         numbers.sort_unstable();
         numbers.truncate(VFS_MAX);
         let function = |number: u16| {
-            let address = self.link(&format!("virtfn{number}"))?.parse().ok()?;
+            let address: Bdf = self.link(&format!("virtfn{number}"))?.parse().ok()?;
             Some((number, self.tree.function(address)))
         };
         numbers.into_iter().filter_map(function).collect()

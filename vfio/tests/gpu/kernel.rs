@@ -80,6 +80,11 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
 
 impl At {
     fn look(&self) {
+        for parent in entries(&self.root.join("class/mdev_bus")) {
+            for kind in entries(&parent.join("mdev_supported_types")) {
+                self.create(&kind);
+            }
+        }
         for device in entries(&self.root.join("bus/pci/devices")) {
             self.functions(&device);
             for kind in entries(&device.join("mdev_supported_types")) {

@@ -9,6 +9,7 @@ mod leftovers;
 mod mediated;
 mod models;
 mod nvidia;
+mod parents;
 mod partition;
 mod race;
 mod settings;

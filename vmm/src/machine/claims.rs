@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use vfio::gpu::{ClaimError, ClaimedDevice, ClaimedPartition, Claims, GpuRequest, SysfsTree};
+use vfio::gpu::{
+    ClaimError, ClaimedDevice, ClaimedPartition, Claims, GpuAddress, GpuRequest, SysfsTree,
+};
 
 use crate::config::{DeviceConfig, GpuConfig, VmName};
 
@@ -109,7 +111,7 @@ fn kinds(devices: &[DeviceConfig]) -> Vec<Kind<'_>> {
 
 fn request((gpu, places): &Kind<'_>) -> GpuRequest {
     GpuRequest {
-        pci: gpu.pci,
+        pci: gpu.pci.map(GpuAddress::Pci),
         count: u32::try_from(places.len()).unwrap_or(u32::MAX),
         kind: gpu.kind.clone(),
         min_vram_bytes: gpu.vram.map(|vram| vram.0.bytes()),

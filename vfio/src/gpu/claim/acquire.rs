@@ -7,7 +7,7 @@ use super::folder::Claims;
 use super::partition::ClaimedPartition;
 use super::request::GpuRequest;
 use super::view::{Occupants, View};
-use crate::Bdf;
+use crate::gpu::address::GpuAddress;
 use crate::gpu::holders::Holders;
 use crate::gpu::offer::{Attachment, Offer, Undo};
 use crate::gpu::tree::SysfsTree;
@@ -65,7 +65,7 @@ impl Claims {
 fn claim(
     allocation: &Allocation<'_>,
     tree: &SysfsTree,
-    (gpu, offer): (Bdf, Offer),
+    (gpu, offer): (GpuAddress, Offer),
     vm: &str,
 ) -> Result<ClaimedPartition, ClaimError> {
     let undo = offer.setup.undo();

@@ -5,15 +5,17 @@ use std::fmt;
 use super::error::ClaimError;
 use super::request::{GpuRequest, Misfit};
 use super::view::{View, Whole};
-use crate::Bdf;
-use crate::gpu::address::Address;
+use crate::gpu::address::{Address, GpuAddress};
 use crate::gpu::offer::{Kind, Offer};
 
 /// Names of one list in a message.
 const NAMES_MAX: usize = 16;
 
 /// The partition of the GPU that has the fewest in use, of those the most left, of those the first.
-pub(super) fn choose(views: &[View], request: &GpuRequest) -> Result<(Bdf, Offer), ClaimError> {
+pub(super) fn choose(
+    views: &[View],
+    request: &GpuRequest,
+) -> Result<(GpuAddress, Offer), ClaimError> {
     let named: Vec<&View> = views
         .iter()
         .filter(|view| is_meant(view, request))

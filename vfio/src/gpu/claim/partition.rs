@@ -1,7 +1,6 @@
 //! A claimed partition.
 
-use crate::Bdf;
-use crate::gpu::address::Address;
+use crate::gpu::address::{Address, GpuAddress};
 use crate::gpu::change::ChangeError;
 use crate::gpu::offer::{Attachment, Undo};
 use crate::gpu::tree::SysfsTree;
@@ -15,7 +14,7 @@ pub struct ClaimedPartition {
     pub(super) tree: SysfsTree,
     pub(super) claim: Claim,
     pub(super) address: Address,
-    pub(super) gpu: Bdf,
+    pub(super) gpu: GpuAddress,
     pub(super) kind: Option<String>,
     pub(super) vram_bytes: Option<u64>,
     /// What is to be done at its end.
@@ -44,7 +43,7 @@ impl ClaimedPartition {
 
     /// The GPU that it is of.
     #[must_use]
-    pub fn gpu(&self) -> Bdf {
+    pub fn gpu(&self) -> GpuAddress {
         self.gpu
     }
 

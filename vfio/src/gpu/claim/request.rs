@@ -1,8 +1,8 @@
 //! What a VM asks for.
 
+use crate::gpu::address::GpuAddress;
 use serde::{Deserialize, Serialize};
 
-use crate::Bdf;
 use crate::gpu::offer::Offer;
 
 /// More partitions than a VM is given at once.
@@ -17,7 +17,7 @@ const WHOLE: &str = "whole";
 pub struct GpuRequest {
     /// Of this GPU, or this virtual function and no other; `None`: of the least loaded GPU. A GPU that is
     /// not divided is given whole.
-    pub pci: Option<Bdf>,
+    pub pci: Option<GpuAddress>,
     /// How many: all or none.
     pub count: u32,
     /// Their type, by its number or its name, with or without the vendor's; `whole` for all of a GPU.

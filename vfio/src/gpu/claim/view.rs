@@ -4,8 +4,7 @@ use std::fmt;
 
 use super::allocation::Owners;
 use super::record::Owner;
-use crate::Bdf;
-use crate::gpu::address::Address;
+use crate::gpu::address::{Address, GpuAddress};
 use crate::gpu::holders::Holders;
 use crate::gpu::inventory::gpus;
 use crate::gpu::offer::{self, Offer, Setup};
@@ -16,7 +15,7 @@ use crate::gpu::tree::{Function, SysfsTree, TreeError};
 /// A GPU, as it can be given away.
 #[derive(Debug)]
 pub(super) struct View {
-    pub(super) gpu: Bdf,
+    pub(super) gpu: GpuAddress,
     /// Its partitions that nobody has, and those that could be made.
     pub(super) free: Vec<Offer>,
     /// Those that somebody has.
@@ -108,6 +107,9 @@ fn whole(gpu: &Function<'_>, occupants: &Occupants<'_>, is_divided: bool) -> Who
     }
     if is_divided {
         return Whole::Not("it is divided".to_owned());
+    }
+    if let GpuAddress::Parent(_) = gpu.address {
+        return Whole::Not("it is no PCI device, of which only parts can be given".to_owned());
     }
     let (status, reason) = status::of(gpu, None, None);
     // Behind a server there is no IOMMU group to ask for.

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use super::task::{PartitionError, StepError, Task};
 use super::tool;
-use crate::Bdf;
-use crate::gpu::address::Address;
+use crate::gpu::address::{Address, GpuAddress};
 use crate::gpu::change::{CURRENT_VGPU_TYPE, ChangeError, set_vgpu_type, wait_until};
 use crate::gpu::offer::Kind;
 use crate::gpu::provider::{Provider, nvidia as files, total_vfs};
@@ -18,7 +17,7 @@ use crate::gpu::tree::Function;
 const FUNCTIONS: Duration = Duration::from_secs(20);
 
 /// Virtual functions and the numbers of their types; 0: none.
-type Types = Vec<(Bdf, u32)>;
+type Types = Vec<(GpuAddress, u32)>;
 
 pub(in crate::gpu) fn divide(task: &Task<'_>) -> Result<bool, PartitionError> {
     let gpu = &task.gpu;
@@ -232,7 +231,7 @@ fn choose(task: &Task<'_>, count: u32) -> Result<u32, PartitionError> {
 /// not take its type does not hinder the others.
 fn restore(task: &Task<'_>, before: &Types) -> Result<(), StepError> {
     let gpu = &task.gpu;
-    let was: BTreeMap<Bdf, u32> = before.iter().copied().collect();
+    let was: BTreeMap<GpuAddress, u32> = before.iter().copied().collect();
     let differing = || {
         let now = types(gpu).into_iter();
         let changed = now.map(|(vf, id)| (vf, id, was.get(&vf).copied().unwrap_or(0)));

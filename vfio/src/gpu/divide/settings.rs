@@ -1,5 +1,6 @@
 //! Divisions that are kept for the next boot.
 
+use crate::gpu::address::GpuAddress;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -8,7 +9,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::task::{Divided, Division, PartitionError, Partitioner};
-use crate::Bdf;
 use crate::gpu::inventory::PciId;
 use crate::gpu::tree::SysfsTree;
 
@@ -31,11 +31,13 @@ pub struct Settings {
 #[serde(deny_unknown_fields)]
 pub struct Setting {
     /// Where it is.
-    pub address: Bdf,
+    pub address: GpuAddress,
     /// What is to be there: another GPU is left alone.
-    pub vendor: PciId,
-    /// As above.
-    pub device: PciId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vendor: Option<PciId>,
+    /// As above; neither is there of one that is no PCI device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<PciId>,
     /// Into how many.
     pub partitions: u32,
     /// Of which type.
@@ -162,15 +164,14 @@ impl Settings {
     }
 
     /// Keeps how this GPU is divided; of one that is not, nothing is kept.
-    pub fn keep(&mut self, tree: &SysfsTree, gpu: Bdf, division: &Division) {
+    pub fn keep(&mut self, tree: &SysfsTree, gpu: GpuAddress, division: &Division) {
         self.gpu.retain(|setting| setting.address != gpu);
         let function = tree.function(gpu);
-        let ids = (function.hex16("vendor"), function.hex16("device"));
-        if let (Some(vendor), Some(device), 1..) = (ids.0, ids.1, division.count) {
+        if division.count > 0 {
             self.gpu.push(Setting {
                 address: gpu,
-                vendor: PciId(vendor),
-                device: PciId(device),
+                vendor: function.hex16("vendor").map(PciId),
+                device: function.hex16("device").map(PciId),
                 partitions: division.count,
                 kind: division.kind.clone(),
             });
@@ -189,7 +190,10 @@ fn folder(path: &Path) -> &Path {
 impl Partitioner<'_> {
     /// Divides each GPU as it was kept; what came of it, by GPU. One that cannot be does not hinder the
     /// others.
-    pub fn replay(&self, settings: &Settings) -> Vec<(Bdf, Result<Divided, PartitionError>)> {
+    pub fn replay(
+        &self,
+        settings: &Settings,
+    ) -> Vec<(GpuAddress, Result<Divided, PartitionError>)> {
         let replayed = settings
             .gpu
             .iter()
@@ -200,9 +204,12 @@ impl Partitioner<'_> {
     fn replay_one(&self, setting: &Setting) -> Result<Divided, PartitionError> {
         let gpu = setting.address;
         let function = self.tree().function(gpu);
-        let there = (function.hex16("vendor"), function.hex16("device"));
-        if there.0.is_some() && there != (Some(setting.vendor.0), Some(setting.device.0)) {
-            let expected = format!("{:04x}:{:04x}", setting.vendor.0, setting.device.0);
+        let there = |file| function.hex16(file).map(PciId);
+        let there = (there("vendor"), there("device"));
+        if there.0.is_some() && there != (setting.vendor, setting.device) {
+            let written =
+                |id: Option<PciId>| id.map_or_else(String::new, |id| format!("{:04x}", id.0));
+            let expected = format!("{}:{}", written(setting.vendor), written(setting.device));
             return Err(PartitionError::Replaced { gpu, expected });
         }
         let division = Division {

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::Bdf;
-use crate::gpu::address::Address;
+use crate::gpu::address::{Address, GpuAddress};
 use crate::gpu::change::ChangeError;
 use crate::gpu::claim::{Allocation, ClaimError, Claims, Occupants};
 use crate::gpu::holders::Holders;
@@ -31,7 +30,7 @@ pub struct Division {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Divided {
     /// Which one.
-    pub gpu: Bdf,
+    pub gpu: GpuAddress,
     /// Whether it was divided otherwise.
     pub changed: bool,
     /// The addresses of its partitions.
@@ -43,12 +42,12 @@ pub struct Divided {
 pub enum PartitionError {
     /// There is none at this address.
     #[error("{0} is no GPU of this host")]
-    Missing(Bdf),
+    Missing(GpuAddress),
     /// It cannot be divided.
     #[error("GPU {gpu} cannot be divided: {why}")]
     Indivisible {
         /// Which one.
-        gpu: Bdf,
+        gpu: GpuAddress,
         /// Why not.
         why: String,
     },
@@ -56,7 +55,7 @@ pub enum PartitionError {
     #[error("GPU {gpu} cannot be divided into {count}, but into {valid}")]
     Count {
         /// Which one.
-        gpu: Bdf,
+        gpu: GpuAddress,
         /// What was asked for.
         count: u32,
         /// What it can be divided into.
@@ -66,7 +65,7 @@ pub enum PartitionError {
     #[error("GPU {gpu} {why}")]
     Type {
         /// Which one.
-        gpu: Bdf,
+        gpu: GpuAddress,
         /// What is wrong with the type, and which there are.
         why: String,
     },
@@ -74,7 +73,7 @@ pub enum PartitionError {
     #[error("GPU {gpu} is in use: {holders}")]
     Busy {
         /// Which one.
-        gpu: Bdf,
+        gpu: GpuAddress,
         /// Which partition, and who has it.
         holders: String,
     },
@@ -82,7 +81,7 @@ pub enum PartitionError {
     #[error("GPU {gpu} cannot be divided by drover: {remedy}")]
     ByHand {
         /// Which one.
-        gpu: Bdf,
+        gpu: GpuAddress,
         /// What to do.
         remedy: String,
     },
@@ -90,7 +89,7 @@ pub enum PartitionError {
     #[error("GPU {gpu} could not be divided; {restored}")]
     Step {
         /// Which one.
-        gpu: Bdf,
+        gpu: GpuAddress,
         /// How it is now.
         restored: Restored,
         /// What went wrong.
@@ -101,7 +100,7 @@ pub enum PartitionError {
     #[error("GPU {gpu} is not the {expected} that was there when its division was saved")]
     Replaced {
         /// Which one.
-        gpu: Bdf,
+        gpu: GpuAddress,
         /// Vendor and device of the one that was saved.
         expected: String,
     },
@@ -213,7 +212,7 @@ impl<'h> Partitioner<'h> {
     ///
     /// # Errors
     /// [`PartitionError`] says what can be done instead; what was begun is taken back.
-    pub fn divide(&self, gpu: Bdf, division: &Division) -> Result<Divided, PartitionError> {
+    pub fn divide(&self, gpu: GpuAddress, division: &Division) -> Result<Divided, PartitionError> {
         let all = gpus(self.tree)?;
         let function = all.iter().find(|function| function.address == gpu);
         let function = function.ok_or(PartitionError::Missing(gpu))?;

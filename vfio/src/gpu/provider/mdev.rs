@@ -4,8 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{NOT_OPENED, PARTITIONS_MAX, Provider, Survey};
-use crate::Bdf;
-use crate::gpu::address::Uuid;
+use crate::gpu::address::{GpuAddress, Uuid};
 use crate::gpu::divide::{self, PartitionError, Task};
 use crate::gpu::inventory::Partition;
 use crate::gpu::offer::{self, Kind, Offer, Setup};
@@ -24,6 +23,19 @@ pub(super) fn parents<'t>(gpu: &Function<'t>) -> impl Iterator<Item = Function<'
     let vfs = gpu.virtual_functions().into_iter().map(|(_, vf)| vf);
     let all = std::iter::once(*gpu).chain(vfs);
     all.filter(|function| function.has(TYPES))
+}
+
+/// Whether a parent's mediated devices are PCI functions with a display, as those of the kernel's mbochs are
+/// (samples/vfio-mdev): others make ports of serial lines.
+pub(in crate::gpu) fn is_display(parent: &Function<'_>) -> bool {
+    let kinds = parent.names(TYPES).into_iter().take(TYPES_MAX);
+    let mut kinds = kinds.map(|id| format!("{TYPES}/{id}"));
+    kinds.any(|folder| {
+        let of = |file: &str| parent.text(&format!("{folder}/{file}")).unwrap_or_default();
+        let description = of("description");
+        let is_shown = description.contains("display") || framebuffer(&description).is_some();
+        of("device_api") == "vfio-pci" && is_shown
+    })
 }
 
 impl Provider for Mediated {
@@ -84,7 +96,7 @@ impl Provider for Mediated {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::gpu) struct Device {
     pub(in crate::gpu) uuid: Uuid,
-    pub(in crate::gpu) parent: Bdf,
+    pub(in crate::gpu) parent: GpuAddress,
     /// Its type's folder.
     pub(in crate::gpu) kind: String,
 }
@@ -137,7 +149,7 @@ pub(in crate::gpu) fn types(gpu: &Function<'_>) -> BTreeMap<String, GpuType> {
 }
 
 /// A function of a GPU that can have one more of this type.
-pub(in crate::gpu) fn room(gpu: &Function<'_>, kind: &str) -> Option<Bdf> {
+pub(in crate::gpu) fn room(gpu: &Function<'_>, kind: &str) -> Option<GpuAddress> {
     let mut parents = parents(gpu);
     let has_room = |parent: &Function<'_>| MdevType::read(parent, kind).available > 0;
     parents.find(has_room).map(|parent| parent.address)
