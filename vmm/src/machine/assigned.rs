@@ -174,7 +174,7 @@ impl Opener {
         };
         Ok(Opened {
             function: match claim {
-                Claim::Gpu(claim) => function.holding(Box::new(claim)),
+                Claim::Gpu(claim) => function.holding(claim),
                 Claim::Named(claim) => function.holding(Box::new(claim)),
                 Claim::None => function,
             },

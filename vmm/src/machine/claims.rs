@@ -11,7 +11,7 @@ use crate::config::{DeviceConfig, GpuConfig, VmName};
 /// What a VM has of the host for one of its devices.
 pub(super) enum Claim {
     /// A part of a GPU, or a GPU.
-    Gpu(ClaimedPartition),
+    Gpu(Box<ClaimedPartition>),
     /// A device that was named.
     Named(ClaimedDevice),
     /// Nobody else can have it: it is another process's.
@@ -86,7 +86,7 @@ impl Claimer {
         let first = places.iter().min().copied().unwrap_or(0);
         let acquired = acquired.map_err(|error| (first, error))?;
         for (place, partition) in places.into_iter().zip(acquired) {
-            claims[place] = Claim::Gpu(partition);
+            claims[place] = Claim::Gpu(Box::new(partition));
         }
         Ok(())
     }

@@ -82,7 +82,7 @@ fn claim(
     };
     let made = offer.setup.make(tree, &claimed.address);
     made.map_err(|source| ClaimError::Setup {
-        gpu,
+        gpu: gpu.to_string(),
         address: claimed.address(),
         source,
     })?;

@@ -36,7 +36,7 @@ pub enum ClaimError {
     #[error("partition {address} of GPU {gpu} cannot be made ready")]
     Setup {
         /// Of which GPU.
-        gpu: crate::gpu::GpuAddress,
+        gpu: String,
         /// Which one.
         address: String,
         /// Why not.
