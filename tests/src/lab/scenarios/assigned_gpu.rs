@@ -19,45 +19,56 @@ const PAGE: usize = 4096;
 /// A guest's picture reaches the device at the driver's next refresh.
 const REFRESH: Duration = Duration::from_secs(20);
 
-/// The display's memory, as the VMM has it mapped for the guest.
-struct VideoMemory {
+/// The displays' memory, as the VMM has it mapped for the guest.
+pub(super) struct VideoMemory {
     process: File,
-    at: u64,
+    /// Where that of each display is.
+    at: Vec<u64>,
 }
 
 impl VideoMemory {
-    fn of(vmm: &Vmm) -> anyhow::Result<Self> {
+    pub(super) fn of(vmm: &Vmm) -> anyhow::Result<Self> {
         let maps = fs::read_to_string(format!("/proc/{}/maps", vmm.pid()))?;
-        let at = maps
+        let at: Vec<u64> = maps
             .lines()
             .filter(|line| line.contains("vfio"))
-            .find_map(|line| {
+            .filter_map(|line| {
                 let (start, rest) = line.split_once('-')?;
                 let (end, _) = rest.split_once(' ')?;
                 let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).ok());
                 (end? - start? == VRAM_BYTES).then_some(start?)
-            });
+            })
+            .collect();
+        ensure!(!at.is_empty(), "the VMM maps no video memory:\n{maps}");
         Ok(Self {
             process: File::open(format!("/proc/{}/mem", vmm.pid()))?,
-            at: at.with_context(|| format!("the VMM maps no video memory:\n{maps}"))?,
+            at,
         })
     }
 
-    /// Whether `len` bytes with this checksum are in it, and where.
-    fn find(&self, len: usize, sha256: &str) -> anyhow::Result<Option<usize>> {
+    /// Whether `len` bytes with this checksum are in one of them, and where.
+    pub(super) fn find(&self, len: usize, sha256: &str) -> anyhow::Result<Option<usize>> {
         let mut bytes = vec![0; usize::try_from(VRAM_BYTES)?];
-        self.process
-            .read_exact_at(&mut bytes, self.at)
-            .context("cannot read the video memory")?;
-        let places = (0..=bytes.len().saturating_sub(len)).step_by(PAGE);
-        // Nothing is painted where the first page is empty.
-        let mut painted = places.filter(|at| bytes[*at..*at + PAGE].iter().any(|byte| *byte != 0));
-        Ok(painted.find(|at| image::sha256_bytes(&bytes[*at..*at + len]) == sha256))
+        for at in &self.at {
+            self.process
+                .read_exact_at(&mut bytes, *at)
+                .context("cannot read the video memory")?;
+            let mut places = (0..=bytes.len().saturating_sub(len)).step_by(PAGE);
+            let found = places.find(|at| {
+                // Nothing is painted where the first page is empty.
+                bytes[*at..*at + PAGE].iter().any(|byte| *byte != 0)
+                    && image::sha256_bytes(&bytes[*at..*at + len]) == sha256
+            });
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
     }
 }
 
-/// A guest paints, and the host finds the picture in the device's memory.
-fn paint(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
+/// A guest paints, and the host finds the picture in the device's memory: its size and checksum.
+pub(super) fn paint(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<(usize, String)> {
     let picture = vmm.do_task("picture", SOON)?;
     ctx.say(format!("{picture:?}"));
     ensure!(
@@ -71,7 +82,7 @@ fn paint(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
     });
     let at = found.context("the picture is not in the device's memory")??;
     ctx.say(format!("the picture is in the device's memory at {at:#x}"));
-    Ok(())
+    Ok((len, sum.to_owned()))
 }
 
 /// One partition in one VM after the other.

@@ -1,5 +1,7 @@
 //! What the host does to a function that a guest has.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::thread;
 use std::time::Instant;
@@ -10,6 +12,7 @@ use serde_json::Value;
 use super::vfio::{assigned_vfs, folder};
 use crate::harness::process::wait_until;
 use crate::lab::ctx::Ctx;
+use crate::lab::sriov::{device_node, group_node};
 use crate::lab::vmm::{BOOT, SOON, Vmm};
 
 /// Names of the events so far that concern the device.
@@ -65,5 +68,51 @@ pub(super) fn wanted_back(ctx: &mut Ctx) -> anyhow::Result<()> {
         vmm.send("exit\n")?;
         vmm.wait_poweroff(SOON)?;
     }
+    Ok(())
+}
+
+/// An open node that a process started from here has, too.
+fn opened(path: &Path) -> anyhow::Result<File> {
+    let file = File::options().read(true).write(true).open(path);
+    let file = file.with_context(|| path.display().to_string())?;
+    rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty())?;
+    Ok(file)
+}
+
+/// The VMM opens nothing itself: it finds what it is told in the descriptors it was started with.
+pub(super) fn handed_over(ctx: &mut Ctx) -> anyhow::Result<()> {
+    let vf = assigned_vfs()?.remove(0);
+    for (node, space) in [
+        (device_node(&vf)?, "/dev/iommu"),
+        (group_node(&vf)?, "/dev/vfio/vfio"),
+    ] {
+        ctx.say(format!("{} and {space}", node.display()));
+        let (node, space) = (opened(&node)?, opened(Path::new(space))?);
+        let (fd, iommu_fd) = (node.as_raw_fd(), space.as_raw_fd());
+        let device = format!("vfio={vf},fd={fd},iommu-fd={iommu_fd}");
+        let words = "lab.do=shell lab.disk=/dev/nvme0n1 lab.mib=4";
+        let mut vmm = ctx
+            .vm("handed")?
+            .with("--device", &device)
+            .words(words)
+            .start()?;
+        drop((node, space));
+        vmm.report("shell", BOOT)?;
+        vmm.do_task("disk", SOON)?;
+        vmm.send("exit\n")?;
+        vmm.wait_poweroff(SOON)?;
+    }
+    ctx.say("a descriptor that is something else");
+    let null = opened(Path::new("/dev/null"))?;
+    let device = format!("vfio={vf},fd={}", null.as_raw_fd());
+    let refused = ctx
+        .vm("null")?
+        .with("--device", &device)
+        .start_refused(SOON)?;
+    ctx.say(&refused);
+    ensure!(
+        refused.contains("is /dev/null, expected /dev/vfio/"),
+        "{refused}"
+    );
     Ok(())
 }

@@ -8,6 +8,7 @@ mod assigned_removal;
 mod boot;
 mod devices;
 mod disk;
+mod gpu_parts;
 mod l1;
 mod life;
 mod migrate;
@@ -355,6 +356,18 @@ pub const TABLE: &[Scenario] = &[
         300,
         "a mediated display in a guest: its driver's pixels are in the device's memory",
         assigned_gpu::mbochs,
+    ),
+    assigned(
+        "gpu-mbochs-parts",
+        400,
+        "a mediated display is divided, given to VMs by --gpu, used up, and clean for the next",
+        gpu_parts::parts,
+    ),
+    assigned(
+        "assigned-handed",
+        240,
+        "nodes of a function that somebody else has opened, through both of the kernel's ways",
+        assigned_host::handed_over,
     ),
     drover(
         "gpu-release",
