@@ -68,7 +68,7 @@ fn a_parent_with_displays_is_a_gpu() {
         "{json}"
     );
     let read = serde_json::from_str::<Vec<_>>(&json).expect("it was written so");
-    assert_eq!(read, std::slice::from_ref(gpu));
+    assert_eq!(read, std::slice::from_ref(&gpu));
     assert_eq!(
         compare(&[
             ("one".to_owned(), vec![gpu.clone()]),
