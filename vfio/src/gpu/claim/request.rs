@@ -96,7 +96,11 @@ mod tests {
         let all = read(all).expect("it is one");
         let text = "2 GPU partitions of type A10-6Q with 4096 MiB or more at 0000:41:00.0";
         assert_eq!(all.to_string(), text);
-        for wrong in [r#"{"pci":"x y"}"#, r#"{"count":-1}"#, r#"{"kind":"A10-6Q"}"#] {
+        for wrong in [
+            r#"{"pci":"x y"}"#,
+            r#"{"count":-1}"#,
+            r#"{"kind":"A10-6Q"}"#,
+        ] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
     }
