@@ -80,8 +80,7 @@ fn give_back(name: &VmName, added: &[DeviceInfo], why: Error) -> Error {
     match (added.len(), left.is_empty()) {
         (0, _) => why,
         (count, true) => why.context(format!(
-            "not all can be had, and {name} has none of them: what it had been given, {count} so far, was \
-             given back"
+            "not all can be had: what {name} had been given, {count} so far, was given back"
         )),
         (_, false) => why.context(format!(
             "not all can be had, and of the others {name} keeps some: {}",

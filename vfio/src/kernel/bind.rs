@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::holders::{self, Holders};
+use super::holders::{self, Holder, Holders};
 use super::sysfs::{Folder, is_vfio_driver};
 use crate::Bdf;
 
@@ -19,15 +19,14 @@ pub enum BindError {
     /// It is a bridge.
     #[error("{0} is a bridge: assign the functions behind it, not the bridge")]
     Bridge(Bdf),
-    /// It has virtual functions, which would go.
+    /// It has virtual functions or mediated devices, which would go.
     #[error(
-        "{device} has virtual functions, which others may have: {functions}; give those, or have none made \
-         of it"
+        "{device} has parts, which others may have: {functions}; give those, or have none made of it"
     )]
     Divided {
         /// The function.
         device: Bdf,
-        /// Its virtual functions.
+        /// Its virtual functions and mediated devices.
         functions: String,
     },
     /// A process has it open.
@@ -104,6 +103,7 @@ fn check_unused(sysfs: &Path, device: Bdf, folder: &Folder) -> Result<(), BindEr
         .filter(|name| name.starts_with("virtfn"))
         .map(|name| folder.link(&name).unwrap_or(name))
         .collect();
+    let functions = [functions, mediated(folder)].concat();
     if !functions.is_empty() {
         let functions = functions.join(", ");
         return Err(BindError::Divided { device, functions });
@@ -115,10 +115,21 @@ fn check_unused(sysfs: &Path, device: Bdf, folder: &Folder) -> Result<(), BindEr
         Some(node) => holders::find(&proc, &[node]),
         None => Holders::default(),
     };
+    // A VM that has one function of the group may have another.
+    let is_other = |holder: &Holder| holder.pid != std::process::id();
+    let holders = Holders(holders.0.into_iter().filter(is_other).collect());
     match holders.0.is_empty() {
         true => Ok(()),
         false => Err(BindError::InUse { device, holders }),
     }
+}
+
+/// The mediated devices that a function's driver has made of it.
+fn mediated(folder: &Folder) -> Vec<String> {
+    let kinds = folder.names("mdev_supported_types").into_iter();
+    let devices =
+        kinds.flat_map(|kind| folder.names(&format!("mdev_supported_types/{kind}/devices")));
+    devices.collect()
 }
 
 fn function(sysfs: &Path, device: Bdf) -> Result<(PathBuf, Folder), BindError> {

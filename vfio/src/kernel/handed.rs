@@ -6,6 +6,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use super::vm::Source;
 
@@ -62,13 +63,19 @@ pub(super) enum HandedSpace {
 
 impl<'n> Source<'n> {
     /// Takes over an inherited descriptor of a device's node, or of its group's. `name` is the
-    /// function's address or UUID.
+    /// function's address or UUID, and `folder` its place in `/sys`: a node must be that of this
+    /// function. A group is asked for it by its name.
     ///
     /// # Errors
     /// [`HandedError`].
-    pub fn inherited(fd: u32, name: &'n str) -> Result<Self, HandedError> {
-        let expected = "/dev/vfio/devices/vfioN or /dev/vfio/N";
-        match take(fd, expected, &[Kind::Device, Kind::Group])? {
+    pub fn inherited(fd: u32, name: &'n str, folder: &Path) -> Result<Self, HandedError> {
+        let expected = "/dev/vfio/devices/vfioN or /dev/vfio/N of the device";
+        let is_it = |kind, node: &str| match (kind, node.strip_prefix("vfio/devices/")) {
+            (Kind::Group, _) => true,
+            (Kind::Device, Some(node)) => folder.join("vfio-dev").join(node).is_dir(),
+            _ => false,
+        };
+        match take(fd, expected, is_it)? {
             (Kind::Device, device) => Ok(Self::Device { name, device }),
             (_, group) => Ok(Self::Group { name, group }),
         }
@@ -79,15 +86,20 @@ impl HandedSpace {
     /// Takes over an inherited descriptor.
     pub(super) fn inherited(fd: u32) -> Result<Self, HandedError> {
         let expected = "/dev/iommu or /dev/vfio/vfio";
-        match take(fd, expected, &[Kind::Iommufd, Kind::Container])? {
+        let is_it = |kind, _: &str| matches!(kind, Kind::Iommufd | Kind::Container);
+        match take(fd, expected, is_it)? {
             (Kind::Iommufd, file) => Ok(Self::Iommufd(file)),
             (_, file) => Ok(Self::Container(file)),
         }
     }
 }
 
-/// Takes over a descriptor of one of these kinds; it is as it was in case of an error.
-fn take(fd: u32, expected: &'static str, kinds: &[Kind]) -> Result<(Kind, OwnedFd), HandedError> {
+/// Takes over a descriptor if `is_it`; it is as it was in case of an error.
+fn take(
+    fd: u32,
+    expected: &'static str,
+    is_it: impl Fn(Kind, &str) -> bool,
+) -> Result<(Kind, OwnedFd), HandedError> {
     let number = RawFd::try_from(fd).ok();
     let number = number.filter(|fd| *fd > libc::STDERR_FILENO);
     let number = number.ok_or(HandedError::NotInherited { fd })?;
@@ -99,8 +111,11 @@ fn take(fd: u32, expected: &'static str, kinds: &[Kind]) -> Result<(Kind, OwnedF
     }
     let host = |source| HandedError::Host { fd, source };
     let name = device_name(number).map_err(host)?;
-    let kind = name.as_deref().and_then(kind_of);
-    let Some(kind) = kind.filter(|kind| kinds.contains(kind)) else {
+    let kind = name.as_deref().and_then(|name| {
+        let kind = kind_of(name)?;
+        is_it(kind, name).then_some(kind)
+    });
+    let Some(kind) = kind else {
         let found = name.map_or("no device".to_owned(), |name| format!("/dev/{name}"));
         return Err(HandedError::OfOtherKind {
             fd,
@@ -171,15 +186,19 @@ mod tests {
     }
 
     fn refused(fd: u32) -> String {
-        Source::inherited(fd, "0000:41:00.4")
-            .unwrap_err()
-            .to_string()
+        Source::inherited(
+            fd,
+            "0000:41:00.4",
+            Path::new("/sys/bus/pci/devices/0000:41:00.4"),
+        )
+        .unwrap_err()
+        .to_string()
     }
 
     #[test]
     fn other_descriptors_are_refused_and_stay_open() {
         let null = inherited("/dev/null");
-        let expected = "expected /dev/vfio/devices/vfioN or /dev/vfio/N";
+        let expected = "expected /dev/vfio/devices/vfioN or /dev/vfio/N of the device";
         for _ in 0..2 {
             assert_eq!(refused(null), format!("fd {null} is /dev/null, {expected}"));
         }

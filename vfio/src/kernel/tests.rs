@@ -371,7 +371,7 @@ fn nothing_is_bound_that_others_have_or_that_is_divided() {
     };
     says(
         &bind_vfio(&sysfs, gpu).unwrap_err().to_string(),
-        &[GPU, "virtual functions", VF],
+        &[GPU, "has parts", VF],
     );
     is_untouched("xe");
     // A driver of VFIO knows its device better than vfio-pci does.

@@ -184,10 +184,10 @@ impl Connection {
         }
     }
 
-    /// Between the messages that one call takes: all of them together may take no longer than one
-    /// of them, whoever waits.
+    /// Before each further message of a call that takes several: all of them together may take no
+    /// longer than a reset and a reply, whoever else is served meanwhile.
     pub(super) fn check_time(&self, begun: Instant, command: Command) -> Result<(), BackendError> {
-        let limit = self.limits.reply;
+        let limit = self.limits.reset + self.limits.reply;
         match begun.elapsed() <= limit {
             true => Ok(()),
             false => {

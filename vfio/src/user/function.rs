@@ -237,8 +237,10 @@ impl UserFunction {
         for part in events.chunks(self.offer.max_descriptors) {
             let descriptors: Vec<_> = part.iter().map(|event| event.as_raw_fd()).collect();
             let flags = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
+            if start > 0 {
+                self.connection.check_time(begun, Command::DeviceSetIrqs)?;
+            }
             self.set(kind, flags, (start, part.len()), &descriptors)?;
-            self.connection.check_time(begun, Command::DeviceSetIrqs)?;
             start += part.len();
         }
         Ok(())
@@ -267,8 +269,10 @@ impl VfioBackend for UserFunction {
         }
         let (mut at, begun) = (offset, Instant::now());
         for part in data.chunks_mut(self.offer.max_data) {
+            if at > offset {
+                self.connection.check_time(begun, Command::RegionRead)?;
+            }
             self.read_part(region_access(number, at, part), part)?;
-            self.connection.check_time(begun, Command::RegionRead)?;
             at += part.len() as u64;
         }
         Ok(())
@@ -283,8 +287,10 @@ impl VfioBackend for UserFunction {
         }
         let (mut at, begun) = (offset, Instant::now());
         for part in data.chunks(self.offer.max_data) {
+            if at > offset {
+                self.connection.check_time(begun, Command::RegionWrite)?;
+            }
             self.write_part(region_access(number, at, part), part)?;
-            self.connection.check_time(begun, Command::RegionWrite)?;
             at += part.len() as u64;
         }
         Ok(())

@@ -203,7 +203,7 @@ impl Opener {
                 }
                 let host = device.to_string();
                 match config.fd {
-                    Some(fd) => self.handed(fd, config.iommu_fd, host),
+                    Some(fd) => self.handed((fd, config.iommu_fd), &device.sysfs_path(), host),
                     None => self.kernel(&device.sysfs_path(), host, path_of(config)),
                 }
             }
@@ -219,12 +219,17 @@ impl Opener {
     }
 
     /// What somebody with more rights has opened.
-    fn handed(&self, fd: u32, iommu_fd: Option<u32>, host: String) -> Result<Device, AssignError> {
+    fn handed(
+        &self,
+        (fd, iommu_fd): (u32, Option<u32>),
+        folder: &Path,
+        host: String,
+    ) -> Result<Device, AssignError> {
         self.check_memory_lock()?;
         if let Some(fd) = iommu_fd {
             self.kernel.inherit_space(fd)?;
         }
-        let source = Source::inherited(fd, &host)?;
+        let source = Source::inherited(fd, &host, folder)?;
         let function = self.kernel.open_source(source)?;
         Ok(Device::of_kernel(function, host))
     }

@@ -45,7 +45,10 @@ impl Claims {
         };
         let is_of_folder = matches!(
             error,
-            ClaimError::File { .. } | ClaimError::Denied { .. } | ClaimError::Untrusted { .. }
+            ClaimError::File { .. }
+                | ClaimError::Denied { .. }
+                | ClaimError::Untrusted { .. }
+                | ClaimError::Held { .. }
         );
         match is_of_folder && !is_of_gpu {
             true => {
