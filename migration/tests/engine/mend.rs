@@ -207,6 +207,8 @@ fn a_connection_in_anothers_place_carries_pages_after_the_switchover() {
 fn a_cut_among_the_last_pages_leaves_the_machine_running() {
     let mut world = World::small(true);
     world.write_at_first_harvest();
+    // However long it takes to find that the connections carry: no further round.
+    world.handle = new_handle(Duration::from_secs(60));
     // Attach, the pages of the first round, a batch without pages, then the last ones.
     let end = Broken::new(4, 0, FaultKind::Cut).migrate(&mut world, "last pages");
     assert!(matches!(end.report.outcome, Outcome::Resumed(_)));
