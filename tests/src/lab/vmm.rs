@@ -344,7 +344,7 @@ impl Vmm {
     pub(super) fn state(&mut self) -> String {
         let life = match self.child.try_wait() {
             Ok(Some(status)) => format!("drover has ended with {}", describe(status)),
-            Ok(None) => "drover runs".to_owned(),
+            Ok(None) => format!("drover runs{}", self.threads()),
             Err(error) => format!("drover cannot be waited for ({error})"),
         };
         let messages = self.messages().unwrap_or_default();
@@ -352,6 +352,31 @@ impl Vmm {
             nothing if nothing.is_empty() => format!("{life} and said nothing"),
             said => format!("{life} and said: {said}"),
         }
+    }
+
+    /// What each thread waits for in the kernel, and how many exits the vCPUs make in a second: a guest
+    /// that is silent is idle, spins or waits for its VMM.
+    fn threads(&self) -> String {
+        let exits = || self.api("GET", "/metrics", None).unwrap_or_default();
+        let before = exits();
+        std::thread::sleep(Duration::from_secs(1));
+        let after = exits();
+        let changed = after.lines().filter(|line| !before.contains(*line));
+        let mut text = format!(" (in a second: {})", changed.collect::<Vec<_>>().join(", "));
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        for task in tasks.into_iter().flatten().flatten() {
+            let read = |name: &str| {
+                let text = std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+                text.lines()
+                    .take(12)
+                    .map(str::trim)
+                    .collect::<Vec<_>>()
+                    .join(" < ")
+            };
+            let [name, wchan, syscall, stack] = ["comm", "wchan", "syscall", "stack"].map(read);
+            text.push_str(&format!("; {name}: {wchan} [{syscall}] {stack}"));
+        }
+        text
     }
 }
 
