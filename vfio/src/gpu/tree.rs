@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use super::address::GpuAddress;
+use super::address::{Address, GpuAddress, Uuid};
 use crate::Bdf;
 
 /// Bytes of a file that are read; the kernel's attributes have one page, lists of types a few.
@@ -116,6 +116,14 @@ impl SysfsTree {
             tree: self,
             address: address.into(),
         }
+    }
+
+    /// What a mediated device was made by.
+    pub(super) fn mediated_parent(&self, uuid: &Uuid) -> Option<GpuAddress> {
+        let folder = Address::Mediated(uuid.clone()).folder(self);
+        let kind = fs::canonicalize(folder.join("mdev_type")).ok()?;
+        let parent = kind.parent()?.parent()?;
+        parent.file_name()?.to_str()?.parse().ok()
     }
 
     /// Whether there is a kernel module of this name.

@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(index, 1);
         let (said, pid) = (error.to_string(), std::process::id());
         assert!(
-            said.contains(&format!("{} by web (pid {pid})", VFS[0])),
+            said.contains(&format!("web (pid {pid}) has {}", VFS[0])),
             "{said}"
         );
     }

@@ -208,7 +208,7 @@ pub(super) fn several(ctx: &mut Ctx) -> anyhow::Result<()> {
     refusals(ctx, &vfs, vms[0].pid())
 }
 
-/// `vfs[0]` is in use by the process `holder`.
+/// `vfs[0]` is in use by the VM `first`, of the process `holder`.
 fn refusals(ctx: &Ctx, vfs: &[String], holder: u32) -> anyhow::Result<()> {
     let refused = |devices: &[&str]| -> anyhow::Result<String> {
         let spec = devices.iter().fold(ctx.vm("refused")?, |spec, device| {
@@ -218,7 +218,7 @@ fn refusals(ctx: &Ctx, vfs: &[String], holder: u32) -> anyhow::Result<()> {
         ctx.say(message.trim());
         Ok(message)
     };
-    let (vf, by) = (vfs[0].as_str(), format!("process {holder} (drover)"));
+    let (vf, by) = (vfs[0].as_str(), format!("first (pid {holder}) has it"));
     for way in ["iommufd=on", "iommufd=off"] {
         let message = refused(&[&format!("{vf},{way}")])?;
         ensure!(

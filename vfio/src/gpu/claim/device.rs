@@ -3,11 +3,12 @@
 use super::allocation::{Allocation, Claim, NewClaim};
 use super::error::ClaimError;
 use super::folder::Claims;
-use crate::gpu::address::Address;
+use crate::gpu::address::{Address, GpuAddress};
 use crate::gpu::holders::Holders;
 use crate::gpu::inventory::is_gpu;
 use crate::gpu::offer::Undo;
-use crate::gpu::tree::SysfsTree;
+use crate::gpu::provider::mdev;
+use crate::gpu::tree::{Function, SysfsTree};
 
 /// A device that a VM of this process has. Dropping it gives it back: close the device first.
 #[derive(Debug)]
@@ -73,25 +74,21 @@ impl Claims {
     }
 }
 
-/// A function, the one that it is a virtual function of, and its own virtual functions are to be nobody's:
-/// a GPU is given whole or in parts, never both.
+/// A device, what it is a part of, and its own parts are to be nobody's: a GPU is given whole or in parts,
+/// never both.
 fn check_free(
     allocation: &Allocation<'_>,
     tree: &SysfsTree,
     address: &Address,
 ) -> Result<(), ClaimError> {
     let owners = allocation.owners()?;
-    let mut addresses = vec![address.clone()];
-    if let Address::Pci(bdf) = address {
-        let function = tree.function(*bdf);
-        let physical = function.link("physfn").and_then(|name| name.parse().ok());
-        addresses.extend(physical.map(Address::Pci));
-        let vfs = function.virtual_functions().into_iter();
-        addresses.extend(vfs.map(|(_, vf)| Address::Pci(vf.address)));
-    }
-    let held = addresses.iter().filter_map(|address| {
-        let owner = owners.get(address)?;
-        Some(format!("{address} by {owner}"))
+    let kin = kin(tree, address);
+    let held = std::iter::once(address).chain(&kin).filter_map(|held| {
+        let owner = owners.get(held)?;
+        Some(match held == address {
+            true => format!("{owner} has it"),
+            false => format!("{owner} has {held}"),
+        })
     });
     let held: Vec<_> = held.collect();
     match held.is_empty() {
@@ -100,5 +97,28 @@ fn check_free(
             device: address.to_string(),
             by: held.join(", "),
         }),
+    }
+}
+
+/// What a device is a part of, and its parts: virtual functions and mediated devices.
+fn kin(tree: &SysfsTree, address: &Address) -> Vec<Address> {
+    let physical = |function: &Function<'_>| {
+        let name = function.link("physfn");
+        name.and_then(|name| name.parse::<GpuAddress>().ok())
+    };
+    match address {
+        Address::Pci(address) => {
+            let function = tree.function(*address);
+            let vfs = function.virtual_functions().into_iter();
+            let functions = vfs.map(|(_, vf)| vf.address).chain(physical(&function));
+            let devices = mdev::devices(&function).into_iter();
+            let devices = devices.map(|device| Address::Mediated(device.uuid));
+            functions.map(Address::Pci).chain(devices).collect()
+        }
+        Address::Mediated(uuid) => {
+            let parent = tree.mediated_parent(uuid);
+            let physical = parent.and_then(|parent| physical(&tree.function(parent)));
+            parent.into_iter().chain(physical).map(Address::Pci).collect()
+        }
     }
 }
