@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::options::SourceError;
+use super::plan::Task;
 use super::rounds::{Rounds, listen};
-use super::stream::Task;
+
 use super::workers::Reopen;
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::Mode;
@@ -17,6 +18,36 @@ use crate::words;
 const SETTLE_SHARE: u32 = 10;
 
 impl Rounds<'_> {
+    /// Waits until all connections have done what they were told; returns those that broke and were
+    /// opened again.
+    pub(super) fn await_or_reopen(
+        &mut self,
+        control: &mut Control,
+        pages: u64,
+        reopen: &mut Reopen<'_>,
+        look: impl Fn(&Self),
+    ) -> Result<Vec<u64>, SourceError> {
+        let (mut left, mut lost) = (self.workers.count(), Vec::new());
+        while left > 0 {
+            match self.workers.next()? {
+                Some((index, Err(error))) => {
+                    self.check_wanted()?;
+                    // It may take a while.
+                    self.tell_round(control, pages)?;
+                    self.reopen(control, (index, error), reopen)?;
+                    lost.push(index);
+                    left -= 1;
+                }
+                Some((_, Ok(()))) => left -= 1,
+                None => {
+                    look(self);
+                    self.watch(control, pages)?;
+                }
+            }
+        }
+        Ok(lost)
+    }
+
     /// Opens a connection again that broke. What of its pages has come nobody knows: they are all
     /// to be sent once more.
     pub(super) fn reopen(

@@ -10,6 +10,7 @@
 //! | `connect` | handshake and data connections |
 //! | `stream`, `frames` | a data connection's thread; what it reads into and writes from |
 //! | `pacer` | the bandwidth limit |
+//! | `plan` | what the connections are told to do in a round |
 //! | `rounds`, `handover` | pre-copy, and what a blackout takes whatever is dirty |
 //! | `workers` | the data connections' threads, as their coordinator sees them |
 //! | `mend` | data connections that break in pre-copy are opened again |
@@ -27,6 +28,7 @@ mod migrate;
 pub mod options;
 mod pace;
 mod pacer;
+mod plan;
 mod postcopy;
 mod relink;
 mod rounds;

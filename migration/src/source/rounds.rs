@@ -9,7 +9,8 @@ use super::handover::Handover;
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
 use super::pace::Pace;
-use super::stream::{Cut, RoundPlan, Shared, Task};
+use super::plan::{Cut, RoundPlan, Task};
+use super::stream::Shared;
 use super::workers::{Reopen, Workers};
 use crate::bitmap::DirtyBitmap;
 use crate::convergence::{Decision, decide, predicted_blackout};
@@ -260,36 +261,6 @@ impl<'a> Rounds<'a> {
         Ok(Sent { report, plan, lost })
     }
 
-    /// Waits until all connections have done what they were told; returns those that broke and were
-    /// opened again.
-    pub(super) fn await_or_reopen(
-        &mut self,
-        control: &mut Control,
-        pages: u64,
-        reopen: &mut Reopen<'_>,
-        look: impl Fn(&Self),
-    ) -> Result<Vec<u64>, SourceError> {
-        let (mut left, mut lost) = (self.workers.count(), Vec::new());
-        while left > 0 {
-            match self.workers.next()? {
-                Some((index, Err(error))) => {
-                    self.check_wanted()?;
-                    // It may take a while.
-                    self.tell_round(control, pages)?;
-                    self.reopen(control, (index, error), reopen)?;
-                    lost.push(index);
-                    left -= 1;
-                }
-                Some((_, Ok(()))) => left -= 1,
-                None => {
-                    look(self);
-                    self.watch(control, pages)?;
-                }
-            }
-        }
-        Ok(lost)
-    }
-
     /// Sends the last pages; the guest stands still.
     pub(super) fn last_round(&mut self, dirty: Vec<DirtyBitmap>) {
         self.number += 1;
@@ -359,7 +330,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// Whether it is still to go on.
-    fn check_wanted(&self) -> Result<(), SourceError> {
+    pub(super) fn check_wanted(&self) -> Result<(), SourceError> {
         if self.handle.is_cancelled() {
             return Err(SourceError::Cancelled);
         }
@@ -369,7 +340,7 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    fn watch(&mut self, control: &mut Control, pages: u64) -> Result<(), SourceError> {
+    pub(super) fn watch(&mut self, control: &mut Control, pages: u64) -> Result<(), SourceError> {
         self.check_wanted()?;
         listen(control, Duration::ZERO)?;
         self.show_life(control, pages)?;

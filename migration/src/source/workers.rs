@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use super::control::TICK;
 use super::options::SourceError;
-use super::stream::{Shared, Stream, StreamResult, Task};
+use super::plan::Task;
+use super::stream::{Shared, Stream, StreamResult};
 use crate::ports::Channel;
 
 /// To a thread: what it is to do.

@@ -41,10 +41,7 @@ fn a_gpu_and_its_parts_are_not_two_vms() {
     let host = xe(2);
     let part = host.acquire(&at(&vf_address(1))).expect("it is free");
     let said = host.taken(GPU);
-    assert!(
-        said.contains(&format!("has {}", vf_address(1))),
-        "{said}"
-    );
+    assert!(said.contains(&format!("has {}", vf_address(1))), "{said}");
     drop(part);
     let _whole = host.device(GPU, "web").expect("nobody has a part");
     let said = host.taken(&vf_address(0));
@@ -62,7 +59,10 @@ fn a_function_and_its_mediated_devices_are_not_two_vms() {
     let own = host.device(&part, "web").expect("it is free");
     for whole in [GPU, &vf_address(0)] {
         let said = host.taken(whole);
-        assert!(said.starts_with(&format!("{whole} is in use: web")), "{said}");
+        assert!(
+            said.starts_with(&format!("{whole} is in use: web")),
+            "{said}"
+        );
         assert!(said.ends_with(&format!("has {part}")), "{said}");
     }
     drop(own);

@@ -118,7 +118,11 @@ fn kin(tree: &SysfsTree, address: &Address) -> Vec<Address> {
         Address::Mediated(uuid) => {
             let parent = tree.mediated_parent(uuid);
             let physical = parent.and_then(|parent| physical(&tree.function(parent)));
-            parent.into_iter().chain(physical).map(Address::Pci).collect()
+            parent
+                .into_iter()
+                .chain(physical)
+                .map(Address::Pci)
+                .collect()
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Devices added and removed by operators. Opening one may take long, and is done on a thread of its
 //! own; letting one go is up to the guest.
 
+use std::io;
 use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
 
 use devices::DeviceId;
 
@@ -19,10 +21,7 @@ impl Controller {
         let begun = self.begin_adding(config).and_then(|(id, device)| {
             let opener = self.machine.opener.clone();
             let jobs = self.jobs_sender.clone();
-            // Nothing is opened for somebody who cannot be answered.
-            let (begin, begins) = mpsc::channel::<Answer<DeviceInfo>>();
-            let work = move || {
-                let Ok(answer) = begins.recv() else { return };
+            let work = move |answer: Answer<DeviceInfo>| {
                 let opened = opener.open(&id, &device);
                 // Without a controller the VM has ended, and the device is closed again.
                 let _ = jobs.send(Box::new(move |controller: &mut Controller| {
@@ -30,14 +29,12 @@ impl Controller {
                     let _ = answer.send(controller.finish_adding(device, opened));
                 }));
             };
-            let thread = std::thread::Builder::new().name("plug".to_owned());
-            thread.spawn(work).map_err(CommandError::Thread)?;
-            Ok(begin)
+            thread_for("plug", work).map_err(CommandError::Thread)
         });
         self.adding |= begun.is_ok();
         // The one who asked may no longer wait for the answer; the thread waits for its order.
         let _ = match begun {
-            Ok(begin) => begin.send(answer).map_err(|_| ()),
+            Ok((_, begin)) => begin.send(answer).map_err(|_| ()),
             Err(error) => answer.send(Err(error)).map_err(|_| ()),
         };
     }
@@ -120,18 +117,16 @@ impl Controller {
     /// Has a device closed by a thread of its own: its reset may take long.
     fn close(&mut self, entry: DeviceEntry) {
         let device = entry.device.id().to_string();
-        let (hand, handed) = mpsc::channel::<DeviceEntry>();
         let (jobs, id) = (self.jobs_sender.clone(), device.clone());
-        let work = move || {
-            drop(handed.recv());
+        let work = move |entry: DeviceEntry| {
+            drop(entry);
             // Without a controller nobody asks any more.
             let _ = jobs.send(Box::new(|controller: &mut Controller| {
                 controller.finish_removing(id);
             }));
         };
-        let thread = std::thread::Builder::new().name("unplug".to_owned());
-        match thread.spawn(work) {
-            Ok(thread) => {
+        match thread_for("unplug", work) {
+            Ok((thread, hand)) => {
                 self.closing.insert(device, thread);
                 // The thread waits for it.
                 let _ = hand.send(entry);
@@ -179,4 +174,19 @@ impl Controller {
             (false, None) => Ok(()),
         }
     }
+}
+
+/// A thread that waits for what it is to work on: whoever has that keeps it when there is no thread to be had.
+fn thread_for<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce(T) + Send + 'static,
+) -> io::Result<(JoinHandle<()>, mpsc::Sender<T>)> {
+    let (hand, handed) = mpsc::channel();
+    let wait = move || {
+        if let Ok(value) = handed.recv() {
+            work(value);
+        }
+    };
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    Ok((thread.spawn(wait)?, hand))
 }
