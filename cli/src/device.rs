@@ -87,7 +87,7 @@ pub(crate) fn add_to(name: &VmName, device: &DeviceConfig, within: Duration) -> 
         let answer = client.post_for("/v1/devices", device, within).await;
         answer.map_err(|error| match error {
             ClientError::Timeout { .. } => {
-                anyhow!("{error}; the device may still be added: `drover device list {name}` tells")
+                anyhow!("{error}; the device is closed again once it is open")
             }
             error => error.into(),
         })

@@ -2,6 +2,7 @@
 
 mod assign;
 mod partition;
+mod steady;
 
 use std::fs::File;
 use std::io::Read;

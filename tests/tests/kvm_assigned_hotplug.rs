@@ -137,6 +137,32 @@ fn device_that_cannot_be_added_leaves_the_vm_as_it_was() -> Outcome {
 }
 
 #[test]
+fn device_that_nobody_waits_for_is_closed_again() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
+    let vm = ground.vm("run=heartbeat").start_controlled()?;
+    let before = vm.control().json("devices")?;
+    gpu.signal(libc::SIGSTOP)?;
+    let late = ground.run_drover(&["device", "add", "vm", &gpu.device(), "--timeout", "1"])?;
+    gpu.signal(libc::SIGCONT)?;
+    let message = failure(&late, 1)?;
+    ensure!(message.contains("is closed again"), "{message}");
+    // The server has one client at a time: it is free once the VM has closed it.
+    let add = || ground.run_drover(&["device", "add", "vm", &gpu.device()]);
+    let refused = process::wait_until(Instant::now() + SOON, || match add() {
+        Ok(added) if failure(&added, 1).is_ok_and(|said| said.contains("is being added")) => None,
+        added => Some(added),
+    });
+    refused.context("it is still being added")??.success()?;
+    let after = vm.control().json("devices")?;
+    let count = |devices: &Value| devices.as_array().map(Vec::len);
+    assert_eq!(count(&after), count(&before).map(|count| count + 1));
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_removed_is_refused() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());

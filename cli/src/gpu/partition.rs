@@ -13,6 +13,7 @@ use vmm::gpu::{
 };
 
 use super::HostArgs;
+use super::steady::Steady;
 
 /// A VM or another program has a part of it, or all.
 const BUSY: u8 = 4;
@@ -93,6 +94,8 @@ pub(super) fn partition(args: &PartitionArgs) -> Result<ExitCode> {
         true => Some(Edited::begin(args, gpu)?),
         false => None,
     };
+    // Half-way it would be neither as asked nor as before.
+    let _steady = Steady::begin(format!("waits until GPU {gpu} is divided"))?;
     let divided = match partitioner.divide(gpu, &division) {
         Ok(divided) => divided,
         Err(error) => {
@@ -179,7 +182,11 @@ fn restore(args: &PartitionArgs, partitioner: &Partitioner<'_>) -> Result<ExitCo
     let settings = Settings::load(&path)?;
     let mut codes = Vec::new();
     let mut results = Vec::new();
-    for (gpu, result) in partitioner.replay(&settings) {
+    let steady = Steady::begin("waits until the GPU in hand is divided".to_owned())?;
+    let mut replayed = partitioner.replay(&settings);
+    while !steady.is_asked_to_end()
+        && let Some((gpu, result)) = replayed.next()
+    {
         match result {
             Ok(divided) => {
                 results.push(serde_json::to_value(&divided)?);
@@ -197,6 +204,9 @@ fn restore(args: &PartitionArgs, partitioner: &Partitioner<'_>) -> Result<ExitCo
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&Value::from(results))?);
+    }
+    if steady.is_asked_to_end() {
+        bail!("a signal came: GPUs that have not been told of are left as they are");
     }
     Ok(match codes.iter().min() {
         Some(code) => ExitCode::from(*code),

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use super::address::{Address, GpuAddress, Uuid};
+use super::provider::vgpu_config::VGPU_CONFIG;
 use crate::Bdf;
 
 /// Bytes of a file that are read; the kernel's attributes have one page, lists of types a few.
@@ -22,6 +23,8 @@ pub struct SysfsTree {
     root: PathBuf,
     /// Where its processes are, if there are any.
     proc: Option<PathBuf>,
+    /// The types that NVIDIA's driver knows, if it is there.
+    vgpu_config: Option<PathBuf>,
 }
 
 /// `/sys` cannot be read.
@@ -46,8 +49,12 @@ impl SysfsTree {
     pub fn at(root: impl Into<PathBuf>) -> Self {
         let root = root.into();
         let is_host = fs::canonicalize(&root).is_ok_and(|root| root == Path::new("/sys"));
-        let proc = is_host.then(|| PathBuf::from("/proc"));
-        Self { root, proc }
+        let of_host = |path: &str| is_host.then(|| PathBuf::from(path));
+        Self {
+            root,
+            proc: of_host("/proc"),
+            vgpu_config: of_host(VGPU_CONFIG),
+        }
     }
 
     /// With the processes that are listed in `proc`, which is otherwise this host's `/proc` for this
@@ -56,6 +63,18 @@ impl SysfsTree {
     pub fn with_proc(mut self, proc: impl Into<PathBuf>) -> Self {
         self.proc = Some(proc.into());
         self
+    }
+
+    /// With the `vgpuConfig.xml` of NVIDIA's vGPU host driver, which is otherwise this host's for this host's
+    /// `/sys`, and none for any other.
+    #[must_use]
+    pub fn with_vgpu_config(mut self, file: impl Into<PathBuf>) -> Self {
+        self.vgpu_config = Some(file.into());
+        self
+    }
+
+    pub(super) fn vgpu_config(&self) -> Option<&Path> {
+        self.vgpu_config.as_deref()
     }
 
     pub(super) fn proc(&self) -> Option<&Path> {

@@ -43,6 +43,11 @@ pub enum OpenError {
     /// No driver is bound.
     #[error("{0} is bound to no driver: bind it to vfio-pci, as --device vfio={0},bind=on does")]
     Unbound(String),
+    /// A virtual function of NVIDIA's vGPU driver, which makes a VFIO device of it with its type.
+    #[error(
+        "{0} has no vGPU type yet: give it one, as `drover gpu partition` and --gpu pci={0},type=NAME do"
+    )]
+    NoVgpuType(String),
     /// A driver of the host has it.
     #[error(
         "{device} is bound to the host's driver {driver}: bind it to vfio-pci, as --device \

@@ -9,6 +9,9 @@ use super::sysfs::{Folder, Host, is_harmless, is_vfio_driver};
 /// What VFIO calls groups that it makes without an IOMMU.
 const NOIOMMU: &str = "vfio-noiommu";
 
+/// A virtual function of NVIDIA's vGPU driver has this file, and a node of VFIO's once it has a type.
+const VGPU_TYPE: &str = "nvidia/current_vgpu_type";
+
 /// A device that can be opened, as far as `/sys` tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Located {
@@ -71,6 +74,7 @@ pub(super) fn examine(host: &Host, path: &Path) -> Result<Located, OpenError> {
     match folder.driver() {
         // Drivers of mediated devices are called as their parents are.
         _ if is_vfio || is_mediated => {}
+        Some(_) if folder.text(VGPU_TYPE).is_some() => return Err(OpenError::NoVgpuType(name)),
         Some(driver) => {
             return Err(OpenError::WrongDriver {
                 device: name,

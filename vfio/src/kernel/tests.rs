@@ -166,6 +166,13 @@ fn devices_that_cannot_be_assigned_are_told_with_the_remedy() {
     says(&host.refusal(GPU), &[GPU, "lspci"]);
     host.function(GPU, Some(41), Some("nouveau"));
     says(&host.refusal(GPU), &[GPU, "nouveau", "vfio-pci", "bind=on"]);
+    let vgpu = "0000:41:00.4";
+    host.function(vgpu, Some(45), Some("nvidia"));
+    host.write(
+        &format!("sys/devices/pci0000:40/{vgpu}/nvidia/current_vgpu_type"),
+        "0\n",
+    );
+    says(&host.refusal(vgpu), &[vgpu, "no vGPU type", "--gpu pci="]);
     host.function(AUDIO, Some(42), None);
     says(&host.refusal(AUDIO), &[AUDIO, "no driver", "bind=on"]);
     host.function("0000:42:00.0", None, None);

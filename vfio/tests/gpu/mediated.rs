@@ -173,6 +173,20 @@ fn a_mediated_device_lives_as_long_as_its_claim() {
     assert_eq!(host.gpu().partition_count, Some(1));
 }
 
+/// Of a type that is used up, while there is another.
+#[test]
+fn a_type_of_which_all_are_taken_is_one_all_the_same() {
+    let (host, _kernel) = mediated(&[GPU], 1);
+    let request = GpuRequest {
+        kind: Some("A10-6Q".to_owned()),
+        ..GpuRequest::default()
+    };
+    let _first = host.acquire(&request).expect("there is one");
+    let said = host.refusal(&request);
+    assert!(said.contains("all such are taken"), "{said}");
+    assert!(!said.contains("no such type"), "{said}");
+}
+
 /// A driver may refuse to take back what a claim has made; whoever comes next tries again.
 #[test]
 fn what_cannot_be_taken_back_is_by_the_next() {

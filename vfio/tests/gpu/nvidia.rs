@@ -152,6 +152,37 @@ fn a_type_that_goes_with_its_claim_does_not_count() {
     assert!(!host.divide(1, Some("586")).expect("it is so").changed);
 }
 
+/// Of a GPU that is full the driver no longer lists the types that it has.
+#[test]
+fn types_of_a_full_gpu_have_their_names_from_the_drivers_file() {
+    let host = NVIDIA_MODELS[1].host(true, &[6, 6, 6, 6]);
+    let gpu = host.gpu();
+    assert_eq!(gpu.partitions[0].kind.as_deref(), Some("type 586"));
+    assert_eq!(gpu.partitions[0].vram_bytes, None);
+    host.write(
+        "vgpuConfig.xml",
+        r#"<vgpuconfig><vgpuType id="586" name="NVIDIA A10-6Q" class="Quadro"></vgpuType></vgpuconfig>"#,
+    );
+    let tree = host
+        .tree()
+        .with_vgpu_config(host.root().join("vgpuConfig.xml"));
+    let gpu = vfio::gpu::inventory(&tree).expect("it has PCI").remove(0);
+    assert_eq!(gpu.partitions[0].kind.as_deref(), Some("NVIDIA A10-6Q"));
+    assert_eq!(gpu.partitions[0].vram_bytes, Some(6 << 30));
+    let request = |kind: &str| GpuRequest {
+        kind: Some(kind.to_owned()),
+        min_vram_bytes: Some(6 << 30),
+        ..GpuRequest::default()
+    };
+    let acquire = |kind| host.claims().acquire(&tree, &request(kind), "web");
+    let claimed: Vec<_> = (0..4)
+        .map(|_| acquire("A10-6Q").expect("it is free"))
+        .collect();
+    let said = acquire("A10-6Q").expect_err("there are four").to_string();
+    assert!(said.contains("none is free; all 4 partitions"), "{said}");
+    drop(claimed);
+}
+
 /// The function at which it fails does so, too, when all is to be as before.
 #[test]
 fn functions_are_restored_around_one_that_takes_nothing() {

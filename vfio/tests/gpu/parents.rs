@@ -167,7 +167,7 @@ fn a_parent_is_divided_and_that_is_kept() {
     partitioner
         .divide(gpu, &vfio::gpu::Division::default())
         .expect("nobody has them");
-    let (address, replayed) = partitioner.replay(&kept).remove(0);
+    let (address, replayed) = partitioner.replay(&kept).next().expect("one is kept");
     let replayed = replayed.expect("there is room");
     assert_eq!((address, replayed.partitions.len()), (gpu, 3));
 }

@@ -35,7 +35,7 @@ fn a_division_is_kept_and_replayed() {
     }
     let partitioner = Partitioner::new(&tree, &claims);
     for changed in [true, false] {
-        let mut replayed = partitioner.replay(&settings);
+        let mut replayed: Vec<_> = partitioner.replay(&settings).collect();
         let (address, divided) = replayed.remove(0);
         let divided = divided.expect("there is room");
         assert_eq!(
@@ -45,7 +45,7 @@ fn a_division_is_kept_and_replayed() {
     }
     // Its place was taken by another.
     host.write(&format!("bus/pci/devices/{GPU}/device"), "0x26b5\n");
-    let (_, replaced) = partitioner.replay(&settings).remove(0);
+    let (_, replaced) = partitioner.replay(&settings).next().expect("one is kept");
     assert!(
         matches!(replaced, Err(PartitionError::Replaced { .. })),
         "{replaced:?}"
@@ -53,7 +53,7 @@ fn a_division_is_kept_and_replayed() {
     // Or is empty; the others have their turn nevertheless.
     settings.gpu[0].address = "0000:99:00.0".parse().expect("an address");
     settings.gpu.push(settings.gpu[0].clone());
-    let replayed = partitioner.replay(&settings);
+    let replayed: Vec<_> = partitioner.replay(&settings).collect();
     let missing =
         |(_, result): &(_, Result<_, _>)| matches!(result, Err(PartitionError::Missing(_)));
     assert!(

@@ -249,8 +249,8 @@ fn check_assignment(report: &mut Report, root: &Root) {
     if groups > 0 {
         report.ok(Area::Assign, "IOMMU", format!("on, {groups} groups"));
     } else {
-        let remedy = "enable VT-d or AMD-Vi in the firmware and boot with intel_iommu=on or \
-                      amd_iommu=on";
+        let remedy = "enable VT-d or AMD-Vi in the firmware, and on Intel boot with \
+                      intel_iommu=on";
         report.add(
             Area::Assign,
             "IOMMU",

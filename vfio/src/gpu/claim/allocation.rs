@@ -68,15 +68,17 @@ impl Owners {
 #[derive(Debug)]
 pub(in crate::gpu) struct Allocation<'c> {
     claims: &'c Claims,
-    _lock: File,
+    lock: File,
 }
 
 impl<'c> Allocation<'c> {
     pub(super) fn new(claims: &'c Claims, lock: File) -> Self {
-        Self {
-            claims,
-            _lock: lock,
-        }
+        Self { claims, lock }
+    }
+
+    /// An empty file, locked.
+    pub(in crate::gpu) fn lock(&self) -> &File {
+        &self.lock
     }
 
     /// Everybody who has a claim, of whichever tree: one address has one claim.

@@ -72,7 +72,7 @@ fn best<'v>(view: &'v View, request: &GpuRequest) -> Result<&'v Offer, String> {
         )
     });
     let Some(first) = fitting.first() else {
-        return Err(why_none(view, misfit));
+        return Err(why_none(view, request, misfit));
     };
     // Which type is meant nobody has said, and there are several.
     let is_said = request.kind.is_some() || request.min_vram_bytes.is_some();
@@ -95,11 +95,11 @@ fn whole<'v>(view: &'v View, request: &GpuRequest) -> Result<&'v Offer, String> 
     };
     match of_any_type.judge(offer) {
         Ok(()) => Ok(offer),
-        Err(why) => Err(why_none(view, Some(why))),
+        Err(why) => Err(why_none(view, request, Some(why))),
     }
 }
 
-fn why_none(view: &View, misfit: Option<Misfit>) -> String {
+fn why_none(view: &View, request: &GpuRequest, misfit: Option<Misfit>) -> String {
     let nothing = match &view.whole {
         Whole::Taken(owner) => format!("{owner} has all of it"),
         Whole::Free(_) => "it is not divided, and given whole when it is named".to_owned(),
@@ -107,8 +107,11 @@ fn why_none(view: &View, misfit: Option<Misfit>) -> String {
         Whole::Not(_) => "none is free".to_owned(),
     };
     let kinds = kinds(&view.free);
+    let mut taken = view.taken.iter().map(|taken| &taken.offer);
+    let is_taken = taken.any(|offer| request.judge(offer).is_ok());
     match misfit {
         None => nothing,
+        Some(_) if is_taken => "all such are taken".to_owned(),
         Some(Misfit::Type) if kinds.is_empty() => "its partitions have no types".to_owned(),
         Some(Misfit::Type) => format!("it has no such type, there are {}", names(&kinds)),
         Some(Misfit::Memory(None)) => "how much memory they have is not known".to_owned(),

@@ -98,7 +98,7 @@ fn is_divided_so(task: &Task<'_>, types: &Types, count: u32) -> bool {
     };
     let is_kind = |asked: &String| {
         let names = files::creatable_types(&task.gpu);
-        let name = names.get(&id).cloned().unwrap_or_default();
+        let name = files::type_name(&task.gpu, &names, id).unwrap_or_default();
         let kind = Kind {
             id: id.to_string(),
             name,
@@ -120,7 +120,7 @@ fn clear(gpu: &Function<'_>) -> Result<(), ChangeError> {
 fn undivide(task: &Task<'_>) -> Result<(), StepError> {
     clear(&task.gpu)?;
     match task.sriov_manage.filter(|program| program.exists()) {
-        Some(program) => tool::run(program, &["-d", &task.gpu.address.to_string()]),
+        Some(program) => tool::run(program, &["-d", &task.gpu.address.to_string()], task.lock()),
         // Functions without a type are no partitions.
         None => Ok(()),
     }
@@ -169,7 +169,7 @@ fn carry_out(task: &Task<'_>, count: u32) -> Result<(), Failure> {
 fn enable(task: &Task<'_>) -> Result<(), StepError> {
     let address = task.gpu.address.to_string();
     match task.sriov_manage {
-        Some(program) if program.exists() => tool::run(program, &["-e", &address]),
+        Some(program) if program.exists() => tool::run(program, &["-e", &address], task.lock()),
         Some(program) => Err(StepError::Unexpected(format!(
             "it has no virtual functions, and {}, which makes them, is not there: it comes with NVIDIA's vGPU host driver",
             program.display()

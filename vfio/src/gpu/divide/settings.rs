@@ -188,17 +188,14 @@ fn folder(path: &Path) -> &Path {
 }
 
 impl Partitioner<'_> {
-    /// Divides each GPU as it was kept; what came of it, by GPU. One that cannot be does not hinder the
-    /// others.
-    pub fn replay(
-        &self,
-        settings: &Settings,
-    ) -> Vec<(GpuAddress, Result<Divided, PartitionError>)> {
-        let replayed = settings
-            .gpu
-            .iter()
-            .map(|setting| (setting.address, self.replay_one(setting)));
-        replayed.collect()
+    /// Divides one GPU after the other as it was kept, when it is asked for the next; what came of it, by
+    /// GPU. One that cannot be does not hinder the others.
+    pub fn replay<'s>(
+        &'s self,
+        settings: &'s Settings,
+    ) -> impl Iterator<Item = (GpuAddress, Result<Divided, PartitionError>)> + 's {
+        let settings = settings.gpu.iter();
+        settings.map(|setting| (setting.address, self.replay_one(setting)))
     }
 
     fn replay_one(&self, setting: &Setting) -> Result<Divided, PartitionError> {

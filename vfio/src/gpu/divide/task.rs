@@ -1,6 +1,7 @@
 //! What is the same for all drivers.
 
 use std::fmt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -268,6 +269,11 @@ pub(in crate::gpu) struct Task<'t> {
 impl<'t> Task<'t> {
     pub(in crate::gpu) fn gpu(&self) -> &Function<'t> {
         &self.gpu
+    }
+
+    /// What keeps others from claiming a part of it: locked as long as somebody has it open.
+    pub(super) fn lock(&self) -> &File {
+        self.allocation.lock()
     }
 
     /// Refuses when somebody has a part of it, or all: to be asked before anything is changed.

@@ -1,5 +1,6 @@
 //! A vendor's program.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -24,21 +25,30 @@ const REST: Duration = Duration::from_secs(1);
 /// Bytes that are kept of what it says.
 const SAID_MAX: u64 = 4096;
 
-/// Runs it, and waits for its end.
-pub(super) fn run(program: &Path, arguments: &[&str]) -> Result<(), StepError> {
-    run_within(LIMIT, program, arguments)
+/// Runs it, and waits for its end. An empty file that is locked is its input: so it stays locked as long as
+/// the program runs, whatever becomes of this process.
+pub(super) fn run(program: &Path, arguments: &[&str], lock: &File) -> Result<(), StepError> {
+    run_within(LIMIT, program, arguments, lock)
 }
 
-fn run_within(limit: Duration, program: &Path, arguments: &[&str]) -> Result<(), StepError> {
+fn run_within(
+    limit: Duration,
+    program: &Path,
+    arguments: &[&str],
+    lock: &File,
+) -> Result<(), StepError> {
     let failed = |said: String| StepError::Tool {
         program: program.to_owned(),
         said,
     };
+    let lock = lock
+        .try_clone()
+        .map_err(|error| failed(error.to_string()))?;
     let mut command = Command::new(program);
     command
         .args(arguments)
         .process_group(0)
-        .stdin(Stdio::null())
+        .stdin(lock)
         .stdout(Stdio::null());
     let mut child = command
         .stderr(Stdio::piped())
@@ -93,11 +103,15 @@ mod tests {
 
     const SHELL: &str = "/bin/sh";
 
+    fn empty() -> File {
+        File::open("/dev/null").expect("every host has it")
+    }
+
     #[test]
     fn a_program_that_says_much_ends_with_the_beginning_of_it() {
         let script = "echo first >&2; head -c 1000000 /dev/zero >&2; exit 3";
         let limit = Duration::from_secs(20);
-        let failed = run_within(limit, Path::new(SHELL), &["-c", script]);
+        let failed = run_within(limit, Path::new(SHELL), &["-c", script], &empty());
         let said = failed.expect_err("it ends with 3").to_string();
         assert!(said.contains("exit status: 3: first"), "{said}");
         assert!(said.len() < 2 * 4096, "{}", said.len());
@@ -109,7 +123,7 @@ mod tests {
         let file = std::env::temp_dir().join(name);
         let script = format!("sleep 1000 & echo $! > {}; wait", file.display());
         let limit = Duration::from_secs(2);
-        let failed = run_within(limit, Path::new(SHELL), &["-c", &script]);
+        let failed = run_within(limit, Path::new(SHELL), &["-c", &script], &empty());
         let said = failed.expect_err("it does not end").to_string();
         assert!(said.contains("it has not ended"), "{said}");
         let pid = fs::read_to_string(&file).expect("it was written");

@@ -11,6 +11,7 @@ pub(super) mod mdev;
 mod models;
 pub(super) mod nvidia;
 mod sriov;
+pub(super) mod vgpu_config;
 
 use super::divide::{PartitionError, Task};
 use super::inventory::Partition;

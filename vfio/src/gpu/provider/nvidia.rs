@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::models::{GIB, partition_sizes, vram};
-use super::{NOT_OPENED, Provider, SRIOV_TOTAL, Survey, sriov_obstacle, total_vfs};
+use super::{NOT_OPENED, Provider, SRIOV_TOTAL, Survey, sriov_obstacle, total_vfs, vgpu_config};
 use crate::gpu::address::Address;
 use crate::gpu::change::CURRENT_VGPU_TYPE as CURRENT;
 use crate::gpu::divide::{self, PartitionError, Task};
@@ -90,8 +90,7 @@ fn offers_of(vf: &Function<'_>, types: &Types) -> Vec<Offer> {
                 .collect()
         }
         Some(id) => {
-            let known = types.get(&id).cloned();
-            let name = known.unwrap_or_else(|| format!("type {id}"));
+            let name = type_name(vf, types, id).unwrap_or_else(|| format!("type {id}"));
             vec![offer(id, name, Setup::Reset(vf.address, id))]
         }
     }
@@ -107,13 +106,18 @@ fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
     if id == 0 {
         return None;
     }
-    let known = types.get(&id).cloned();
-    let name = known.unwrap_or_else(|| format!("type {id}"));
+    let name = type_name(vf, types, id).unwrap_or_else(|| format!("type {id}"));
     Some(Partition {
         vram_bytes: framebuffer(&name),
         kind: Some(name),
         ..Partition::unknown(address, Some(NOT_OPENED.to_owned()))
     })
+}
+
+/// The name of a type: of these, or one that can no longer be made.
+pub(in crate::gpu) fn type_name(gpu: &Function<'_>, types: &Types, id: u32) -> Option<String> {
+    let listed = types.get(&id).cloned();
+    listed.or_else(|| vgpu_config::name_of(gpu.tree.vgpu_config()?, id))
 }
 
 /// The types of a GPU that can be made now: what is left depends on what there is already, and is not the

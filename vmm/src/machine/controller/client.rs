@@ -200,7 +200,8 @@ impl ControllerClient {
         self.ask(Command::Devices).await
     }
 
-    /// Adds a device, which the guest is told of.
+    /// Adds a device, which the guest is told of. When this future is dropped before, the device is closed
+    /// again.
     ///
     /// # Errors
     /// [`CommandError::InvalidDevice`], [`CommandError::Assign`], [`CommandError::Bus`],

@@ -23,10 +23,15 @@ impl Controller {
             let jobs = self.jobs_sender.clone();
             let work = move |answer: Answer<DeviceInfo>| {
                 let opened = opener.open(&id, &device);
+                // Who asked may have gone, and would not know of it: it is closed again.
+                let opened = (!answer.is_closed()).then_some(opened);
                 // Without a controller the VM has ended, and the device is closed again.
                 let _ = jobs.send(Box::new(move |controller: &mut Controller| {
                     controller.adding = false;
-                    let _ = answer.send(controller.finish_adding(device, opened));
+                    match opened {
+                        Some(opened) => controller.answer_adding(device, opened, answer),
+                        None => log::info!(device = id.as_str(); "nobody waits for a device that was to be added"),
+                    }
                 }));
             };
             thread_for("plug", work).map_err(CommandError::Thread)
@@ -72,6 +77,21 @@ impl Controller {
             device.id = Some(id);
         }
         config
+    }
+
+    fn answer_adding(
+        &mut self,
+        device: DeviceConfig,
+        opened: Result<Opened, AssignError>,
+        answer: Answer<DeviceInfo>,
+    ) {
+        let added = self.finish_adding(device, opened);
+        // Gone in the last moment.
+        if let Err(Ok(info)) = answer.send(added)
+            && let Err(error) = self.remove_device(&info.id)
+        {
+            log::warn!(device = info.id.as_str(), error:%; "a device is added that nobody knows of");
+        }
     }
 
     fn finish_adding(
