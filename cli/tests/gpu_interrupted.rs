@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 const GPU: &str = "0000:41:00.0";
 const VF: &str = "0000:41:00.4";
@@ -42,7 +42,9 @@ impl Host {
             }
             symlink("../drivers/nvidia", folder.join("driver"))?;
         }
-        fs::write(devices.join(VF).join("nvidia/current_vgpu_type"), "0")?;
+        let types = devices.join(VF).join("nvidia");
+        fs::write(types.join("current_vgpu_type"), "0")?;
+        fs::write(types.join("creatable_vgpu_types"), "586 : NVIDIA A10-6Q\n")?;
         symlink(format!("../{GPU}"), devices.join(VF).join("physfn"))?;
         symlink(format!("../{VF}"), devices.join(GPU).join("virtfn0"))?;
         fs::create_dir_all(host.0.join("sys/kernel/iommu_groups/1/devices"))?;
@@ -66,10 +68,13 @@ impl Host {
             .env("DROVER_GPU_CLAIMS", self.0.join("claims"))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let child = command.spawn()?;
+        let mut child = command.spawn()?;
         let begun = self.0.join("sriov-manage.begun");
-        wait(|| begun.exists()).context("the program does not begin")?;
-        Ok(child)
+        wait(|| begun.exists() || !matches!(child.try_wait(), Ok(None)))?;
+        match begun.exists() {
+            true => Ok(child),
+            false => bail!("it has ended: {:?}", child.wait_with_output()?),
+        }
     }
 
     fn go_on(&self) -> Result<()> {
@@ -84,7 +89,7 @@ impl Drop for Host {
     }
 }
 
-fn wait(is_so: impl Fn() -> bool) -> Result<()> {
+fn wait(mut is_so: impl FnMut() -> bool) -> Result<()> {
     let end = Instant::now() + SOON;
     while !is_so() {
         ensure!(Instant::now() < end, "not within {SOON:?}");
