@@ -5,6 +5,7 @@ mod assigned_gpu;
 mod assigned_host;
 mod assigned_network;
 mod assigned_removal;
+mod assigned_serial;
 mod boot;
 mod devices;
 mod disk;
@@ -350,6 +351,12 @@ pub const TABLE: &[Scenario] = &[
         300,
         "a network card's VF in a guest: TCP both ways between it and the host's interface",
         assigned_network::traffic,
+    ),
+    assigned(
+        "assigned-serial",
+        300,
+        "a mediated serial card in a guest: every byte comes back, by interrupts of the legacy line",
+        assigned_serial::legacy_line,
     ),
     assigned(
         "gpu-mbochs",
