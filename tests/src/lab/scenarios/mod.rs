@@ -10,6 +10,7 @@ mod boot;
 mod devices;
 mod disk;
 mod gpu_parts;
+mod gpu_race;
 mod l1;
 mod life;
 mod migrate;
@@ -25,6 +26,8 @@ mod vfio_mediated;
 mod vfio_peers;
 mod vfio_refusals;
 mod watched;
+
+pub(super) use gpu_race::claim_one;
 
 use super::scenario::{Group, Scenario};
 use super::shape::Shape;
@@ -312,8 +315,8 @@ pub const TABLE: &[Scenario] = &[
     ),
     assigned(
         "assigned-nvme",
-        400,
-        "an NVMe VF in a guest: its bytes, no exits, a reboot, kill -9 and reuse",
+        600,
+        "an NVMe VF in a guest: 256 MiB of its bytes, no exits, a reboot, kill -9 and reuse",
         assigned::nvme,
     ),
     assigned(
@@ -369,6 +372,12 @@ pub const TABLE: &[Scenario] = &[
         400,
         "a mediated display is divided, given to VMs by --gpu, used up, and clean for the next",
         gpu_parts::parts,
+    ),
+    drover(
+        "gpu-mbochs-race",
+        300,
+        "50 processes race for the parts of a mediated display: one each, and all free after kill -9",
+        gpu_race::fifty,
     ),
     assigned(
         "assigned-handed",
