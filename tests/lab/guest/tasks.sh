@@ -209,6 +209,7 @@ task_picture() {
     want=$(sum_of /tmp/picture)
     got=$(head -c $bytes /dev/fb0 | sum_of)
     [ "$want" = "$got" ] && say task=picture name="$(tr ' ' _ < $fb/name)" bytes=$bytes sha256="$want" \
+        stride="$(cat $fb/stride)" bits="$(cat $fb/bits_per_pixel)" \
         driver="$(basename "$(readlink $fb/device/driver)")" result=ok
 }
 

@@ -462,6 +462,17 @@ mod tests {
     use super::TABLE;
 
     #[test]
+    fn the_manual_tells_what_scenarios_with_devices_and_moves_show() {
+        let manual = include_str!("../../../../docs/testing-lab.md");
+        let families = ["vfio-", "assigned-", "gpu-", "migrate"];
+        for name in TABLE.iter().map(|scenario| scenario.name) {
+            let is_told = manual.contains(&format!("`{name}`"));
+            let is_of_one = families.iter().any(|family| name.starts_with(family));
+            assert!(is_told || !is_of_one, "{name}");
+        }
+    }
+
+    #[test]
     fn names_are_unique_and_good_folder_names() {
         let names: BTreeSet<_> = TABLE.iter().map(|scenario| scenario.name).collect();
         assert_eq!(names.len(), TABLE.len());
