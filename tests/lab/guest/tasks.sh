@@ -119,6 +119,18 @@ task_disk() {
         queues="$(ls /sys/class/block/${disk##*/}/mq | wc -l)" result=ok
 }
 
+# diskfull: lab.full MiB of random bytes at the start of lab.disk and back, past the cache, 1 MiB a request.
+task_diskfull() {
+    disk=$(arg disk /dev/vda); mib=$(arg full 256); began=$(uptime_s)
+    dd if=/dev/urandom of=/tmp/pattern bs=1M count="$mib" 2> /dev/null || return 1
+    want=$(sum_of /tmp/pattern); made=$(uptime_s)
+    dd if=/tmp/pattern of="$disk" bs=1M oflag=direct conv=fsync 2> /dev/null || return 1
+    rm -f /tmp/pattern; written=$(uptime_s)
+    got=$(dd if="$disk" bs=1M count="$mib" iflag=direct 2> /dev/null | sum_of)
+    [ "$want" = "$got" ] && say task=diskfull mib="$mib" sha256="$want" \
+        began=$began made=$made written=$written read="$(uptime_s)" result=ok
+}
+
 # disks: on each NVMe disk, one after the other, lab.mib MiB of random bytes behind those on the disk
 # before it (they may all be the same one), written and read back past the cache.
 task_disks() {
@@ -197,7 +209,45 @@ task_picture() {
     want=$(sum_of /tmp/picture)
     got=$(head -c $bytes /dev/fb0 | sum_of)
     [ "$want" = "$got" ] && say task=picture name="$(tr ' ' _ < $fb/name)" bytes=$bytes sha256="$want" \
+        stride="$(cat $fb/stride)" bits="$(cat $fb/bits_per_pixel)" \
         driver="$(basename "$(readlink $fb/device/driver)")" result=ok
+}
+
+# serial: lab.lines lines of 15 random bytes through each port of a WCH CH352 serial card, which sends back what
+# it is given: through all ports at once, each line when the one before it is back. The sample that is this
+# card takes 16 bytes in its FIFO for none.
+task_serial() {
+    lines=$(arg lines 200)
+    card=$(grep -l 0x3253 /sys/bus/pci/devices/*/device) || return 1
+    card=${card%/device}
+    ports=$(find "$card/" -type d -name 'ttyS[0-9]*' | sed 's,.*/,,')
+    [ -n "$ports" ] || return 1
+    line=/sys/kernel/irq/$(cat "$card/irq")
+    interrupts() { echo $(($(tr , + < "$line/per_cpu_count"))); }
+    before=$(interrupts)
+    for port in $ports; do
+        head -c $((lines * 7)) /dev/urandom | od -An -v -tx1 -w7 | tr -d ' ' > /tmp/$port
+        (
+            exec 3<> /dev/$port
+            stty raw -echo <&3
+            while read -r sent; do
+                echo "$sent" >&3
+                read -r -t 20 back <&3 || break
+                echo "$back"
+            done < /tmp/$port > /tmp/$port.back
+        ) &
+    done
+    wait
+    bad=0; arrived=0
+    for port in $ports; do
+        [ "$(sum_of < /tmp/$port)" = "$(sum_of < /tmp/$port.back)" ] || bad=$((bad + 1))
+        arrived=$((arrived + $(wc -l < /tmp/$port.back)))
+    done
+    # What the kernel says of a line that nobody serves, or that is served for ever.
+    complaints=$(dmesg | grep -c -e 'nobody cared' -e 'Disabling IRQ' -e 'too much work')
+    say task=serial ports="$(echo $ports | tr ' ' ,)" lines="$lines" arrived=$arrived bad=$bad \
+        interrupts=$(($(interrupts) - before)) chip="$(cat "$line/chip_name")" trigger="$(cat "$line/type")" \
+        driver="$(basename "$(readlink "$card/driver")")" complaints="$complaints" result=ok
 }
 
 # diskread: the checksum of the first lab.mib MiB of lab.disk.

@@ -44,9 +44,11 @@ pub fn main(args: &[String]) -> anyhow::Result<ExitCode> {
     {
         ["serve"] => serve(&read_request()?).map(|()| ExitCode::SUCCESS),
         ["run", name] => run(&read_request()?, find(name)?),
+        ["claim", kind] => super::scenarios::claim_one(kind).map(|()| ExitCode::SUCCESS),
         ["witness", args @ ..] => super::witness::main(args),
         _ => bail!(
-            "usage: lab_agent serve | lab_agent run SCENARIO (inside the lab's L1) | lab_agent witness ..."
+            "usage: lab_agent serve | lab_agent run SCENARIO (inside the lab's L1) | \
+             lab_agent claim TYPE | lab_agent witness ..."
         ),
     }
 }

@@ -40,7 +40,7 @@ const EMPTY: [u8; 0x1000] = [0; 0x1000];
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Bytes of the disk behind the controller.
-pub(super) const DISK_BYTES: u64 = 64 << 20;
+pub(super) const DISK_BYTES: u64 = 512 << 20;
 
 /// Pages that a controller and this process both see.
 struct Page {

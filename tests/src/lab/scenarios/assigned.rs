@@ -1,5 +1,7 @@
 //! Virtual functions of L1's devices in VMs of Drover's.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
@@ -11,9 +13,14 @@ use crate::lab::sriov::{self, NvmeController};
 use crate::lab::vm_spec::VmSpec;
 use crate::lab::vmm::{BOOT, SOON, Vmm};
 
-/// MiB that a guest writes, and in how many commands at least: 512 KiB a command.
+/// MiB that a guest writes.
 const WRITTEN: u64 = 16;
-const COMMANDS: u64 = WRITTEN * 2 * 2;
+/// MiB that a guest writes and reads once, and in how many commands at least: 512 KiB a command.
+const MANY: u64 = 256;
+const COMMANDS: u64 = MANY * 2 * 2;
+/// The memory that it needs for them, and how long they may take.
+const MEMORY: &str = "768M";
+const MANY_LIMIT: Duration = Duration::from_secs(300);
 /// Exits of another cause meanwhile.
 const A_HANDFUL: u64 = 8;
 /// MiB that each of several disks is given.
@@ -44,16 +51,35 @@ pub(super) fn write_and_compare(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> 
     Ok(())
 }
 
+/// The same with much more, by requests of 1 MiB.
+fn write_many(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let report = vmm.do_task("diskfull", MANY_LIMIT)?;
+    ensure!(report.number::<u64>("mib")? == MANY, "{report:?}");
+    let in_guest = began.elapsed().as_secs();
+    ctx.say(format!("{report:?}"));
+    ensure!(
+        report.text("sha256")? == sum_on_host(0, MANY)?,
+        "the host reads other bytes than the guest wrote"
+    );
+    let all = began.elapsed().as_secs();
+    ctx.say(format!(
+        "{MANY} MiB are on the host as the guest wrote them ({in_guest} s in the guest, {all} s)"
+    ));
+    Ok(())
+}
+
 fn nvme_through(ctx: &mut Ctx, vf: &str, iommufd: &str) -> anyhow::Result<()> {
     ctx.say(format!("{vf}, iommufd={iommufd}"));
     let device = format!("vfio={vf},iommufd={iommufd}");
     let mut vmm = with_disk(ctx, "nvme", &device)?
-        .words("lab.end=reboot")
+        .memory(MEMORY)
+        .words(&format!("lab.full={MANY} lab.end=reboot"))
         .start()?;
     vmm.report("shell", BOOT)?;
     write_and_compare(ctx, &mut vmm)?;
     let before = vmm.counter(EXITS)?;
-    write_and_compare(ctx, &mut vmm)?;
+    write_many(ctx, &mut vmm)?;
     let exits = vmm.counter(EXITS)? - before;
     ctx.say(format!(
         "{before} exits before, {exits} for at least {COMMANDS} commands"

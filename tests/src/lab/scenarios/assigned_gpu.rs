@@ -1,7 +1,9 @@
 //! A display that the kernel's sample driver makes, in VMs of Drover's.
 
 use std::fs::{self, File};
+use std::io::BufWriter;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -46,8 +48,12 @@ impl VideoMemory {
         })
     }
 
-    /// Whether `len` bytes with this checksum are in one of them, and where.
-    pub(super) fn find(&self, len: usize, sha256: &str) -> anyhow::Result<Option<usize>> {
+    /// `len` bytes with this checksum, and where in one of them they are.
+    pub(super) fn find(
+        &self,
+        len: usize,
+        sha256: &str,
+    ) -> anyhow::Result<Option<(usize, Vec<u8>)>> {
         let mut bytes = vec![0; usize::try_from(VRAM_BYTES)?];
         for at in &self.at {
             self.process
@@ -59,15 +65,34 @@ impl VideoMemory {
                 bytes[*at..*at + PAGE].iter().any(|byte| *byte != 0)
                     && image::sha256_bytes(&bytes[*at..*at + len]) == sha256
             });
-            if found.is_some() {
-                return Ok(found);
+            if let Some(at) = found {
+                return Ok(Some((at, bytes[at..at + len].to_vec())));
             }
         }
         Ok(None)
     }
 }
 
-/// A guest paints, and the host finds the picture in the device's memory: its size and checksum.
+/// Writes lines of `stride` bytes, pixels of blue, green, red and nothing (DRM's XRGB8888), as a PNG.
+fn keep(path: &Path, pixels: &[u8], stride: usize) -> anyhow::Result<()> {
+    let (width, lines) = (stride / 4, pixels.len().checked_div(stride).unwrap_or(0));
+    let rgb: Vec<u8> = pixels
+        .chunks_exact(4)
+        .flat_map(|pixel| [pixel[2], pixel[1], pixel[0]])
+        .collect();
+    let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+    let size = (u32::try_from(width)?, u32::try_from(lines)?);
+    let mut encoder = png::Encoder::new(BufWriter::new(file), size.0, size.1);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    // Random pixels get no smaller.
+    encoder.set_compression(png::Compression::NoCompression);
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(&rgb)?;
+    Ok(writer.finish()?)
+}
+
+/// A guest paints, and the host finds the picture in the device's memory, and keeps it: its size and checksum.
 pub(super) fn paint(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<(usize, String)> {
     let picture = vmm.do_task("picture", SOON)?;
     ctx.say(format!("{picture:?}"));
@@ -80,8 +105,10 @@ pub(super) fn paint(ctx: &Ctx, vmm: &mut Vmm) -> anyhow::Result<(usize, String)>
     let found = wait_until(Instant::now() + REFRESH, || {
         memory.find(len, sum).transpose()
     });
-    let at = found.context("the picture is not in the device's memory")??;
+    let (at, pixels) = found.context("the picture is not in the device's memory")??;
     ctx.say(format!("the picture is in the device's memory at {at:#x}"));
+    ensure!(picture.number::<u32>("bits")? == 32, "{picture:?}");
+    keep(&ctx.log("picture.png"), &pixels, picture.number("stride")?)?;
     Ok((len, sum.to_owned()))
 }
 

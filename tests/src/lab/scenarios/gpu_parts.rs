@@ -9,7 +9,7 @@ use crate::lab::ctx::{Ctx, run};
 use crate::lab::vmm::{BOOT, DROVER, SOON};
 
 /// The parent's name, and a type of 4 MiB.
-const GPU: &str = "mbochs";
+pub(super) const GPU: &str = "mbochs";
 const TYPE: &str = "mbochs-small";
 
 fn gpu() -> anyhow::Result<Value> {
@@ -25,7 +25,7 @@ fn vm_of(owner: &str) -> String {
 }
 
 /// Who has each part, by VM; nothing where it is free.
-fn owners() -> anyhow::Result<Vec<Option<String>>> {
+pub(super) fn owners() -> anyhow::Result<Vec<Option<String>>> {
     let gpu = gpu()?;
     let parts = gpu["partitions"].as_array().context("no parts")?;
     let owner = |part: &Value| match part["state"].as_str() {

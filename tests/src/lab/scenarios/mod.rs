@@ -5,10 +5,12 @@ mod assigned_gpu;
 mod assigned_host;
 mod assigned_network;
 mod assigned_removal;
+mod assigned_serial;
 mod boot;
 mod devices;
 mod disk;
 mod gpu_parts;
+mod gpu_race;
 mod l1;
 mod life;
 mod migrate;
@@ -24,6 +26,8 @@ mod vfio_mediated;
 mod vfio_peers;
 mod vfio_refusals;
 mod watched;
+
+pub(super) use gpu_race::claim_one;
 
 use super::scenario::{Group, Scenario};
 use super::shape::Shape;
@@ -311,8 +315,8 @@ pub const TABLE: &[Scenario] = &[
     ),
     assigned(
         "assigned-nvme",
-        400,
-        "an NVMe VF in a guest: its bytes, no exits, a reboot, kill -9 and reuse",
+        600,
+        "an NVMe VF in a guest: 256 MiB of its bytes, no exits, a reboot, kill -9 and reuse",
         assigned::nvme,
     ),
     assigned(
@@ -352,6 +356,12 @@ pub const TABLE: &[Scenario] = &[
         assigned_network::traffic,
     ),
     assigned(
+        "assigned-serial",
+        300,
+        "a mediated serial card in a guest: every byte comes back, by interrupts of the legacy line",
+        assigned_serial::legacy_line,
+    ),
+    assigned(
         "gpu-mbochs",
         300,
         "a mediated display in a guest: its driver's pixels are in the device's memory",
@@ -362,6 +372,12 @@ pub const TABLE: &[Scenario] = &[
         400,
         "a mediated display is divided, given to VMs by --gpu, used up, and clean for the next",
         gpu_parts::parts,
+    ),
+    drover(
+        "gpu-mbochs-race",
+        300,
+        "50 processes race for the parts of a mediated display: one each, and all free after kill -9",
+        gpu_race::fifty,
     ),
     assigned(
         "assigned-handed",
@@ -444,6 +460,17 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::TABLE;
+
+    #[test]
+    fn the_manual_tells_what_scenarios_with_devices_and_moves_show() {
+        let manual = include_str!("../../../../docs/testing-lab.md");
+        let families = ["vfio-", "assigned-", "gpu-", "migrate"];
+        for name in TABLE.iter().map(|scenario| scenario.name) {
+            let is_told = manual.contains(&format!("`{name}`"));
+            let is_of_one = families.iter().any(|family| name.starts_with(family));
+            assert!(is_told || !is_of_one, "{name}");
+        }
+    }
 
     #[test]
     fn names_are_unique_and_good_folder_names() {
