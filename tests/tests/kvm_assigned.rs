@@ -13,6 +13,7 @@ use tests::harness::model_gpu::{ModelGpu, user_device};
 use tests::harness::moving::{Place, reason_not_moved, try_migrate};
 use tests::harness::process;
 use tests::harness::report::Report;
+use tests::harness::slots::time_to_show;
 use tests::harness::vm::{LATER, SOON, Vm};
 
 type Outcome = anyhow::Result<()>;
@@ -88,7 +89,8 @@ fn guest_computes_on_its_gpus_asleep_until_their_interrupts() -> Outcome {
     Ok(())
 }
 
-/// The largest BAR of today's GPUs, and then some: the guest is given a window for it, and nobody touches all of it.
+/// As long as KVM takes for so much, once, and no longer: the guest is given a window for it, and nobody
+/// touches all of it.
 #[test]
 fn bar_of_128_gib_does_not_slow_the_boot_down() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
@@ -107,17 +109,20 @@ fn bar_of_128_gib_does_not_slow_the_boot_down() -> Outcome {
         assert_eq!(seen[0].number("vram_bytes")?, mib * MIB);
         Ok(took)
     };
-    let mut times = Vec::new();
-    // The best of three: others are at work on this machine, too.
-    for round in 0..3 {
+    let mut rounds = Vec::new();
+    for round in 0..5 {
         let small = time(&format!("small-{round}"), "64M", 64)?;
         let large = time(&format!("large-{round}"), "128G", 128 << 10)?;
-        times.push((large.as_secs_f64() / small.as_secs_f64(), large, small));
+        let kernel = time_to_show(128 << 30)?;
+        rounds.push((large, small, kernel));
     }
-    times.sort_by(|one, other| one.0.total_cmp(&other.0));
-    let (ratio, ..) = times[0];
-    println!("128 GiB against 64 MiB: {times:?}");
-    ensure!(ratio < 1.5, "128 GiB against 64 MiB: {times:?}");
+    // The best of them: others are at work on this machine, too.
+    let is_quick = rounds.iter().any(|(large, small, kernel)| {
+        let more = large.saturating_sub(*small);
+        more < *kernel * 2 + *small / 2
+    });
+    println!("128 GiB, 64 MiB, the kernel's part: {rounds:?}");
+    ensure!(is_quick, "128 GiB, 64 MiB, the kernel's part: {rounds:?}");
     Ok(())
 }
 

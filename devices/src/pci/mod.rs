@@ -10,6 +10,7 @@ mod config;
 mod function;
 mod host_bridge;
 mod msix;
+mod placed;
 mod root;
 mod state;
 mod windows;

@@ -12,10 +12,10 @@ use super::address::Bdf;
 use super::bar::{BarChange, BarKind, BarLocation};
 use super::function::{HostMemory, PciFunction};
 use super::host_bridge::HostBridge;
+use super::placed::{BarName, PlacedBar, ShownBars};
 use super::windows::{Allocator, BarWindows, Window};
 use crate::bus::{Bus, IoHandler};
 use crate::device::Device;
-use crate::warn_limited;
 
 /// Bytes of configuration space per function in ECAM (PCIe 4.0 section 7.2.2).
 const ECAM_FUNCTION_BYTES: u64 = 4096;
@@ -88,8 +88,12 @@ struct Seat {
     placed: Vec<(BarKind, u64)>,
 }
 
-/// Addresses of the BARs that are on a bus.
-type Mapped = BTreeMap<(Bdf, u8), u64>;
+/// The BARs that are on a bus, and those that guests are shown.
+#[derive(Default)]
+struct Mapped {
+    on_bus: BTreeMap<BarName, Arc<PlacedBar>>,
+    shown: ShownBars,
+}
 
 /// The PCI root: functions by address, the windows for their BARs and the buses they appear on.
 ///
@@ -125,7 +129,7 @@ impl PciRoot {
             functions: RwLock::new(BTreeMap::from([(Bdf::from_requester_id(0), seat)])),
             bridge,
             allocator: Mutex::new(Allocator::new(windows)),
-            mapped: Mutex::new(Mapped::new()),
+            mapped: Mutex::default(),
             windows,
             memory_bus,
             io_bus,
@@ -193,11 +197,12 @@ impl PciRoot {
         };
         for change in seat.function.decoded() {
             if let BarChange::Map(location) = change
-                && mapped.remove(&(bdf, location.spec.index)).is_some()
+                && let Some(bar) = mapped.on_bus.remove(&(bdf, location.spec.index))
             {
-                self.unmap(&seat.function, &location);
+                self.unmap(&bar, &location);
             }
         }
+        mapped.shown.hide(&self.hooks, |(of, _), _| of == bdf);
         self.map_refused(&mut mapped);
         self.allocator.lock().give_back(&seat.placed);
         true
@@ -210,6 +215,7 @@ impl PciRoot {
             let changes = function.reset_config();
             self.apply(&mut mapped, bdf, &function, &changes);
         }
+        mapped.shown.hide(&self.hooks, |_, _| true);
     }
 
     /// Maps what restored configuration spaces decode. Called once, before the guest runs.
@@ -284,14 +290,16 @@ impl PciRoot {
         for change in changes {
             match change {
                 BarChange::Map(location) => {
-                    if self.map(function, location) {
-                        mapped.insert((bdf, location.spec.index), location.address);
+                    if let Some(bar) = self.map(function, location) {
+                        let name = (bdf, location.spec.index);
+                        mapped.shown.show(name, &bar, &self.hooks);
+                        mapped.on_bus.insert(name, bar);
                     }
                 }
                 // A BAR that was refused its place is not on the bus: another may be.
                 BarChange::Unmap(location) => {
-                    if mapped.remove(&(bdf, location.spec.index)).is_some() {
-                        self.unmap(function, location);
+                    if let Some(bar) = mapped.on_bus.remove(&(bdf, location.spec.index)) {
+                        self.unmap(&bar, location);
                         left = true;
                     }
                 }
@@ -306,7 +314,9 @@ impl PciRoot {
         for (bdf, function) in self.all() {
             let mut refused = function.decoded();
             refused.retain(|change| match change {
-                BarChange::Map(location) => !mapped.contains_key(&(bdf, location.spec.index)),
+                BarChange::Map(location) => {
+                    !mapped.on_bus.contains_key(&(bdf, location.spec.index))
+                }
                 BarChange::Unmap(_) => false,
             });
             self.apply(mapped, bdf, &function, &refused);
@@ -315,50 +325,29 @@ impl PciRoot {
 
     /// A guest may program any address. One outside the windows or on top of something else is
     /// not decoded, as if another agent had claimed it.
-    fn map(&self, function: &Arc<dyn PciFunction>, location: &BarLocation) -> bool {
+    fn map(
+        &self,
+        function: &Arc<dyn PciFunction>,
+        location: &BarLocation,
+    ) -> Option<Arc<PlacedBar>> {
         let (bar, address) = (location.spec.index, location.address);
         if !self.inside_window(location) {
             log::debug!(bar, address; "BAR outside its window is not mapped");
-            return false;
+            return None;
         }
-        let handler = Arc::new(BarHandler {
-            function: Arc::clone(function),
-            bar,
-        });
+        let placed = PlacedBar::new(function, location);
         let bus = self.bus_of(location);
-        if let Err(error) = bus.insert(address, location.spec.size_bytes, handler) {
+        if let Err(error) = bus.insert(address, location.spec.size_bytes, placed.clone()) {
             log::debug!(error:% = error; "BAR is not mapped");
-            return false;
+            return None;
         }
-        function.doorbells(bar, &mut |bell| {
-            let address = address + bell.offset;
-            if let Err(error) = self.hooks.doorbells.register(address, bell.event) {
-                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "doorbell is not caught in the kernel");
-            }
-        });
-        function.mappings(bar, &mut |part| {
-            let address = address + part.offset;
-            if let Err(error) = self.hooks.memory.map(address, &part.memory) {
-                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "BAR is not shown to the guest directly");
-            }
-        });
-        true
+        placed.catch_doorbells(&self.hooks);
+        Some(placed)
     }
 
-    fn unmap(&self, function: &Arc<dyn PciFunction>, location: &BarLocation) {
+    fn unmap(&self, placed: &PlacedBar, location: &BarLocation) {
         self.bus_of(location).remove(location.address);
-        function.doorbells(location.spec.index, &mut |bell| {
-            let address = location.address + bell.offset;
-            if let Err(error) = self.hooks.doorbells.unregister(address, bell.event) {
-                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "doorbell stays caught in the kernel");
-            }
-        });
-        function.mappings(location.spec.index, &mut |part| {
-            let address = location.address + part.offset;
-            if let Err(error) = self.hooks.memory.unmap(address) {
-                warn_limited!(address:% = format_args!("{address:#x}"), error:% = error; "BAR stays where the guest had it");
-            }
-        });
+        placed.let_doorbells_go(&self.hooks);
     }
 
     fn bus_of(&self, location: &BarLocation) -> &Bus {
@@ -455,22 +444,6 @@ impl IoHandler for ConfigPorts {
         if let Some((bdf, register)) = lane.and_then(|lane| root.config_target(lane)) {
             root.write_config(bdf, register, data);
         }
-    }
-}
-
-/// A mapped BAR on a bus.
-struct BarHandler {
-    function: Arc<dyn PciFunction>,
-    bar: u8,
-}
-
-impl IoHandler for BarHandler {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.function.read_bar(self.bar, offset, data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.function.write_bar(self.bar, offset, data);
     }
 }
 

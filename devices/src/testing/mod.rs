@@ -10,7 +10,7 @@ pub use peer::FakePeer;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -174,6 +174,7 @@ impl DoorbellRegistry for FakeDoorbells {
 #[derive(Default)]
 pub struct FakeSlots {
     shown: Mutex<BTreeMap<u64, (u64, u64)>>,
+    count: AtomicUsize,
 }
 
 impl FakeSlots {
@@ -186,10 +187,17 @@ impl FakeSlots {
             .map(|(at, (host, bytes))| (*at, *host, *bytes))
             .collect()
     }
+
+    /// How often something was shown.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
 }
 
 impl MemorySlots for FakeSlots {
     fn map(&self, address: u64, memory: &Arc<dyn HostMemory>) -> io::Result<()> {
+        self.count.fetch_add(1, Ordering::Relaxed);
         let mut shown = self.shown.lock();
         match shown.insert(address, (memory.address(), memory.bytes())) {
             None => Ok(()),

@@ -42,6 +42,7 @@ pub mod ram;
 pub mod relay;
 pub mod report;
 pub mod scratch;
+pub mod slots;
 pub mod vhost_user;
 pub mod vm;
 pub mod watch;

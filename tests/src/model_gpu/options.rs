@@ -22,7 +22,7 @@ pub const ADDRESS: &str = "0000:c1:00.0";
 
 /// Video memory, in bytes: what a BAR can have, and what a device can count.
 const VRAM_MIN: u64 = 1 << 20;
-const VRAM_MAX: u64 = 64 << 30;
+const VRAM_MAX: u64 = 256 << 30;
 
 /// Virtual functions have numbers of their own behind their parent's on the same bus.
 const PARTITIONS_MAX: u32 = 128;
@@ -94,7 +94,7 @@ fn bytes(text: &str) -> anyhow::Result<u64> {
     let bytes = drover_guest::cmdline::number(text);
     let bytes = bytes.with_context(|| format!("{text:?} is no size like 64M"))?;
     if !(VRAM_MIN..=VRAM_MAX).contains(&bytes) || !bytes.is_multiple_of(VRAM_MIN) {
-        bail!("video memory is 1M to 64G, in whole M, and not {text:?}");
+        bail!("video memory is 1M to 256G, in whole M, and not {text:?}");
     }
     Ok(bytes)
 }

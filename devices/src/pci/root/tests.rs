@@ -216,10 +216,53 @@ fn bar_is_mapped_with_its_doorbell_moved_and_unmapped() {
     assert_eq!(f.slots.shown(), [(0xc001_4000, 0x7000_0000_0000, 0x2000)]);
     ecam.write(ecam_address(bdf, 4), &[0, 0]);
     assert!(f.bells.addresses().is_empty());
-    assert!(f.slots.shown().is_empty());
     let mut data = [0];
     f.memory.read(0xc001_0000, &mut data);
     assert_eq!(data, [0xff]);
+}
+
+/// Showing a BAR costs the kernel more the larger it is.
+#[test]
+fn memory_stays_shown_until_its_place_is_anothers() {
+    let f = fixture();
+    let ecam = f.root.ecam();
+    let bdfs = [1, 2].map(|device| Bdf::new(0, device, 0).unwrap());
+    for bdf in bdfs {
+        f.root.add(bdf, TestFunction::new()).unwrap();
+    }
+    let (first, second) = (
+        (0x10_0000_4000, 0x7000_0000_0000, 0x2000),
+        (0x10_0001_4000, 0x7000_0000_0000, 0x2000),
+    );
+    let [decode, bar] = [4, 0x10].map(|at| ecam_address(bdfs[0], at));
+    for _ in 0..3 {
+        ecam.write(decode, &[2, 0]);
+        // As guests ask for its size, some while it is decoded.
+        ecam.write(bar, &u32::MAX.to_le_bytes());
+        ecam.write(bar, &0_u32.to_le_bytes());
+        ecam.write(decode, &[0, 0]);
+        ecam.write(bar, &u32::MAX.to_le_bytes());
+        ecam.write(bar, &0_u32.to_le_bytes());
+        assert_eq!(f.slots.shown(), [first]);
+    }
+    assert_eq!(f.slots.count(), 1);
+    let mut data = [0];
+    f.memory.read(0x10_0000_4000, &mut data);
+    assert_eq!(data, [0xff], "nothing is on the bus");
+    // The other one's, until it is the first one's again.
+    ecam.write(ecam_address(bdfs[1], 4), &[2, 0]);
+    assert_eq!(f.slots.shown(), [first, second]);
+    ecam.write(ecam_address(bdfs[1], 0x10), &0_u32.to_le_bytes());
+    assert_eq!((f.slots.shown(), f.slots.count()), (vec![first], 3));
+    ecam.write(ecam_address(bdfs[1], 4), &[0, 0]);
+    ecam.write(decode, &[2, 0]);
+    assert_eq!((f.slots.shown(), f.slots.count()), (vec![first], 4));
+    ecam.write(decode, &[0, 0]);
+    assert!(f.root.remove(bdfs[0]));
+    assert_eq!(f.slots.shown(), []);
+    ecam.write(ecam_address(bdfs[1], 4), &[2, 0]);
+    f.root.reset();
+    assert_eq!(f.slots.shown(), []);
 }
 
 #[test]
