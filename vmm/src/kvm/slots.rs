@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use devices::pci::{HostMemory, MemorySlots};
@@ -13,13 +14,11 @@ use parking_lot::Mutex;
 
 use super::vm::Vm;
 
-/// RAM has the slots below this.
-const FIRST_SLOT: u32 = 16;
-
 /// Hands out memory slots of one VM for BARs.
 pub struct KvmMemorySlots {
     vm: Arc<VmFd>,
-    limit: u32,
+    /// RAM has those before.
+    numbers: Range<u32>,
     shown: Mutex<Shown>,
 }
 
@@ -33,7 +32,7 @@ impl KvmMemorySlots {
         let limit = vm.fd().check_extension_int(Cap::NrMemslots);
         Self {
             vm: Arc::clone(vm.fd()),
-            limit: u32::try_from(limit).unwrap_or(0),
+            numbers: vm.ram_slots()..u32::try_from(limit).unwrap_or(0),
             shown: Mutex::new(Shown::new()),
         }
     }
@@ -59,7 +58,7 @@ impl MemorySlots for KvmMemorySlots {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         let used = |slot: &u32| shown.values().any(|(other, _)| other == slot);
-        let slot = (FIRST_SLOT..self.limit).find(|slot| !used(slot));
+        let slot = self.numbers.clone().find(|slot| !used(slot));
         let slot = slot.ok_or_else(|| io::Error::other("no memory slot is left"))?;
         self.set(slot, address, memory.address(), memory.bytes())?;
         shown.insert(address, (slot, Arc::clone(memory)));

@@ -140,6 +140,14 @@ impl Vm {
         self.fd.enable_cap(&request).map_err(KvmError::ioctl(what))
     }
 
+    /// How many memory slots RAM has.
+    pub(super) fn ram_slots(&self) -> u32 {
+        slots(&self.memory)
+            .map(|region| region.slot + 1)
+            .max()
+            .unwrap_or(0)
+    }
+
     fn set_memory_slots(&self) -> Result<(), KvmError> {
         for region in slots(&self.memory) {
             // SAFETY: the range is a mapping owned by `self.memory`, which lives as long as the
