@@ -48,7 +48,7 @@ pub fn main(args: &[String]) -> anyhow::Result<ExitCode> {
         ["witness", args @ ..] => super::witness::main(args),
         _ => bail!(
             "usage: lab_agent serve | lab_agent run SCENARIO (inside the lab's L1) | \
-             lab_agent claim TYPE | lab_agent witness ..."
+             lab_agent claim TYPE|BDF,BDF... | lab_agent witness ..."
         ),
     }
 }

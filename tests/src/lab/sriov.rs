@@ -157,20 +157,21 @@ impl NvmeController {
     }
 }
 
-/// Makes a virtual function of the network card, bound to no driver; its address.
+/// Makes virtual functions of the network card, bound to no driver; their addresses.
 ///
 /// # Errors
 /// When L1 has no such card, or the kernel refuses.
-pub fn network_function() -> anyhow::Result<String> {
+pub fn network_functions(count: u16) -> anyhow::Result<Vec<String>> {
     let folder = network_card()?;
     for (file, text) in [
         ("sriov_numvfs", "0"),
         ("sriov_drivers_autoprobe", "0"),
-        ("sriov_numvfs", "1"),
+        ("sriov_numvfs", &count.to_string()),
     ] {
         fs::write(folder.join(file), text).with_context(|| file.to_owned())?;
     }
-    name_of(&fs::canonicalize(folder.join("virtfn0"))?)
+    let address = |number| name_of(&fs::canonicalize(folder.join(format!("virtfn{number}")))?);
+    (0..count).map(address).collect()
 }
 
 /// The network interface of the card that has them.

@@ -4,7 +4,7 @@
 //! what depends on `drover run` is in `vm_spec.rs`.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 
 use super::console;
-use super::ctx::output;
+use super::ctx::{output, run};
 use super::memory::MemoryUse;
 use super::protocol::Report;
 use super::report::tail;
@@ -354,30 +354,69 @@ impl Vmm {
         }
     }
 
-    /// What each thread waits for in the kernel, and how many exits the vCPUs make in a second: a guest
-    /// that is silent is idle, spins or waits for its VMM.
+    /// What each thread waits for in the kernel, and which of KVM's and Drover's counters change in a second: a
+    /// guest that is silent is idle, spins or waits for its VMM.
     fn threads(&self) -> String {
-        let exits = || self.api("GET", "/metrics", None).unwrap_or_default();
-        let before = exits();
+        let tasks = || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+            tasks
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|task| task.path())
+        };
+        let counters = || {
+            let metrics = self.api("GET", "/metrics", None).unwrap_or_default();
+            let mut lines: Vec<String> = metrics.lines().map(str::to_owned).collect();
+            // Debugfs may be there already.
+            let _ = run("mount", &["-t", "debugfs", "none", "/sys/kernel/debug"]);
+            let threads = tasks().filter_map(|task| Some(task.file_name()?.to_str()?.to_owned()));
+            lines.extend(kvm_counters(&threads.collect::<Vec<_>>()));
+            let times =
+                |task: PathBuf| std::fs::read_to_string(task.join("stat")).unwrap_or_default();
+            lines.extend(tasks().map(times));
+            lines
+        };
+        let before = counters();
         std::thread::sleep(Duration::from_secs(1));
-        let after = exits();
-        let changed = after.lines().filter(|line| !before.contains(*line));
-        let mut text = format!(" (in a second: {})", changed.collect::<Vec<_>>().join(", "));
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
-        for task in tasks.into_iter().flatten().flatten() {
+        let mut after = counters();
+        after.retain(|line| !before.contains(line));
+        let mut text = format!(" (in a second: {})", after.join(", "));
+        for task in tasks() {
             let read = |name: &str| {
-                let text = std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
-                text.lines()
-                    .take(12)
-                    .map(str::trim)
-                    .collect::<Vec<_>>()
-                    .join(" < ")
+                let text = std::fs::read_to_string(task.join(name)).unwrap_or_default();
+                let lines = text.lines().take(12).map(str::trim);
+                lines.collect::<Vec<_>>().join(" < ")
             };
             let [name, wchan, syscall, stack] = ["comm", "wchan", "syscall", "stack"].map(read);
             text.push_str(&format!("; {name}: {wchan} [{syscall}] {stack}"));
         }
         text
     }
+}
+
+/// What KVM counts of the VMs that these threads have made, in debugfs (Documentation/virt/kvm/api.rst,
+/// `KVM_GET_STATS_FD`, has what it means).
+fn kvm_counters(threads: &[String]) -> Vec<String> {
+    let list = |folder: &Path| {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    // They are called after thread and descriptor.
+    let is_theirs = |folder: &PathBuf| {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let thread = name.split('-').next().unwrap_or_default();
+        threads.iter().any(|one| one == thread)
+    };
+    let mut folders = list(Path::new("/sys/kernel/debug/kvm"));
+    folders.retain(is_theirs);
+    let files = folders.iter().flat_map(|folder| list(folder));
+    let lines = files.filter_map(|path| {
+        let value = std::fs::read_to_string(&path).ok()?;
+        let name = path.file_name()?.to_string_lossy();
+        Some(format!("{name} {}", value.trim()))
+    });
+    lines.collect()
 }
 
 impl Drop for Vmm {

@@ -30,7 +30,7 @@ fn take_interface() -> anyhow::Result<String> {
 
 /// The guest and the host send each other TCP streams through the card's own switch.
 pub(super) fn traffic(ctx: &mut Ctx) -> anyhow::Result<()> {
-    let vf = sriov::network_function()?;
+    let vf = sriov::network_functions(1)?.remove(0);
     let interface = take_interface()?;
     run("ip", &["link", "set", &interface, "vf", "0", "mac", MAC])?;
     bind(&vf)?;

@@ -8,11 +8,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use vfio::gpu::{ClaimError, Claims, GpuRequest, SysfsTree};
+use vfio::gpu::{ClaimError, ClaimedDevice, Claims, GpuRequest, SysfsTree};
 
 use super::gpu_parts::{GPU, owners};
 use crate::harness::follower::Follower;
 use crate::lab::ctx::{Ctx, run};
+use crate::lab::sriov;
 use crate::lab::vmm::DROVER;
 
 const PROCESSES: usize = 50;
@@ -30,15 +31,44 @@ fn request_of(kind: &str, count: usize) -> anyhow::Result<GpuRequest> {
     })
 }
 
-/// The process that `lab_agent claim KIND` is: claims one when it is told to, says how that went, and gives
-/// it back when its standard input ends.
-pub(in crate::lab) fn claim_one(kind: &str) -> anyhow::Result<()> {
-    let (tree, claims) = (SysfsTree::of_host(), Claims::of_host());
-    let request = request_of(kind, 1)?;
+/// The process that `lab_agent claim WHAT` is: claims a part of this type, or the first of these functions
+/// that it can have, when it is told to, says how that went, and gives it back when its standard input ends.
+pub(in crate::lab) fn claim_one(what: &str) -> anyhow::Result<()> {
     println!("ready");
     std::io::stdin().read_exact(&mut [0])?;
     let vm = format!("vm-{}", std::process::id());
-    let claimed = match claims.acquire(&tree, &request, &vm) {
+    match what.contains(':') {
+        true => claim_function(what, &vm),
+        false => claim_part(what, &vm),
+    }
+}
+
+fn claim_function(addresses: &str, vm: &str) -> anyhow::Result<()> {
+    let (tree, claims) = (SysfsTree::of_host(), Claims::of_host());
+    let (mut claimed, mut refused) = (None, Vec::new());
+    for address in addresses.split(',') {
+        match claims.acquire_device(&tree, address, vm) {
+            Ok(device) => {
+                println!("claimed {address}");
+                claimed = Some(device);
+                break;
+            }
+            Err(error @ ClaimError::Taken { .. }) => refused.push(error.to_string()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if claimed.is_none() {
+        println!("refused {}", refused.join("; "));
+    }
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    drop(claimed);
+    Ok(())
+}
+
+fn claim_part(kind: &str, vm: &str) -> anyhow::Result<()> {
+    let (tree, claims) = (SysfsTree::of_host(), Claims::of_host());
+    let request = request_of(kind, 1)?;
+    let claimed = match claims.acquire(&tree, &request, vm) {
         Ok(claimed) => {
             let addresses: Vec<_> = claimed.iter().map(|part| part.address()).collect();
             println!("claimed {}", addresses.join(","));
@@ -127,16 +157,24 @@ fn available(kind: &str) -> anyhow::Result<usize> {
     Ok(text.trim().parse()?)
 }
 
-/// All begin at once; those that have a part. It is one each, and the others are told who has all of them.
-fn race(ctx: &Ctx, kind: &str, parts: usize) -> anyhow::Result<Vec<Claimer>> {
+/// What came of a race.
+struct Outcome {
+    winners: Vec<Claimer>,
+    /// What they have, one each.
+    claimed: BTreeSet<String>,
+    /// What the others were told.
+    refused: Vec<String>,
+}
+
+/// All begin at once, and as many as there are have one of `what`.
+fn contest(what: &str, parts: usize) -> anyhow::Result<Outcome> {
     let mut claimers = (0..PROCESSES)
-        .map(|_| Claimer::start(kind))
+        .map(|_| Claimer::start(what))
         .collect::<anyhow::Result<Vec<_>>>()?;
     for claimer in &mut claimers {
         let line = claimer.line()?;
         ensure!(line == "ready", "{line}");
     }
-    ctx.say(format!("{PROCESSES} processes want one of {parts}: {kind}"));
     for claimer in &mut claimers {
         claimer.begin()?;
     }
@@ -158,6 +196,21 @@ fn race(ctx: &Ctx, kind: &str, parts: usize) -> anyhow::Result<Vec<Claimer>> {
         winners.len(),
         refused.len()
     );
+    Ok(Outcome {
+        winners,
+        claimed,
+        refused,
+    })
+}
+
+/// A part each, and the others are told who has all of them.
+fn race(ctx: &Ctx, kind: &str, parts: usize) -> anyhow::Result<Vec<Claimer>> {
+    ctx.say(format!("{PROCESSES} processes want one of {parts}: {kind}"));
+    let Outcome {
+        winners,
+        claimed,
+        refused,
+    } = contest(kind, parts)?;
     ensure!(
         devices()? == claimed,
         "claimed are {claimed:?}, but there are {:?}",
@@ -239,5 +292,62 @@ pub(super) fn fifty(ctx: &mut Ctx) -> anyhow::Result<()> {
     ensure!(owners()? == vec![None; parts], "{:?}", owners()?);
     run(DROVER, &[&partition[..], &["off"]].concat())?;
     ensure!(devices()?.is_empty(), "{:?}", devices()?);
+    Ok(())
+}
+
+/// Virtual functions of a real card, which are claimed by their names.
+pub(super) fn seven_functions(ctx: &mut Ctx) -> anyhow::Result<()> {
+    const FUNCTIONS: u16 = 7;
+    let functions = sriov::network_functions(FUNCTIONS)?;
+    let (what, parts) = (functions.join(","), functions.len());
+    ctx.say(format!("{PROCESSES} processes want one of {what}"));
+    let Outcome {
+        mut winners,
+        claimed,
+        refused,
+    } = contest(&what, parts)?;
+    ensure!(
+        claimed == functions.iter().cloned().collect(),
+        "{claimed:?}"
+    );
+    let pids = winners.iter().map(|winner| winner.child.id());
+    let owners: Vec<_> = pids
+        .map(|pid| format!("vm-{pid} (pid {pid}) has it"))
+        .collect();
+    for told in &refused {
+        ensure!(
+            owners.iter().all(|owner| told.contains(owner)),
+            "all that have one are to be named: {told}"
+        );
+    }
+    ctx.say(refused.first().context("nobody is refused")?);
+    let killed = winners.len().div_ceil(3);
+    for claimer in winners.drain(..killed) {
+        claimer.kill()?;
+    }
+    let (tree, claims) = (SysfsTree::of_host(), Claims::of_host());
+    let free = |vm: &str| -> Vec<ClaimedDevice> {
+        let claim = |address: &String| claims.acquire_device(&tree, address, vm).ok();
+        functions.iter().filter_map(claim).collect()
+    };
+    let again = free("next");
+    ensure!(
+        again.len() == killed,
+        "{} of {killed} can be had again",
+        again.len()
+    );
+    drop(again);
+    for claimer in winners {
+        claimer.end()?;
+    }
+    let all = free("last");
+    ensure!(
+        all.len() == parts,
+        "{} of {parts} can be had again",
+        all.len()
+    );
+    ctx.say(format!(
+        "{killed} were killed; all {parts} could be had again"
+    ));
     Ok(())
 }

@@ -380,6 +380,12 @@ pub const TABLE: &[Scenario] = &[
         gpu_race::fifty,
     ),
     assigned(
+        "vfio-race",
+        300,
+        "50 processes race for 7 virtual functions of a network card: one each, and all free after kill -9",
+        gpu_race::seven_functions,
+    ),
+    assigned(
         "assigned-handed",
         240,
         "nodes of a function that somebody else has opened, through both of the kernel's ways",

@@ -91,7 +91,7 @@ pub(super) fn conformance(ctx: &mut Ctx) -> anyhow::Result<()> {
 
 /// A VF of another kind: a network card's, with several vectors.
 fn network_vf(ctx: &Ctx) -> anyhow::Result<()> {
-    let vf = sriov::network_function()?;
+    let vf = sriov::network_functions(1)?.remove(0);
     bind(&vf)?;
     for (choice, path) in BOTH {
         let function = KernelVfio::new(choice).open(&folder(&vf))?;
