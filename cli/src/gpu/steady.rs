@@ -1,6 +1,6 @@
 //! Work that a signal does not break off in the middle.
 
-use std::io;
+use std::io::{self, Write};
 use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,7 +41,8 @@ impl Steady {
             runtime.block_on(async {
                 signals.next().await;
                 is_asked.store(true, Ordering::Relaxed);
-                eprintln!("drover: {word}; a second signal ends at once");
+                // Who has sent it may have closed the terminal.
+                let _ = writeln!(io::stderr(), "drover: {word}; a second signal ends at once");
                 let kind = signals.next().await;
                 process::exit(EXIT_CODE_BASE + kind.as_raw_value());
             });

@@ -6,6 +6,9 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
+use rustix::io::Errno;
+
 use super::sysfs::{names, text};
 
 /// Processes, and descriptors of one, that are looked at.
@@ -75,13 +78,14 @@ impl OpenNodes {
 
     fn add(&mut self, pid: u32, files: &Path, wanted: impl Fn(&Path) -> bool) -> io::Result<()> {
         for file in fs::read_dir(files)?.take(FILES_MAX) {
-            let node = match fs::read_link(file?.path()) {
+            let file = file?.path();
+            let node = match fs::read_link(&file) {
                 Ok(node) => node,
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(error),
                 // One may be closed at any time.
                 Err(_) => continue,
             };
-            if wanted(&node) {
+            if wanted(&node) && is_node(&file, &node) {
                 let pids = self.nodes.entry(node).or_default();
                 if pids.last() != Some(&pid) {
                     pids.push(pid);
@@ -98,6 +102,22 @@ impl OpenNodes {
     /// Who has this node open, ascending.
     pub(crate) fn of(&self, node: &Path) -> &[u32] {
         self.nodes.get(node).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Whether what is open as `file` is the device at `node`, and no file that somebody has given this name in a
+/// mount namespace of their own. Their file system is not asked: it may never answer.
+fn is_node(file: &Path, node: &Path) -> bool {
+    let number = |path| {
+        let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+        let kind = FileType::from_raw_mode(found.stx_mode.into());
+        Ok((kind, found.stx_rdev_major, found.stx_rdev_minor))
+    };
+    match (number(file), number(node)) {
+        (Ok(open), Ok(node)) => open == node && open.0 == FileType::CharacterDevice,
+        // A copy of a host's tree.
+        (Err(Errno::NOENT), _) => true,
+        _ => false,
     }
 }
 

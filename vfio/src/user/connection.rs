@@ -79,6 +79,8 @@ pub(super) struct Connection {
     on_loss: Mutex<Option<LossHook>>,
     memory: ServedMemory,
     has_refused_dma: AtomicBool,
+    /// Whether descriptors are taken: while the device is looked at, from servers that are trusted.
+    takes_files: AtomicBool,
 }
 
 #[derive(Default)]
@@ -102,11 +104,18 @@ impl Pending {
     }
 }
 
+/// Whether the server is of this process' own user, or of root: such a one needs no descriptor to do harm.
+fn is_trusted(stream: &UnixStream) -> io::Result<bool> {
+    let server = rustix::net::sockopt::socket_peercred(stream)?.uid;
+    Ok(server.is_root() || server == rustix::process::geteuid())
+}
+
 impl Connection {
     pub(super) fn new(stream: UnixStream, name: &str, limits: Limits) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(None)?;
         stream.set_write_timeout(Some(limits.reply))?;
+        let takes_files = AtomicBool::new(is_trusted(&stream)?);
         Ok(Self {
             name: name.to_owned(),
             stream,
@@ -116,7 +125,13 @@ impl Connection {
             on_loss: Mutex::default(),
             memory: ServedMemory::default(),
             has_refused_dma: AtomicBool::new(false),
+            takes_files,
         })
+    }
+
+    /// From now on descriptors that come are dropped.
+    pub(super) fn take_no_files(&self) {
+        self.takes_files.store(false, Ordering::Release);
     }
 
     pub(super) fn memory(&self) -> &ServedMemory {
@@ -277,7 +292,7 @@ impl Connection {
 
     /// Reads a message and acts on it; false at the connection's end.
     fn read_message(&self) -> Result<bool, String> {
-        let received = wire::receive_header(&self.stream).map_err(|error| explain(&error))?;
+        let received = self.receive_header().map_err(|error| explain(&error))?;
         let Some((header, file)) = received else {
             return Ok(false);
         };
@@ -315,6 +330,15 @@ impl Connection {
             let _ = pending.answer.send(answer);
         }
         Ok(true)
+    }
+
+    fn receive_header(&self) -> io::Result<Option<(Header, Option<File>)>> {
+        let takes_files = || self.takes_files.load(Ordering::Acquire);
+        // It may no longer once there is something.
+        if takes_files() {
+            wire::wait_readable(&self.stream)?;
+        }
+        wire::receive_header(&self.stream, takes_files())
     }
 
     fn read_payload(&self, len: usize) -> Result<Vec<u8>, String> {

@@ -112,6 +112,7 @@ impl UserFunction {
         let reader = thread::Builder::new().name("vfio-user".to_owned());
         let reader = reader.spawn(move || read.read_all()).map_err(host)?;
         let offer = Offer::ask(&connection);
+        connection.take_no_files();
         let offer = match offer {
             Ok(offer) => offer,
             Err(error) => {

@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::retry_on_intr;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -17,6 +18,16 @@ use super::protocol::{HEADER_BYTES, Header, Payload};
 /// twice, so that the socket's time limit is close to ours.
 const CHUNK_BYTES: usize = 32 << 10;
 
+/// Waits until something has come, or nothing will.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn wait_readable(stream: &UnixStream) -> io::Result<()> {
+    let mut events = [PollFd::new(stream, PollFlags::IN)];
+    retry_on_intr(|| poll(&mut events, None))?;
+    Ok(())
+}
+
 /// The next message's header and the descriptor that came with it; `None` when the other side has
 /// closed the connection.
 ///
@@ -24,16 +35,21 @@ const CHUNK_BYTES: usize = 32 << 10;
 /// two descriptors without closing it, and does not set `O_CLOEXEC`.
 ///
 /// There is room for one descriptor, which is what this side allows (`max_msg_fds`). When more
-/// come, all of them are closed and it is an error.
+/// come, all of them are closed and it is an error. Without `takes_files` there is room for none: the
+/// kernel drops what comes, and this process never has it. For to close a descriptor may take as long as
+/// its file system likes, and not even SIGKILL ends that.
 ///
 /// # Errors
 /// The socket's, [`io::ErrorKind::UnexpectedEof`] in the middle of the header, or `ENOBUFS`.
-pub(super) fn receive_header(stream: &UnixStream) -> io::Result<Option<(Header, Option<File>)>> {
+pub(super) fn receive_header(
+    stream: &UnixStream,
+    takes_files: bool,
+) -> io::Result<Option<(Header, Option<File>)>> {
     let mut bytes = [0; HEADER_BYTES];
     let mut filled = 0;
     let mut file = None;
     while filled < HEADER_BYTES {
-        let (len, received) = receive_part(stream, &mut bytes[filled..])?;
+        let (len, received) = receive_part(stream, &mut bytes[filled..], takes_files)?;
         if len == 0 {
             return match filled {
                 0 => Ok(None),
@@ -48,9 +64,16 @@ pub(super) fn receive_header(stream: &UnixStream) -> io::Result<Option<(Header, 
 }
 
 /// Some bytes, and the descriptor that came with them.
-fn receive_part(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Option<File>)> {
+fn receive_part(
+    stream: &UnixStream,
+    bytes: &mut [u8],
+    takes_files: bool,
+) -> io::Result<(usize, Option<File>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut control = match takes_files {
+        true => RecvAncillaryBuffer::new(&mut space),
+        false => RecvAncillaryBuffer::default(),
+    };
     let mut parts = [IoSliceMut::new(bytes)];
     let received =
         retry_on_intr(|| recvmsg(stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC))?;
@@ -61,7 +84,7 @@ fn receive_part(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Opt
         }
     }
     // The kernel pads the room for one, so that two fit; with three and more it says so.
-    if files.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
+    if files.len() > 1 || takes_files && received.flags.contains(ReturnFlags::CTRUNC) {
         return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
     }
     Ok((received.bytes, files.pop()))

@@ -1,5 +1,7 @@
 //! Divisions that are kept for the next boot.
 
+use std::os::unix::fs::PermissionsExt;
+
 use vfio::gpu::{Division, PartitionError, Partitioner, Settings, SettingsError};
 
 use crate::host::Host;
@@ -113,8 +115,11 @@ fn whoever_changes_waits_for_who_does() {
     let path = host.root().join("etc/gpu-partitions.toml");
     let (settings, lock) = Settings::edit(&path).expect("the folder is ours");
     assert_eq!(settings, Settings::default());
-    let folder = std::fs::File::open(host.root().join("etc")).expect("it was made");
-    assert!(folder.try_lock().is_err());
+    let file = std::fs::File::open(host.root().join("etc/gpu-partitions.toml.lock"));
+    let file = file.expect("it was made");
+    let mode = file.metadata().expect("it was made").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "nobody else is in the way");
+    assert!(file.try_lock().is_err());
     drop(lock);
-    assert!(folder.try_lock().is_ok());
+    assert!(file.try_lock().is_ok());
 }

@@ -71,6 +71,15 @@ pub(in crate::gpu) struct Allocation<'c> {
     lock: File,
 }
 
+impl Drop for Allocation<'_> {
+    /// Also for what a vendor's program has left running with it.
+    fn drop(&mut self) {
+        if let Err(error) = self.lock.unlock() {
+            log::warn!(error:%; "others may not be able to claim GPUs");
+        }
+    }
+}
+
 impl<'c> Allocation<'c> {
     pub(super) fn new(claims: &'c Claims, lock: File) -> Self {
         Self { claims, lock }

@@ -1,14 +1,16 @@
 //! Divisions that are kept for the next boot.
 
-use crate::gpu::address::GpuAddress;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::task::{Divided, Division, PartitionError, Partitioner};
+use crate::gpu::address::GpuAddress;
+use crate::gpu::change::wait_until;
 use crate::gpu::inventory::PciId;
 use crate::gpu::tree::SysfsTree;
 
@@ -16,6 +18,9 @@ use crate::gpu::tree::SysfsTree;
 pub const SETTINGS_FILE: &str = "/etc/drover/gpu-partitions.toml";
 
 const MAX_BYTES: u64 = 1 << 20;
+
+/// How long another process may be at the settings: it divides a GPU meanwhile.
+const LOCKED_MAX: Duration = Duration::from_secs(120);
 
 /// Divisions of a host's GPUs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +54,7 @@ pub struct Setting {
 #[derive(Debug)]
 #[must_use]
 pub struct SettingsLock {
-    _folder: File,
+    _file: File,
 }
 
 /// The file cannot be used.
@@ -110,10 +115,21 @@ impl Settings {
             let folder = folder(path);
             let mut builder = DirBuilder::new();
             builder.recursive(true).mode(0o755).create(folder)?;
-            // The file is another one after each change; the folder stays.
-            let folder = File::open(folder)?;
-            folder.lock()?;
-            Ok(SettingsLock { _folder: folder })
+            // The settings' file is another one after each change; this stays. Nobody else may lock it.
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(path.with_added_extension("lock"))?;
+            match wait_until(LOCKED_MAX, || file.try_lock().is_ok()) {
+                true => Ok(SettingsLock { _file: file }),
+                false => Err(io::Error::other(
+                    "another process is at it, and does not come to an end",
+                )),
+            }
         };
         let lock = lock().map_err(|source| SettingsError::File {
             path: path.to_owned(),

@@ -114,7 +114,7 @@ fn ended<T>() -> io::Result<T> {
 
 impl Server {
     fn read(&mut self) -> io::Result<(Header, Vec<u8>)> {
-        let Some((header, _)) = wire::receive_header(&self.stream)? else {
+        let Some((header, _)) = wire::receive_header(&self.stream, true)? else {
             return ended();
         };
         let len = header.payload_bytes(MAX_MESSAGE_BYTES).unwrap();

@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use devices::DeviceId;
 
@@ -14,6 +15,11 @@ use crate::control::errors::chain;
 use crate::machine::assigned::{AssignError, Opened};
 use crate::machine::events::EventKind;
 use crate::machine::runtime::DeviceEntry;
+
+/// Until it is looked again whether a device that has gone is still accessed, and at most: longer than a
+/// server has for an answer.
+const IN_USE_PAUSE: Duration = Duration::from_millis(1);
+const IN_USE_MAX: Duration = Duration::from_secs(60);
 
 impl Controller {
     /// Begins to add a device; `answer` gets what has come of it.
@@ -139,7 +145,13 @@ impl Controller {
         let device = entry.device.id().to_string();
         let (jobs, id) = (self.jobs_sender.clone(), device.clone());
         let work = move |entry: DeviceEntry| {
+            let device = Arc::downgrade(&entry.device);
             drop(entry);
+            // A vCPU may still be in an access that has begun, and closes it then.
+            let begin = Instant::now();
+            while device.strong_count() > 0 && begin.elapsed() < IN_USE_MAX {
+                std::thread::sleep(IN_USE_PAUSE);
+            }
             // Without a controller nobody asks any more.
             let _ = jobs.send(Box::new(|controller: &mut Controller| {
                 controller.finish_removing(id);
