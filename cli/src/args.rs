@@ -120,7 +120,7 @@ pub(crate) enum Command {
     Console(ConsoleArgs),
     /// Tell what this host can do for VMs, and how to mend what it cannot.
     Doctor(JsonArgs),
-    /// List GPUs and what they are divided into, and compare those of several hosts.
+    /// List and divide GPUs, give parts of them to running VMs, and compare hosts.
     Gpu(GpuArgs),
     /// Print shell completions.
     Completions(CompletionsArgs),

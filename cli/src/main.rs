@@ -19,6 +19,7 @@ mod table;
 mod units;
 mod values;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -30,7 +31,11 @@ use vmm::machine::VmState;
 use args::{Cli, Command};
 use values::Usage;
 
+/// What a shell says of a process that SIGPIPE has ended.
+const BROKEN_PIPE: i32 = 128 + 13;
+
 fn main() -> ExitCode {
+    end_when_nobody_reads();
     let cli = Cli::parse();
     start_log(cli.log);
     match dispatch(cli.command) {
@@ -40,6 +45,23 @@ fn main() -> ExitCode {
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// `println!` panics when its text cannot be written: because whoever was to read it has gone, which is no
+/// fault, or because a disk is full, which is none of ours.
+fn end_when_nobody_reads() {
+    let other = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload_as_str().unwrap_or_default();
+        let Some(why) = text.strip_prefix("failed printing to ") else {
+            return other(panic);
+        };
+        if why.contains("(os error 32)") {
+            std::process::exit(BROKEN_PIPE);
+        }
+        let _ = writeln!(std::io::stderr(), "drover: cannot write to {why}");
+        std::process::exit(1);
+    }));
 }
 
 /// 2, as for what clap refuses, when the command line or the file that it names is wrong; 1 when it

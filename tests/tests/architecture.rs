@@ -67,7 +67,7 @@ const PRODUCTION: [&str; 5] = [
     "cli/src",
 ];
 
-/// Where unsafe code may stand in production code (DESIGN: "Unsafe").
+/// Where unsafe code may stand in production code.
 const UNSAFE_FOLDERS: [&str; 5] = [
     "vmm/src/kvm",
     "vmm/src/memory",
@@ -253,7 +253,7 @@ fn unsafe_code_stands_only_where_the_design_allows_it() {
     }
 }
 
-/// Production lines per file: up to 700 (DESIGN: "Size"). Tests lie in files of their own.
+/// Production lines per file: up to 700. Tests lie in files of their own.
 #[test]
 fn no_production_file_has_more_than_700_lines() {
     let root = workspace();

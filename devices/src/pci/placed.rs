@@ -36,7 +36,7 @@ impl PlacedBar {
     pub(super) fn new(function: &Arc<dyn PciFunction>, location: &BarLocation) -> Arc<Self> {
         Arc::new(Self {
             function: Arc::clone(function),
-            location: location.clone(),
+            location: *location,
         })
     }
 

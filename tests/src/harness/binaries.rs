@@ -4,13 +4,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-/// Cargo's target folder, in which the running test lies; Cargo tags it as a cache.
+/// Cargo's target folder, in which the running test lies: it has folders of profiles, which Cargo locks.
 ///
 /// # Errors
 /// When the test runs from somewhere else.
 pub fn target_folder() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe().context("the test's own path is unknown")?;
-    let is_target = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
+    let is_profile = |folder: &&Path| folder.join(".cargo-lock").is_file();
+    let profile = own.ancestors().find(is_profile);
+    let is_target = |folder: &&Path| {
+        profile.is_some_and(|profile| profile.starts_with(folder) && profile != *folder)
+    };
     let folder = own.ancestors().find(is_target).map(Path::to_owned);
     folder.with_context(|| format!("{} is not in a target folder", own.display()))
 }

@@ -149,12 +149,6 @@ impl AssignedFunction {
         self
     }
 
-    /// What the device may reach of guest memory.
-    #[must_use]
-    pub fn backend(&self) -> &Arc<dyn VfioBackend> {
-        &self.backend
-    }
-
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock()
     }

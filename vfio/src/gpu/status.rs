@@ -34,7 +34,7 @@ impl fmt::Display for Status {
     }
 }
 
-const NO_IOMMU: &str = "the host has no IOMMU at work: switch it on in the firmware (VT-d, AMD-Vi), and with Intel's \
+pub(super) const NO_IOMMU: &str = "the host has no IOMMU at work: switch it on in the firmware (VT-d, AMD-Vi), and with Intel's \
      boot with intel_iommu=on";
 
 /// PCI header type 1 (PCI 3.0, 6.1); bit 7 tells of further functions.

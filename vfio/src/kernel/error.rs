@@ -34,6 +34,12 @@ pub enum OpenError {
     /// It is a bridge.
     #[error("{0} is a bridge: assign the functions behind it, not the bridge")]
     Bridge(String),
+    /// An IOMMU knows PCI Express devices by their requests; those of conventional ones carry no name.
+    #[error(
+        "{0} is a conventional PCI device: an IOMMU cannot tell its DMA from that of its neighbours, and it \
+         cannot be assigned"
+    )]
+    Conventional(String),
     /// No IOMMU translates for it.
     #[error(
         "{0} is behind no IOMMU: enable VT-d or AMD-Vi in the firmware, and boot an Intel host with \

@@ -33,7 +33,7 @@ pub(super) struct Opened {
     pub(super) _kvm: Option<Registration>,
     pub(super) device: File,
     /// The group through which it was opened.
-    pub(super) group: Option<Arc<Group>>,
+    pub(super) _group: Option<Arc<Group>>,
     /// The address space outlives the device, which uses it.
     pub(super) dma: FunctionDma<Iommu>,
 }
@@ -89,18 +89,6 @@ impl KernelFunction {
     #[must_use]
     pub fn path(&self) -> KernelPath {
         self.path
-    }
-
-    /// The device's file, for what this crate does not do.
-    #[must_use]
-    pub fn device_file(&self) -> BorrowedFd<'_> {
-        self.opened.device.as_fd()
-    }
-
-    /// The IOMMU group that it shares with others; `None` when it was opened by its own node.
-    #[must_use]
-    pub fn group_file(&self) -> Option<BorrowedFd<'_>> {
-        self.opened.group.as_ref().map(|group| group.file())
     }
 
     /// Where in the device's file an access goes.

@@ -9,6 +9,9 @@ use super::sysfs::{Folder, Host, is_harmless, is_vfio_driver};
 /// What VFIO calls groups that it makes without an IOMMU.
 const NOIOMMU: &str = "vfio-noiommu";
 
+/// The kernel shows a link's speed for PCI Express alone (drivers/pci/pci-sysfs.c); virtual functions have it, too.
+const LINK_SPEED: &str = "max_link_speed";
+
 /// A virtual function of NVIDIA's vGPU driver has this file, and a node of VFIO's once it has a type.
 const VGPU_TYPE: &str = "nvidia/current_vgpu_type";
 
@@ -61,6 +64,9 @@ pub(super) fn examine(host: &Host, path: &Path) -> Result<Located, OpenError> {
     if folder.is_bridge() {
         return Err(OpenError::Bridge(name));
     }
+    if !is_mediated(&folder) && folder.text(LINK_SPEED).is_none() {
+        return Err(OpenError::Conventional(name));
+    }
     let cdev = folder.cdev();
     // Where a driver has made a node, it is one of VFIO, whatever its name is: those of vendors are
     // called as they like.
@@ -74,7 +80,9 @@ pub(super) fn examine(host: &Host, path: &Path) -> Result<Located, OpenError> {
     match folder.driver() {
         // Drivers of mediated devices are called as their parents are.
         _ if is_vfio || is_mediated => {}
-        Some(_) if folder.text(VGPU_TYPE).is_some() => return Err(OpenError::NoVgpuType(name)),
+        Some(_) if folder.text(VGPU_TYPE).is_some_and(|kind| kind == "0") => {
+            return Err(OpenError::NoVgpuType(name));
+        }
         Some(driver) => {
             return Err(OpenError::WrongDriver {
                 device: name,

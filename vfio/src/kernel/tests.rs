@@ -52,6 +52,7 @@ impl Recorded {
         let folder = format!("sys/devices/pci0000:40/{address}");
         self.write(&format!("{folder}/class"), "0x030200\n");
         self.write(&format!("{folder}/driver_override"), "(null)\n");
+        self.write(&format!("{folder}/max_link_speed"), "16.0 GT/s PCIe\n");
         let real = self.0.as_path().join(&folder);
         self.link(&format!("sys/bus/pci/devices/{address}"), &real);
         self.grouped(&folder, address, group);
@@ -177,6 +178,17 @@ fn devices_that_cannot_be_assigned_are_told_with_the_remedy() {
     says(&host.refusal(AUDIO), &[AUDIO, "no driver", "bind=on"]);
     host.function("0000:42:00.0", None, None);
     says(&host.refusal("0000:42:00.0"), &["IOMMU", "intel_iommu=on"]);
+    host.function("0000:4a:00.0", Some(74), Some("vfio-pci"));
+    fs::remove_file(
+        host.0
+            .as_path()
+            .join("sys/devices/pci0000:40/0000:4a:00.0/max_link_speed"),
+    )
+    .unwrap();
+    says(
+        &host.refusal("0000:4a:00.0"),
+        &["0000:4a:00.0", "conventional PCI"],
+    );
     // VFIO's own groups, made where there is no IOMMU.
     host.function("0000:43:00.0", Some(1), Some("vfio-pci"));
     host.write("sys/kernel/iommu_groups/1/name", "vfio-noiommu\n");

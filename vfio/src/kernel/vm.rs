@@ -259,7 +259,7 @@ impl KernelVfio {
         let opened = Opened {
             _kvm: kvm,
             device: device.into(),
-            group: None,
+            _group: None,
             dma: FunctionDma::new(Arc::clone(&space)),
         };
         self.finish(state, located, KernelPath::Iommufd, opened, &space)
@@ -301,7 +301,7 @@ impl KernelVfio {
         let opened = Opened {
             _kvm: None,
             device: device.into(),
-            group: Some(group),
+            _group: Some(group),
             dma: FunctionDma::new(Arc::clone(&space)),
         };
         self.finish(state, located, KernelPath::Group, opened, &space)

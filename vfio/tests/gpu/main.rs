@@ -275,6 +275,42 @@ fn json_has_what_was_promised() {
     assert_eq!(told(&gpus), gpus);
     let json = serde_json::to_value(&gpus).expect("plain data");
     let gpu = &json[0];
+    let keys = |value: &serde_json::Value| -> Vec<String> {
+        let object = value.as_object().expect("an object");
+        let mut keys: Vec<String> = object.keys().cloned().collect();
+        keys.sort_unstable();
+        keys
+    };
+    let of_gpu = [
+        "address",
+        "device_id",
+        "driver",
+        "driver_version",
+        "iommu_group",
+        "name",
+        "numa_node",
+        "owner",
+        "partition_count",
+        "partitions",
+        "reason",
+        "status",
+        "subsystem_id",
+        "valid_partition_counts",
+        "vendor_id",
+        "vram_bytes",
+    ];
+    let of_partition = [
+        "address",
+        "migratable",
+        "owner",
+        "reason",
+        "state",
+        "temporary",
+        "type",
+        "vram_bytes",
+    ];
+    assert_eq!(keys(gpu), of_gpu);
+    assert_eq!(keys(&gpu["partitions"][0]), of_partition);
     assert_eq!(gpu["address"], GPU);
     assert_eq!(gpu["vendor_id"], "0x10de");
     assert_eq!(gpu["device_id"], "0x2236");

@@ -227,7 +227,8 @@ fn a_gpu_in_use_is_left_alone() {
 fn a_models_functions_are_waited_for() {
     let host = Host::new();
     let gpu = host.function(GPU, (0x1af4, 0x10c0), 0x03_80_00);
-    gpu.remove("driver_override")
+    gpu.group(41)
+        .remove("driver_override")
         .set("sriov_totalvfs", "7\n")
         .set("sriov_numvfs", "0\n");
     let _kernel = Kernel::of(

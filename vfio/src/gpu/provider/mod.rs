@@ -16,6 +16,7 @@ pub(super) mod vgpu_config;
 use super::divide::{PartitionError, Task};
 use super::inventory::Partition;
 use super::offer::Offer;
+use super::status::NO_IOMMU;
 use super::tree::Function;
 
 pub(super) use models::vram;
@@ -89,6 +90,9 @@ pub(super) fn total_vfs(gpu: &Function<'_>) -> Option<u32> {
 
 /// What stands in the way where it is `None`.
 fn sriov_obstacle(gpu: &Function<'_>) -> Option<String> {
+    if !gpu.tree.has_iommu() {
+        return Some(NO_IOMMU.to_owned());
+    }
     if total_vfs(gpu).is_some() {
         return None;
     }
