@@ -28,7 +28,7 @@ fn what_is_not_understood_is_refused() {
         "--socket",
         "--socket /a --root /r",
         "--socket /a --vram 1",
-        "--socket /a --vram 128G",
+        "--socket /a --vram 512G",
         "--socket /a --vram 1000001",
         "--socket /a --vram big",
         "--root /r --partitions-max 0",
