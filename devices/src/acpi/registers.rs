@@ -264,6 +264,7 @@ impl Device for AcpiRegisters {
         pending.events = wire.events;
         pending.pci_added = wire.pci_added;
         pending.pci_leaving = wire.pci_leaving;
+        self.line.set_level(pending.events != 0);
         Ok(())
     }
 }
@@ -369,9 +370,10 @@ mod tests {
         let (source, ..) = registers();
         source.press_power_button();
         let state = source.save().unwrap();
-        let (target, ..) = registers();
+        let (target, _requests, line) = registers();
         target.restore(&state).unwrap();
         assert_eq!(target.save().unwrap(), state);
+        assert!(line.is_high(), "nobody has read it");
         let unknown = DeviceState::encode(
             KIND,
             1,
