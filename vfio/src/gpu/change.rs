@@ -1,6 +1,6 @@
 //! Writing what drivers read.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -99,6 +99,20 @@ pub(super) fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> 
         }
         std::thread::sleep(POLL);
     }
+}
+
+/// Locks a file for this process alone; whether it was had in time.
+pub(super) fn lock_within(file: &File, limit: Duration) -> io::Result<bool> {
+    let mut failure = None;
+    let is_locked = wait_until(limit, || match file.try_lock() {
+        Ok(()) => true,
+        Err(TryLockError::WouldBlock) => false,
+        Err(TryLockError::Error(source)) => {
+            failure = Some(source);
+            true
+        }
+    });
+    failure.map_or(Ok(is_locked), Err)
 }
 
 /// Makes a virtual function a vGPU of this type; 0 makes it none.

@@ -1,7 +1,7 @@
 //! The folder of claims. Lock order: the folder's, then those of claims; who has a claim alone asks for no
 //! other lock.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::allocation::Allocation;
 use super::error::ClaimError;
-use crate::gpu::change::wait_until;
+use crate::gpu::change::lock_within;
 
 /// Where the claims of a host are.
 pub const CLAIMS_DIR: &str = "/run/drover/gpu";
@@ -120,22 +120,13 @@ impl Claims {
     }
 
     fn wait(&self, name: &str, file: &File, limit: Duration) -> Result<(), ClaimError> {
-        let mut failure = None;
-        let is_locked = wait_until(limit, || match file.try_lock() {
-            Ok(()) => true,
-            Err(TryLockError::WouldBlock) => false,
-            Err(TryLockError::Error(source)) => {
-                failure = Some(source);
-                true
-            }
-        });
-        match (failure, is_locked) {
-            (Some(source), _) => Err(self.error(name, source)),
-            (None, false) => Err(ClaimError::Held {
+        match lock_within(file, limit) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ClaimError::Held {
                 path: self.dir.join(name),
                 seconds: limit.as_secs(),
             }),
-            (None, true) => Ok(()),
+            Err(source) => Err(self.error(name, source)),
         }
     }
 

@@ -97,11 +97,10 @@ fn is_divided_so(task: &Task<'_>, types: &Types, count: u32) -> bool {
         return false;
     };
     let is_kind = |asked: &String| {
-        let names = files::creatable_types(&task.gpu);
-        let name = files::type_name(&task.gpu, &names, id).unwrap_or_default();
+        let mut names = files::type_names(&task.gpu, &files::creatable_types(&task.gpu));
         let kind = Kind {
             id: id.to_string(),
-            name,
+            name: names.remove(&id).unwrap_or_default(),
         };
         kind.is(asked)
     };

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::task::{Divided, Division, PartitionError, Partitioner};
 use crate::gpu::address::GpuAddress;
-use crate::gpu::change::wait_until;
+use crate::gpu::change::lock_within;
 use crate::gpu::inventory::PciId;
 use crate::gpu::tree::SysfsTree;
 
@@ -124,7 +124,7 @@ impl Settings {
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
                 .open(path.with_added_extension("lock"))?;
-            match wait_until(LOCKED_MAX, || file.try_lock().is_ok()) {
+            match lock_within(&file, LOCKED_MAX)? {
                 true => Ok(SettingsLock { _file: file }),
                 false => Err(io::Error::other(
                     "another process is at it, and does not come to an end",

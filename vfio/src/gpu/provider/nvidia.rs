@@ -46,7 +46,8 @@ impl Provider for VendorVfio {
     fn survey(&self, gpu: &Function<'_>) -> Survey {
         let vfs = gpu.virtual_functions();
         let types = creatable_types(gpu);
-        let partitions = vfs.iter().filter_map(|(_, vf)| partition(vf, &types));
+        let names = type_names(gpu, &types);
+        let partitions = vfs.iter().filter_map(|(_, vf)| partition(vf, &names));
         let partitions: Vec<_> = partitions.collect();
         let is_known = partitions.iter().all(|partition| partition.kind.is_some());
         Survey {
@@ -58,9 +59,9 @@ impl Provider for VendorVfio {
 
     fn offers(&self, gpu: &Function<'_>) -> Vec<Offer> {
         let vfs = gpu.virtual_functions();
-        let types = creatable_types(gpu);
+        let names = type_names(gpu, &creatable_types(gpu));
         vfs.iter()
-            .flat_map(|(_, vf)| offers_of(vf, &types))
+            .flat_map(|(_, vf)| offers_of(vf, &names))
             .collect()
     }
 
@@ -70,7 +71,7 @@ impl Provider for VendorVfio {
 }
 
 /// What a virtual function is, or all that it could be.
-fn offers_of(vf: &Function<'_>, types: &Types) -> Vec<Offer> {
+fn offers_of(vf: &Function<'_>, names: &Types) -> Vec<Offer> {
     let offer = |id: u32, name: String, setup| Offer {
         address: Address::Pci(vf.address),
         vram_bytes: framebuffer(&name),
@@ -90,14 +91,14 @@ fn offers_of(vf: &Function<'_>, types: &Types) -> Vec<Offer> {
                 .collect()
         }
         Some(id) => {
-            let name = type_name(vf, types, id).unwrap_or_else(|| format!("type {id}"));
+            let name = name_or_number(names, id);
             vec![offer(id, name, Setup::Reset(vf.address, id))]
         }
     }
 }
 
 /// A virtual function that has a type.
-fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
+fn partition(vf: &Function<'_>, names: &Types) -> Option<Partition> {
     let address = vf.address.to_string();
     let Some(id) = vf.decimal::<u32>(CURRENT) else {
         let reason = Some(format!("{CURRENT} cannot be read"));
@@ -106,7 +107,7 @@ fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
     if id == 0 {
         return None;
     }
-    let name = type_name(vf, types, id).unwrap_or_else(|| format!("type {id}"));
+    let name = name_or_number(names, id);
     Some(Partition {
         vram_bytes: framebuffer(&name),
         kind: Some(name),
@@ -114,10 +115,25 @@ fn partition(vf: &Function<'_>, types: &Types) -> Option<Partition> {
     })
 }
 
-/// The name of a type: of these, or one that can no longer be made.
-pub(in crate::gpu) fn type_name(gpu: &Function<'_>, types: &Types, id: u32) -> Option<String> {
-    let listed = types.get(&id).cloned();
-    listed.or_else(|| vgpu_config::name_of(gpu.tree.vgpu_config()?, id))
+fn name_or_number(names: &Types, id: u32) -> String {
+    let name = names.get(&id).cloned();
+    name.unwrap_or_else(|| format!("type {id}"))
+}
+
+/// These types, and those that the GPU's functions have and that may not be made any more.
+pub(in crate::gpu) fn type_names(gpu: &Function<'_>, creatable: &Types) -> Types {
+    let mut names = creatable.clone();
+    let vfs = gpu.virtual_functions();
+    let current = vfs
+        .iter()
+        .filter_map(|(_, vf)| vf.decimal::<u32>(CURRENT))
+        .filter(|id| *id != 0 && !creatable.contains_key(id));
+    let current: BTreeSet<u32> = current.collect();
+    let file = gpu.tree.vgpu_config().filter(|_| !current.is_empty());
+    if let Some(file) = file {
+        names.extend(vgpu_config::names_of(file, &current));
+    }
+    names
 }
 
 /// The types of a GPU that can be made now: what is left depends on what there is already, and is not the

@@ -1,9 +1,12 @@
 //! The file by which NVIDIA's vGPU host driver knows its types: elements
 //! `<vgpuType id="586" name="NVIDIA A10-6Q" ...>`. Of a type that can no longer be made it alone has the name.
 
+use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
+
+use super::nvidia::Types;
 
 /// Where the driver's installer puts it.
 pub(in crate::gpu) const VGPU_CONFIG: &str = "/usr/share/nvidia/vgpu/vgpuConfig.xml";
@@ -14,20 +17,35 @@ const FILE_MAX: u64 = 16 << 20;
 /// Longer names are none of a type's.
 const NAME_MAX: usize = 64;
 
-/// The name of the type with this number.
-pub(super) fn name_of(file: &Path, id: u32) -> Option<String> {
+/// The names of those types among these that the file knows.
+pub(super) fn names_of(file: &Path, ids: &BTreeSet<u32>) -> Types {
+    read(file).map_or_else(|_| Types::new(), |text| named(&text, ids))
+}
+
+fn read(file: &Path) -> io::Result<String> {
     let mut text = String::new();
-    let file = File::open(file).ok()?;
-    file.take(FILE_MAX).read_to_string(&mut text).ok()?;
-    let id = id.to_string();
-    let mut elements = text.split("<vgpuType ").skip(1);
-    let attributes = elements.find_map(|element| {
-        let (attributes, _) = element.split_once('>')?;
-        (attribute(attributes, "id")? == id).then_some(attributes)
-    });
-    let name = attribute(attributes?, "name")?;
-    let is_name = !name.is_empty() && name.len() <= NAME_MAX && !name.contains(char::is_control);
-    is_name.then(|| name.to_owned())
+    File::open(file)?.take(FILE_MAX).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn named(text: &str, ids: &BTreeSet<u32>) -> Types {
+    let mut names = Types::new();
+    for element in text.split("<vgpuType ").skip(1) {
+        let attributes = element.split_once('>').map(|(attributes, _)| attributes);
+        let attribute = |name| attribute(attributes?, name);
+        let id = attribute("id").and_then(|id| id.parse().ok());
+        let name = attribute("name").filter(|name| is_name(name));
+        if let (Some(id), Some(name)) = (id, name)
+            && ids.contains(&id)
+        {
+            names.entry(id).or_insert_with(|| name.to_owned());
+        }
+    }
+    names
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.len() <= NAME_MAX && !text.contains(char::is_control)
 }
 
 fn attribute<'t>(attributes: &'t str, name: &str) -> Option<&'t str> {
@@ -49,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_types_name_is_found_by_its_number() {
+    fn types_names_are_found_by_their_numbers() {
         let name = format!("drover-vgpu-config-{}.xml", std::process::id());
         let file = std::env::temp_dir().join(name);
         let long = "x".repeat(NAME_MAX + 1);
@@ -61,17 +79,13 @@ mod tests {
             <vgpuType id="2" name="{long}"></vgpuType><vgpuType id="3" name="cut off"#
         );
         fs::write(&file, text).expect("the folder is ours");
-        for (id, expected) in [
-            (586, Some("NVIDIA A10-6Q")),
-            (58, Some("NVIDIA A10-1B")),
-            (5, None),
-            (1, None),
-            (2, None),
-            (3, None),
-        ] {
-            assert_eq!(name_of(&file, id).as_deref(), expected, "{id}");
-        }
+        let ids = BTreeSet::from([586, 58, 5, 1, 2, 3]);
+        let expected = [(58, "NVIDIA A10-1B"), (586, "NVIDIA A10-6Q")];
+        let expected = Types::from(expected.map(|(id, name)| (id, name.to_owned())));
+        assert_eq!(names_of(&file, &ids), expected);
+        let one = BTreeSet::from([58]);
+        assert_eq!(names_of(&file, &one).len(), 1);
         fs::remove_file(&file).expect("it is ours");
-        assert_eq!(name_of(&file, 586), None);
+        assert_eq!(names_of(&file, &ids), Types::new());
     }
 }
