@@ -2,6 +2,7 @@
 
 pub mod chardev;
 pub mod disk;
+pub mod end_signals;
 pub mod entropy;
 pub(crate) mod exchange;
 pub mod link;

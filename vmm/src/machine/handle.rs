@@ -15,10 +15,10 @@ use super::peripherals::DiskLocks;
 use super::placement::{Placement, PlacementError};
 use super::resources::{ResourceError, Resources};
 use super::runtime::{Machine, MachineError};
-use super::signals::SignalThread;
 use crate::config::{CharTarget, ConfigError, VmConfig};
 use crate::control::{self, NameClaim, RuntimeDir, RuntimeDirError};
 use crate::host::chardev::terminal_size;
+use crate::host::end_signals::EndSignals;
 
 /// How long open answers of the API may take once the VM has ended.
 pub(super) const FAREWELL_TIME: Duration = Duration::from_secs(1);
@@ -156,7 +156,7 @@ pub(super) struct Prepared {
     pub(super) controller: Controller,
     pub(super) client: ControllerClient,
     pub(super) notices: Arc<Notices>,
-    pub(super) signals: Option<SignalThread>,
+    pub(super) signals: Option<EndSignals>,
     pub(super) claim: Option<NameClaim>,
 }
 
@@ -172,7 +172,7 @@ fn prepare(config: VmConfig, options: &LaunchOptions) -> Result<Prepared, Launch
     let (notices, inbox) = Notices::new();
     let signals = options.handle_signals.then(|| {
         // Before anything is opened that a sudden end would leave behind.
-        SignalThread::start(Arc::clone(&notices)).map_err(LaunchError::Signals)
+        notices.catch_signals()
     });
     let signals = signals.transpose()?;
     let resources = Resources::open(

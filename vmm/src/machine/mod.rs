@@ -36,7 +36,6 @@ mod resources;
 mod restore;
 mod runtime;
 mod saved;
-mod signals;
 
 pub use arrival::ArrivalOptions;
 pub use assembly::BuildError;

@@ -7,6 +7,8 @@ use devices::acpi::{GuestRequest, GuestRequests};
 use devices::events::{DeviceEvent, EventSink};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use super::handle::LaunchError;
+use crate::host::end_signals::EndSignals;
 use crate::kvm::{GuestGate, VcpuEvent, VcpuEvents};
 
 /// One notice. Their number is bounded by what causes them: a guest request closes the gate, each
@@ -46,6 +48,16 @@ impl Notices {
 
     pub(super) fn quit(&self) {
         self.send(Notice::Quit);
+    }
+
+    /// From now on, and as long as what is returned lives, a signal ends the VM.
+    pub(super) fn catch_signals(self: &Arc<Self>) -> Result<EndSignals, LaunchError> {
+        let notices = Arc::clone(self);
+        let caught = EndSignals::catch(move |name| {
+            log::info!(signal = name; "the VM ends");
+            notices.quit();
+        });
+        caught.map_err(LaunchError::Signals)
     }
 
     fn send(&self, notice: Notice) {

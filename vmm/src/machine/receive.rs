@@ -18,10 +18,10 @@ use super::controller::{Controller, ControllerClient, Fate, Waiting};
 use super::handle::{FAREWELL_TIME, LaunchError, LaunchOptions, VmHandle, follow_terminal_size};
 use super::lifecycle::EndReason;
 use super::notices::{Notice, Notices};
-use super::signals::SignalThread;
 use crate::config::VmName;
 use crate::control::errors::chain;
 use crate::control::{self, NameClaim};
+use crate::host::end_signals::EndSignals;
 use crate::host::link::{LinkError, LinkUrl, Listener, PeerInfo, Security};
 use crate::migrate::MAX_STREAMS;
 
@@ -86,7 +86,7 @@ pub struct Receiver {
     notices: Arc<Notices>,
     inbox: UnboundedReceiver<Notice>,
     /// From before anybody hears of this place: who does may send one at once.
-    signals: Option<SignalThread>,
+    signals: Option<EndSignals>,
 }
 
 impl Receiver {
@@ -108,7 +108,7 @@ impl Receiver {
         let signals = options
             .launch
             .handle_signals
-            .then(|| SignalThread::start(Arc::clone(&notices)).map_err(LaunchError::Signals));
+            .then(|| notices.catch_signals());
         Ok(Self {
             options,
             listener,

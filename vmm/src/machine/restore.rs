@@ -14,7 +14,6 @@ use super::notices::Notices;
 use super::peripherals::DiskLocks;
 use super::runtime::MachineError;
 use super::saved::MachineStateError;
-use super::signals::SignalThread;
 use crate::config::{VmConfig, VmName};
 use crate::control::RuntimeDirError;
 use crate::host::disk::HandoverError;
@@ -113,7 +112,7 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
     let (notices, inbox) = Notices::new();
     let signals = launch.handle_signals.then(|| {
         // As for a launch.
-        SignalThread::start(Arc::clone(&notices)).map_err(LaunchError::Signals)
+        notices.catch_signals()
     });
     let signals = signals.transpose()?;
     let site = ArrivalSite {
