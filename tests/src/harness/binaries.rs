@@ -11,12 +11,10 @@ use anyhow::{Context, bail};
 pub fn target_folder() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe().context("the test's own path is unknown")?;
     let is_profile = |folder: &&Path| folder.join(".cargo-lock").is_file();
-    let profile = own.ancestors().find(is_profile);
-    let is_target = |folder: &&Path| {
-        profile.is_some_and(|profile| profile.starts_with(folder) && profile != *folder)
-    };
-    let folder = own.ancestors().find(is_target).map(Path::to_owned);
-    folder.with_context(|| format!("{} is not in a target folder", own.display()))
+    let folder = own.ancestors().find(is_profile).and_then(Path::parent);
+    folder
+        .map(Path::to_owned)
+        .with_context(|| format!("{} is not in a target folder", own.display()))
 }
 
 /// The `drover` binary: `$DROVER_BIN`, else the release build.

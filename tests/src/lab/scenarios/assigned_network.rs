@@ -6,6 +6,7 @@ use anyhow::{Context, ensure};
 
 use super::network::random;
 use super::vfio::bind;
+use crate::harness::process::wait_exit;
 use crate::lab::ctx::{Ctx, run};
 use crate::lab::image::{MIB, sha256_raw};
 use crate::lab::sriov;
@@ -34,7 +35,8 @@ pub(super) fn traffic(ctx: &mut Ctx) -> anyhow::Result<()> {
     let interface = take_interface()?;
     run("ip", &["link", "set", &interface, "vf", "0", "mac", MAC])?;
     bind(&vf)?;
-    let words = format!("lab.ip={GUEST}/24 lab.peer={HOST} lab.mib={SENT} lab.do=netserve,netsend");
+    let tasks = "lab.do=netserve,netsend,shell";
+    let words = format!("lab.ip={GUEST}/24 lab.peer={HOST} lab.mib={SENT} {tasks}");
     let mut vmm = ctx
         .vm("net")?
         .with("--device", format!("vfio={vf}"))
@@ -67,10 +69,13 @@ pub(super) fn traffic(ctx: &mut Ctx) -> anyhow::Result<()> {
     );
     ctx.say("guest to host");
     let report = vmm.report("netsend", SOON)?;
-    ensure!(sink.wait()?.success(), "socat did not receive");
+    // The guest stays until the last segment has arrived: what the card drops is sent once more.
+    let end = wait_exit(&mut sink, SOON)?.context("the stream from the guest has no end")?;
+    ensure!(end.success(), "socat did not receive: {end}");
     ensure!(
         report.text("sha256")? == sha256_raw(&received, SENT)?,
         "the host received other bytes"
     );
+    vmm.send("exit\n")?;
     vmm.wait_poweroff(SOON)
 }
