@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -65,15 +65,26 @@ fn gpu(arguments: &[&str]) -> Result<Output> {
 
 /// The same, with claims in a folder of the test's own.
 fn of(scratch: &Scratch, arguments: &[&str]) -> Result<Output> {
+    let output = command(scratch, arguments)?.output();
+    output.context("drover cannot be run")
+}
+
+fn command(scratch: &Scratch, arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_drover"));
     let root = scratch.0.join("sys");
-    let output = command
+    command
         .arg("gpu")
         .args(arguments)
         .args(["--sysfs-root", utf8(&root)?])
-        .env("DROVER_GPU_CLAIMS", scratch.0.join("claims"))
-        .output();
-    output.context("drover cannot be run")
+        .env("DROVER_GPU_CLAIMS", scratch.0.join("claims"));
+    Ok(command)
+}
+
+/// The same, written to somewhere.
+fn written_to(scratch: &Scratch, out: impl Into<Stdio>, arguments: &[&str]) -> Result<Output> {
+    let mut command = command(scratch, arguments)?;
+    command.stdout(out).stderr(Stdio::piped());
+    Ok(command.spawn()?.wait_with_output()?)
 }
 
 fn stderr(output: &Output) -> String {
@@ -112,6 +123,29 @@ fn list_tells_people_and_scripts_the_same() -> Result<()> {
     assert_eq!(gpu["partition_count"], 2);
     assert_eq!(gpu["partitions"][1]["migratable"], true);
     assert!(gpu["numa_node"].is_null() && gpu["iommu_group"].is_null());
+    Ok(())
+}
+
+#[test]
+fn who_reads_no_more_ends_it_and_a_full_disk_is_told() -> Result<()> {
+    let scratch = Scratch::new("output")?;
+    scratch.host()?;
+    for arguments in [&["list"][..], &["list", "--json"]] {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let cut = written_to(&scratch, writer, arguments)?;
+        // As if SIGPIPE had ended it.
+        assert_eq!((cut.status.code(), stderr(&cut).as_str()), (Some(141), ""));
+        let full = fs::OpenOptions::new().write(true).open("/dev/full")?;
+        let full = written_to(&scratch, full, arguments)?;
+        assert_eq!(full.status.code(), Some(1));
+        let message = stderr(&full);
+        assert!(
+            message.starts_with("drover: cannot write to ") && message.contains("No space left"),
+            "{message}"
+        );
+        assert_eq!(message.lines().count(), 1, "{message}");
+    }
     Ok(())
 }
 
@@ -266,7 +300,8 @@ fn a_partition_in_use_is_shown_with_its_owner_and_not_taken_away() -> Result<()>
         (&json["changed"], &json["gpu"]),
         (&false.into(), &"0000:41:00.0".into())
     );
-    drop(lock);
+    // A process that another thread begins has a copy of what is merely closed.
+    lock.unlock()?;
     let listed = of(&scratch, &["list"])?;
     assert!(stdout(&listed).contains("0000:41:00.2  free"), "{listed:?}");
     // Who has what cannot be told.

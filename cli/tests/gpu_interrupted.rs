@@ -145,6 +145,40 @@ fn the_first_signal_lets_a_division_be_finished_and_the_second_does_not() -> Res
     Ok(())
 }
 
+#[test]
+fn a_division_is_finished_though_the_terminal_is_gone() -> Result<()> {
+    let host = Host::new("gone")?;
+    let mut child = host.begin()?;
+    drop(child.stderr.take());
+    signal(&child, "HUP")?;
+    host.go_on()?;
+    let output = child.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(shown, format!("{GPU} is not divided\n"));
+    Ok(())
+}
+
+/// What the vendor's program leaves running has the lock's file, and not the lock.
+#[test]
+fn what_the_program_leaves_running_keeps_nobody_away() -> Result<()> {
+    let host = Host::new("left")?;
+    let leaves = "#!/bin/sh\necho begun > \"$0.begun\"\nexec 3<&0\nsleep 1000 <&3 3<&- 2>&- &\necho $! > \"$0.left\"\n";
+    fs::write(host.tool(), leaves)?;
+    let output = host.begin()?.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let left = fs::read_to_string(host.0.join("sriov-manage.left"))?;
+    let left = left.trim();
+    let lock = host.0.join("claims/allocation.lock");
+    let has_it = fs::read_link(format!("/proc/{left}/fd/0"))? == lock;
+    let is_locked = is_locked(&lock);
+    let status = Command::new("kill").args(["-9", left]).status()?;
+    ensure!(status.success(), "kill ends with {status}");
+    ensure!(has_it, "it has not been left with the lock's file");
+    assert!(!is_locked?);
+    Ok(())
+}
+
 /// Nobody claims a part of a GPU that a program which nobody waits for is still at work on.
 #[test]
 fn what_a_killed_division_has_begun_keeps_others_away() -> Result<()> {

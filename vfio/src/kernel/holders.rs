@@ -142,3 +142,33 @@ fn processes(proc: &Path) -> Vec<u32> {
     pids.sort_unstable();
     pids
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    #[test]
+    fn only_the_device_itself_is_open_under_its_name() {
+        let (null, zero) = (Path::new("/dev/null"), Path::new("/dev/zero"));
+        let open = File::open(null).expect("every Linux has it");
+        let file = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+        assert!(is_node(&file, null));
+        assert!(!is_node(&file, zero), "another number");
+        let is_open = |path: &Path| {
+            let open = OpenNodes::scan(Path::new("/proc"), |node| node == path);
+            open.of(path).contains(&std::process::id())
+        };
+        assert!(is_open(null));
+        let name = format!("drover-no-node-{}", std::process::id());
+        let plain = std::env::temp_dir().join(name);
+        let open = File::create(&plain).expect("the folder is ours");
+        assert!(!is_open(&plain), "no device");
+        drop(open);
+        fs::remove_file(&plain).expect("it is ours");
+        // A recorded host has no such files, only links that say what is open.
+        assert!(is_node(&plain, null));
+    }
+}

@@ -209,6 +209,15 @@ pub(super) struct NewClaim<'v> {
 #[derive(Debug)]
 pub(super) struct Claim(File);
 
+impl Drop for Claim {
+    /// A process that another thread is beginning has a copy of the file until it is another program.
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            log::warn!(error:%; "others may not be able to claim this GPU for a moment");
+        }
+    }
+}
+
 impl Claim {
     /// There is nothing to be taken back any more.
     pub(super) fn settle(&self, claim: NewClaim<'_>) -> io::Result<()> {
