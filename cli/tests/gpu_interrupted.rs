@@ -15,10 +15,10 @@ const VF: &str = "0000:41:00.4";
 /// Far longer than anything here takes.
 const SOON: Duration = Duration::from_secs(60);
 
-/// Takes its time, until it is told to go on.
+/// Takes its time, until it is told to go on or is gone.
 const SRIOV_MANAGE: &str = r#"#!/bin/sh
 echo begun > "$0.begun"
-until [ -e "$0.go" ]; do sleep 0.02; done
+until [ -e "$0.go" ] || [ ! -e "$0" ]; do sleep 0.02; done
 "#;
 
 /// A host with an A10 that has a virtual function, and a program that switches it off slowly.

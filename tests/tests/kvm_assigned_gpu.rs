@@ -188,3 +188,30 @@ fn part_is_assigned_to_a_running_vm_and_shown_and_stays_while_the_guest_does_not
     assert_eq!(host.owners()?, [Value::Null, Value::Null]);
     Ok(())
 }
+
+#[test]
+fn parts_that_the_guest_lets_go_are_free_at_once() -> Outcome {
+    let Some(host) = Host::divided()? else {
+        return Ok(());
+    };
+    let spec = host
+        .ground
+        .vm("run=gpu,unplug,heartbeat count=2")
+        .name("vm");
+    let both = host.parts("auto,count=2,id=part");
+    let mut vm = spec.args(&["--gpu", &both]).start_controlled()?;
+    computed_on(&mut vm, 2)?;
+    let released = host
+        .ground
+        .run_drover(&["gpu", "release", "vm"])?
+        .success()?;
+    ensure!(
+        released.contains("part-0") && released.contains("part-1"),
+        "{released}"
+    );
+    assert_eq!(vm.result("unplug")?.number("gone")?, 2);
+    assert_eq!(host.owners()?, [Value::Null, Value::Null]);
+    let none = host.ground.run_drover(&["gpu", "show", "vm"])?.success()?;
+    assert_eq!(none, "vm has no GPU\n");
+    end(vm)
+}

@@ -46,6 +46,9 @@ pub(super) struct ReleaseArgs {
     /// Seconds that the guest has to let each go.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout: u64,
+    /// Print JSON: those that are gone, as `drover gpu show --json` had them.
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn assign(args: &AssignArgs) -> Result<ExitCode> {
@@ -117,10 +120,23 @@ pub(super) fn release(args: &ReleaseArgs) -> Result<ExitCode> {
     if let Some(unknown) = args.ids.iter().find(|id| !has(id)) {
         bail!("VM {} has no GPU called {unknown:?}", args.name);
     }
-    let wanted = |gpu: &&DeviceInfo| args.ids.is_empty() || args.ids.contains(&gpu.id);
-    for gpu in gpus.iter().filter(wanted) {
-        remove_from(&args.name, &gpu.id, args.timeout)?;
-        println!("{} is gone from {}", gpu.id, args.name);
+    let mut gone = Vec::new();
+    let mut failure = None;
+    for gpu in gpus {
+        if !args.ids.is_empty() && !args.ids.contains(&gpu.id) {
+            continue;
+        }
+        if let Err(error) = remove_from(&args.name, &gpu.id, args.timeout) {
+            failure = Some(error);
+            break;
+        }
+        if !args.json {
+            println!("{} is gone from {}", gpu.id, args.name);
+        }
+        gone.push(gpu);
     }
-    Ok(ExitCode::SUCCESS)
+    if args.json {
+        print_json(&gone)?;
+    }
+    failure.map_or(Ok(ExitCode::SUCCESS), Err)
 }

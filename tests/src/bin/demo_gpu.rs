@@ -1,24 +1,21 @@
-//! Divides a model GPU, gives both parts to a VM, and has them compute; see `docs/model-gpu.md`.
+//! Divides a model GPU, gives both parts to a running VM, has them compute, and takes them back; see
+//! `docs/model-gpu.md`.
 
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
-use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tests::harness::binaries;
+use tests::harness::ground::Ground;
 use tests::harness::model_gpu::{GPU, ModelGpu};
-use tests::harness::process::{self, Finished};
-use tests::harness::report::{Report, reports};
-use tests::harness::scratch::Scratch;
-
-/// How long each command may take.
-const LIMIT: Duration = Duration::from_secs(60);
+use tests::harness::process;
+use tests::harness::vm::{Ended, LATER, SOON, Vm};
 
 const VRAM: &str = "512M";
 const PARTS: usize = 2;
+const NAME: &str = "demo-gpu";
 
-/// What the guest does with each part: 1 MiB of words, mixed a hundred times.
-const CMDLINE: &str = "run=gpu words=128K rounds=100";
+/// What the guest does: it waits, computes on each part that it has then (1 MiB of words, mixed a hundred times),
+/// lets both go, and waits.
+const CMDLINE: &str = "run=heartbeat,gpu,unplug,heartbeat words=128K rounds=100 count=2";
 
 fn main() -> ExitCode {
     match demo() {
@@ -32,22 +29,30 @@ fn main() -> ExitCode {
 
 /// The host that the demo makes for itself.
 struct Host {
-    drover: PathBuf,
-    scratch: Scratch,
+    ground: Ground,
+    model: ModelGpu,
 }
 
 fn demo() -> anyhow::Result<()> {
-    let host = Host {
-        drover: binaries::drover()?,
-        scratch: Scratch::new()?,
-    };
-    let root = host.scratch.join("sys");
+    let ground = Ground::kvm()?.context("a VM needs /dev/kvm")?;
     println!("A process plays a GPU of {VRAM} (it is a model: there is no such GPU).");
-    let _model = ModelGpu::tree(&root, VRAM)?;
+    let model = ModelGpu::tree(&ground.scratch().join("sys"), VRAM)?;
+    let host = Host { ground, model };
     host.gpu(&["list"])?;
     host.gpu(&["partition", GPU, "2"])?;
+    let mut vm = host.start_vm()?;
+    let parts = format!("auto,count={PARTS},sysfs-root={}", host.place());
+    host.drover(&["gpu", "assign", NAME, &parts])?;
+    host.drover(&["gpu", "show", NAME])?;
     host.gpu(&["list"])?;
-    host.run_guest()?;
+    println!("\nThe guest looks for GPUs, and computes on both.");
+    vm.type_text("s")?;
+    vm.result("gpu")?;
+    host.drover(&["gpu", "release", NAME])?;
+    vm.type_text("s")?;
+    let ended = vm.wait_end(SOON)?;
+    print!("\nThe guest has said:\n{}", ended.console);
+    judge(&ended)?;
     host.gpu(&["list"])?;
     host.gpu(&["partition", GPU, "off"])?;
     println!("\nBoth parts have computed what the guest's CPU has computed.");
@@ -55,39 +60,40 @@ fn demo() -> anyhow::Result<()> {
 }
 
 impl Host {
-    /// `drover gpu`, on the model's copy of `/sys`.
+    /// The model's copy of `/sys`.
+    fn place(&self) -> String {
+        self.model.place().display().to_string()
+    }
+
+    /// `drover gpu`, on it.
     fn gpu(&self, words: &[&str]) -> anyhow::Result<()> {
-        let mut command = Command::new(&self.drover);
-        command.arg("gpu").args(words);
-        command.arg("--sysfs-root").arg(self.scratch.join("sys"));
-        command.env("DROVER_GPU_CLAIMS", self.scratch.join("claims"));
-        print!("{}", self.show(&mut command)?.success()?);
+        let place = self.place();
+        self.drover(&[&["gpu"], words, &["--sysfs-root", &place]].concat())
+    }
+
+    /// Shows a command as it would be typed, and what comes of it.
+    fn drover(&self, words: &[&str]) -> anyhow::Result<()> {
+        let mut command = self.ground.drover();
+        command.args(words);
+        show(&command, "");
+        print!("{}", process::run(&mut command, LATER)?.success()?);
         Ok(())
     }
 
-    /// A VM with whichever parts are free, to its end.
-    fn run_guest(&self) -> anyhow::Result<()> {
-        let mut command = Command::new(&self.drover);
-        command.args(["run", "--name", "demo-gpu", "--memory", "256M"]);
-        command.arg("--kernel").arg(binaries::guest()?);
-        command.args(["--serial", "stdio", "--cmdline", CMDLINE]);
-        let root = self.scratch.join("sys");
-        let gpus = format!("auto,count={PARTS},sysfs-root={}", root.display());
-        command.arg("--gpu").arg(gpus);
-        command.env("DROVER_GPU_CLAIMS", self.scratch.join("claims"));
-        command.env("DROVER_RUNTIME_DIR", self.scratch.join("run"));
-        let said = self.show(&mut command)?.success()?;
-        print!("{said}");
-        judge(&reports(&said), PARTS)
+    /// A VM without a GPU, in the background.
+    fn start_vm(&self) -> anyhow::Result<Vm> {
+        let spec = self.ground.vm(CMDLINE).name(NAME).memory("256M");
+        let mut command = self.ground.drover();
+        command.args(spec.arguments());
+        show(&command, " &");
+        spec.start_controlled()
     }
+}
 
-    /// Shows a command as it would be typed, and runs it.
-    fn show(&self, command: &mut Command) -> anyhow::Result<Finished> {
-        let words = command.get_args().map(|word| word.to_string_lossy());
-        let words: Vec<String> = words.map(|word| quoted(&word)).collect();
-        println!("\n$ drover {}", words.join(" "));
-        process::run(command, LIMIT)
-    }
+fn show(command: &Command, end: &str) {
+    let words = command.get_args().map(|word| word.to_string_lossy());
+    let words: Vec<String> = words.map(|word| quoted(&word)).collect();
+    println!("\n$ drover {}{end}", words.join(" "));
 }
 
 fn quoted(word: &str) -> String {
@@ -98,17 +104,15 @@ fn quoted(word: &str) -> String {
 }
 
 /// Every part must have computed right.
-fn judge(reports: &[Report], parts: usize) -> anyhow::Result<()> {
-    let done = reports.iter().find(|report| report.subject() == "done");
-    let done = done.context("the guest has not come to its end")?;
-    done.clone().check()?;
+fn judge(ended: &Ended) -> anyhow::Result<()> {
+    ended.check()?;
+    let reports = ended.reports();
     let gpus = reports
         .iter()
         .filter(|report| report.get("event") == Some("device"));
     let good = gpus.filter(|report| report.get("verdict") == Some("ok"));
-    let count = good.count();
-    if count != parts {
-        bail!("{count} of {parts} parts have computed right");
+    match good.count() {
+        PARTS => Ok(()),
+        count => bail!("{count} of {PARTS} parts have computed right"),
     }
-    Ok(())
 }

@@ -240,6 +240,30 @@ fn a_function_whose_type_cannot_be_read_is_left_out() {
 }
 
 #[test]
+fn who_asks_for_more_than_there_is_is_told_how_many_and_who_has_the_others() {
+    let host = xe(3);
+    let error = host.refusal(&any(4));
+    assert_eq!(
+        error,
+        "4 GPU partitions cannot be given: only 3 of what is asked for can be had at once; 0000:41:00.0: it has no \
+         more"
+    );
+    let _other = host.acquire(&at(&vf_address(1))).expect("it is free");
+    let error = host.refusal(&any(3));
+    let pid = std::process::id();
+    assert_eq!(
+        error,
+        format!(
+            "3 GPU partitions cannot be given, others have what there is: only 2 of what is asked for can be had \
+             at once; 0000:41:00.0: it has no more; 1 partition is taken ({} by web (pid {pid}))",
+            vf_address(1)
+        )
+    );
+    // Nothing of it is kept.
+    assert_eq!(host.acquire(&any(2)).expect("two are free").len(), 2);
+}
+
+#[test]
 fn a_gpu_is_given_whole_or_in_parts() {
     let host = Host::new();
     let gpu = host.function(GPU, (NVIDIA, 0x2204), CLASS_VGA);

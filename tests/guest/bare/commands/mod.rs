@@ -15,6 +15,7 @@ mod network_bench;
 mod pulse;
 mod random;
 mod terminal;
+mod unplug;
 
 use crate::machine::Machine;
 use drover_guest::cmdline::{Arguments, BadArgument};
@@ -113,7 +114,7 @@ pub(crate) type Outcome = Result<(), Failure>;
 
 type Command = fn(&mut Context<'_>, &mut Line) -> Outcome;
 
-const COMMANDS: [(&str, Command); 22] = [
+const COMMANDS: [(&str, Command); 23] = [
     ("balloon", balloon::run),
     ("blk", block::run),
     ("blkbench", blkbench::run),
@@ -136,6 +137,7 @@ const COMMANDS: [(&str, Command); 22] = [
     ("rng", random::run),
     ("serial", terminal::run),
     ("tsc", info::tsc),
+    ("unplug", unplug::run),
 ];
 
 /// Runs one command; its line lacks only the result.

@@ -1,7 +1,7 @@
 //! Claiming: all that a VM asks for, or nothing.
 
 use super::allocation::{Allocation, NewClaim};
-use super::choose::choose;
+use super::choose::{choose, shortage};
 use super::error::ClaimError;
 use super::folder::Claims;
 use super::partition::ClaimedPartition;
@@ -48,17 +48,34 @@ impl Claims {
         let each = requests
             .iter()
             .flat_map(|request| (0..request.count).map(move |_| request));
+        let views = || views(&allocation, tree, &holders);
         for request in each {
-            let occupants = Occupants {
-                tree,
-                owners: &allocation.owners()?,
-                holders: &holders,
-            };
-            let (gpu, offer) = choose(&View::all(&occupants)?, request)?;
-            claimed.push(claim(&allocation, tree, (gpu, offer), vm)?);
+            match choose(&views()?, request) {
+                Ok(chosen) => claimed.push(claim(&allocation, tree, chosen, vm)?),
+                Err(refusal) if claimed.is_empty() => return Err(refusal),
+                Err(_) => {
+                    let had = claimed.len();
+                    // It is not this VM that has what there is.
+                    drop(claimed);
+                    return Err(shortage(&views()?, request, had));
+                }
+            }
         }
         Ok(claimed)
     }
+}
+
+fn views(
+    allocation: &Allocation<'_>,
+    tree: &SysfsTree,
+    holders: &Holders,
+) -> Result<Vec<View>, ClaimError> {
+    let occupants = Occupants {
+        tree,
+        owners: &allocation.owners()?,
+        holders,
+    };
+    Ok(View::all(&occupants)?)
 }
 
 /// Claims first, so that whoever comes after a kill knows what to take back.

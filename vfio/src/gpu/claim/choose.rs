@@ -16,10 +16,7 @@ pub(super) fn choose(
     views: &[View],
     request: &GpuRequest,
 ) -> Result<(GpuAddress, Offer), ClaimError> {
-    let named: Vec<&View> = views
-        .iter()
-        .filter(|view| is_meant(view, request))
-        .collect();
+    let named = named(views, request);
     if let (Some(address), true) = (request.pci, named.is_empty()) {
         return Err(ClaimError::Missing(format!(
             "{address} is no GPU of this host, and no partition of one"
@@ -34,6 +31,22 @@ pub(super) fn choose(
         Some((view, offer)) => Ok((view.gpu, offer.clone())),
         None => Err(refusal(&named, request)),
     }
+}
+
+/// Why a VM cannot have all that it asks for, this among it, when it could have `had` pieces of it.
+pub(super) fn shortage(views: &[View], request: &GpuRequest, had: usize) -> ClaimError {
+    let mut error = refusal(&named(views, request), request);
+    if let ClaimError::Exhausted { details, .. } | ClaimError::Unsuitable { details, .. } =
+        &mut error
+    {
+        *details = format!("only {had} of what is asked for can be had at once; {details}");
+    }
+    error
+}
+
+fn named<'v>(views: &'v [View], request: &GpuRequest) -> Vec<&'v View> {
+    let views = views.iter();
+    views.filter(|view| is_meant(view, request)).collect()
 }
 
 fn is_meant(view: &View, request: &GpuRequest) -> bool {
@@ -184,7 +197,8 @@ fn refusal(views: &[&View], request: &GpuRequest) -> ClaimError {
 
 /// `0000:41:00.0: none is free (0000:41:00.4 by web (pid 12))`.
 fn verdict(view: &View, request: &GpuRequest) -> String {
-    let why = best(view, request).err().unwrap_or_default();
+    let why = best(view, request).err();
+    let why = why.unwrap_or_else(|| "it has no more".to_owned());
     let gpu = view.gpu;
     if view.taken.is_empty() {
         return format!("{gpu}: {why}");
@@ -192,9 +206,10 @@ fn verdict(view: &View, request: &GpuRequest) -> String {
     let count = view.taken.len();
     let taken = listed(view.taken.iter().map(ToString::to_string), count);
     let is_all = !view.free.iter().any(|offer| !offer.setup.is_making());
-    match is_all {
-        true => format!("{gpu}: {why}; all {count} partitions are taken ({taken})"),
-        false => format!("{gpu}: {why}; {count} partitions are taken ({taken})"),
+    match (is_all, count) {
+        (_, 1) => format!("{gpu}: {why}; 1 partition is taken ({taken})"),
+        (true, _) => format!("{gpu}: {why}; all {count} partitions are taken ({taken})"),
+        (false, _) => format!("{gpu}: {why}; {count} partitions are taken ({taken})"),
     }
 }
 
