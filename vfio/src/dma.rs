@@ -92,7 +92,7 @@ pub enum DmaError {
 }
 
 /// The host's page size, the granule of every mapping.
-const PAGE_BYTES: u64 = 4096;
+pub(crate) const PAGE_BYTES: u64 = 4096;
 
 /// What is mapped, so that ranges are removed exactly as they were added: type1 containers refuse
 /// to unmap part of a mapping.

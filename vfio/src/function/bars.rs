@@ -7,10 +7,9 @@ use devices::pci::{BarKind, BarSpec};
 
 use super::FunctionError;
 use crate::backend::{RegionIndex, VfioBackend};
+use crate::dma::PAGE_BYTES;
 use crate::kernel::RegionMapping;
 
-/// The granule of mappings.
-const PAGE_BYTES: u64 = 4096;
 /// Type 0 headers have six BARs (PCI 3.0 section 6.2.5.1).
 const BARS: u8 = 6;
 const BAR0: usize = 0x10;

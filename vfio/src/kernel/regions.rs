@@ -11,9 +11,7 @@ use vfio_bindings::bindings::vfio::{
 
 use super::ioctl;
 use crate::backend::{Region, RegionIndex};
-
-/// The host's page size: what is not whole pages cannot be mapped.
-const PAGE_BYTES: u64 = 4096;
+use crate::dma::PAGE_BYTES;
 
 /// A region and where it is in the device's file.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,9 +11,8 @@ use super::protocol::{
     Version, decode_sparse_areas, invalid,
 };
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex};
+use crate::dma::PAGE_BYTES;
 
-/// The granule of mappings.
-const PAGE_BYTES: u64 = 4096;
 /// Configuration space: at least the header, at most what PCI Express has.
 const CONFIG_BYTES: std::ops::RangeInclusive<u64> = 64..=4096;
 /// Regions and interrupt kinds that a device may have; those beyond PCI's own are not asked for.

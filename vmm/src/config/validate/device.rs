@@ -230,6 +230,11 @@ impl DeviceConfig {
             let why = "it is for devices of the kernel's, with iommufd=off";
             return Err(ConfigError::invalid(format!("{at}.p2p"), "on", why));
         }
+        let kind = self.gpu.as_ref().and_then(|gpu| gpu.kind.as_deref());
+        if kind.is_some_and(|kind| kind.trim().is_empty()) {
+            let why = "name a type, or leave it out for any";
+            return Err(ConfigError::invalid(format!("{at}.gpu.type"), "empty", why));
+        }
         let why = match given.into_iter().filter(|given| *given).count() {
             0 => "expected vfio=BDF, vfio=UUID, vfio-user=SOCKET or a GPU",
             1 if self.iommufd.is_some() && self.vfio_user.is_some() => {
