@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use vfio::kernel::{KernelVfio, PathChoice};
-use vfio::testing::conformance as check_conformance;
+use vfio::testing::Memory;
 use vfio::{IrqKind, RegionIndex, VfioBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::vfio::{LINE_NUMBER, check_conformance};
 use crate::lab::ctx::Ctx;
 
 /// A mediated device, until it is dropped.
@@ -38,7 +39,16 @@ struct Sample {
     vendor: u16,
     /// Only the serial card interrupts.
     has_intx: bool,
+    memory: Memory,
 }
+
+/// Where the displays have their picture.
+const PICTURE: Memory = Memory {
+    region: RegionIndex::Bar(0),
+    offset: 0x1000,
+    len: 64,
+    after_reset: None,
+};
 
 const SAMPLES: [Sample; 3] = [
     Sample {
@@ -46,18 +56,21 @@ const SAMPLES: [Sample; 3] = [
         kind: "mtty/mtty/mdev_supported_types/mtty-2",
         vendor: 0x4348,
         has_intx: true,
+        memory: LINE_NUMBER,
     },
     Sample {
         name: "mbochs",
         kind: "mbochs/mbochs/mdev_supported_types/mbochs-small",
         vendor: 0x1234,
         has_intx: false,
+        memory: PICTURE,
     },
     Sample {
         name: "mdpy",
         kind: "mdpy/mdpy/mdev_supported_types/mdpy-vga",
         vendor: 0x1b36,
         has_intx: false,
+        memory: PICTURE,
     },
 ];
 
@@ -85,7 +98,7 @@ pub(super) fn conformance(ctx: &mut Ctx) -> anyhow::Result<()> {
                 function.set_irqs(IrqKind::Intx, &[&event])?;
                 function.set_irqs(IrqKind::Intx, &[])?;
             }
-            check_conformance(&function);
+            check_conformance(&function, &[sample.memory]);
         }
     }
     Ok(())
