@@ -3,6 +3,8 @@
 mod dma;
 mod interrupts;
 mod regions;
+#[cfg(test)]
+mod tests;
 
 use crate::backend::{IrqKind, RegionIndex, VfioBackend};
 

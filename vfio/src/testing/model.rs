@@ -13,6 +13,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend, VfioMigration};
+#[cfg(test)]
+use crate::dma::Iova;
 use crate::dma::{DmaAccess, DmaFile, DmaRange, DmaSpace, IovaMap};
 use crate::kernel::RegionMapping;
 
@@ -161,6 +163,13 @@ impl ModelBackend {
             line.is_masked = true;
         }
         event.write(1).is_ok()
+    }
+
+    /// Takes the range that begins there out of the device's reach, however long it is.
+    #[cfg(test)]
+    pub(super) fn forget_dma(&self, iova: Iova) -> Result<(), BackendError> {
+        let removed = self.dma.map.lock().remove(iova).map(drop);
+        removed.map_err(|error| refused("unmap DMA", io::Error::other(error)))
     }
 
     /// The bytes behind `region` at such a place.
@@ -363,7 +372,6 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
-    use crate::dma::Iova;
     use crate::testing::{Memory, Subject};
 
     #[test]
