@@ -31,6 +31,7 @@ pub struct Subject<'a> {
     memory: Vec<Memory>,
     raise: Option<Raise<'a>>,
     masks_line: bool,
+    maps_parts: bool,
 }
 
 impl<'a> Subject<'a> {
@@ -42,6 +43,7 @@ impl<'a> Subject<'a> {
             memory: Vec::new(),
             raise: None,
             masks_line: false,
+            maps_parts: true,
         }
     }
 
@@ -67,6 +69,13 @@ impl<'a> Subject<'a> {
         self
     }
 
+    /// Its areas are mapped from their beginnings alone, as those of the kernel's sample devices.
+    #[must_use]
+    pub fn mapping_no_parts(mut self) -> Self {
+        self.maps_parts = false;
+        self
+    }
+
     /// Runs the suite. The device is reset by it, and its interrupts are off afterwards.
     ///
     /// # Panics
@@ -74,7 +83,7 @@ impl<'a> Subject<'a> {
     pub fn check(&self) {
         regions::check_config(self.backend);
         regions::enable_memory(self.backend);
-        regions::check_all(self.backend);
+        regions::check_all(self.backend, self.maps_parts);
         for memory in &self.memory {
             regions::check_memory(self.backend, *memory);
         }

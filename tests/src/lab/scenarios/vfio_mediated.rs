@@ -45,7 +45,7 @@ struct Sample {
 /// Where the displays have their picture.
 const PICTURE: Memory = Memory {
     region: RegionIndex::Bar(0),
-    offset: 0x1000,
+    offset: 0,
     len: 64,
     after_reset: None,
 };
