@@ -252,6 +252,48 @@ fn vm_goes_on_when_the_server_is_stuck_at_work() -> Outcome {
     server_is_lost(libc::SIGSTOP)
 }
 
+/// A notice of the host's is no loss: the device works on.
+#[test]
+fn vm_goes_on_when_its_device_reports_an_error() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let [failing, sound] = [("failing", "64M"), ("sound", "64M")];
+    let failing = ModelGpu::on(&ground, failing.0, failing.1)?;
+    let sound = ModelGpu::on(&ground, sound.0, sound.1)?;
+    let spec = ground.vm("run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0");
+    let mut arguments = Vec::new();
+    for (gpu, id) in [(&sound, "sound"), (&failing, "failing")] {
+        arguments.push("--device".to_owned());
+        arguments.push(format!("{},id={id}", gpu.device()));
+    }
+    let vm = spec.args(&arguments).start_controlled()?;
+    vm.memory()?
+        .wait_heartbeat(SOON, |beat| beat.command == 1 && beat.progress > 0)?;
+    let before = vm.control().json("devices")?;
+    let mut events = vm.control().follow_events()?;
+    // Each is told, though not more often than once a second.
+    for _ in 0..2 {
+        failing.report_error()?;
+        let failed = events.wait("device-failed", SOON)?;
+        assert_eq!(failed["device"], "failing", "{failed}");
+    }
+    works_on(&vm)?;
+    assert_eq!(vm.control().state()?, "running");
+    assert_eq!(vm.control().json("devices")?, before);
+    vm.control().post("/v1/pause")?;
+    vm.control().post("/v1/resume")?;
+    works_on(&vm)?;
+    let names = vm.control().event_names()?;
+    let count = names.iter().filter(|name| *name == "device-failed").count();
+    assert_eq!(count, 2, "{names:?}");
+    ensure!(
+        !names.iter().any(|name| name == "device-backend-lost"),
+        "{names:?}"
+    );
+    finish(vm)
+}
+
 #[test]
 fn next_vm_has_the_device_and_nothing_of_the_last_ones_memory() -> Outcome {
     let Some(ground) = Ground::kvm()? else {

@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
+use tests::harness::events::EventStream;
 use tests::harness::follower::Follower;
 use tests::harness::ground::Ground;
 use tests::harness::model_gpu::{ModelGpu, user_device};
 use tests::harness::moving::failure;
 use tests::harness::process;
-use tests::harness::vm::SOON;
+use tests::harness::vm::{SOON, Vm};
 
 type Outcome = anyhow::Result<()>;
 
@@ -73,6 +74,91 @@ fn device_is_added_to_a_running_vm_and_stays_while_the_guest_does_not_let_it_go(
     vm.control().device("gpu")?;
     vm.type_text("s")?;
     vm.wait_end(SOON)?.check()
+}
+
+/// Threads of the VM's that follow a server, and what it and the host say.
+fn followers(vm: &Vm) -> anyhow::Result<[usize; 2]> {
+    let threads = vm.process().thread_names()?;
+    let names = ["vfio-user", "vfio-notices"];
+    Ok(names.map(|name| threads.get(name).copied().unwrap_or(0)))
+}
+
+/// Nothing is left of the device `gpu` once its removal is told.
+fn is_gone_once_told(vm: &Vm, events: &mut EventStream) -> Outcome {
+    assert_eq!(events.wait("device-removed", SOON)?["device"], "gpu");
+    // A thread that was waited for is seen for a moment more.
+    let is_alone = || {
+        followers(vm)
+            .is_ok_and(|count| count == [0, 0])
+            .then_some(())
+    };
+    let alone = process::wait_until(Instant::now() + SOON, is_alone);
+    alone.context("the device is still followed")?;
+    let devices = vm.control().json("devices")?;
+    let devices = devices.as_array().context("no list")?;
+    ensure!(!devices.iter().any(|device| device["id"] == "gpu"));
+    let config = vm.control().curl("GET", "/v1/config")?.json()?;
+    let is_empty = config["device"].as_array().is_none_or(Vec::is_empty);
+    ensure!(is_empty, "{config}");
+    Ok(())
+}
+
+/// The host asks the guest for the device, which it lets go when it is reset.
+#[test]
+fn device_that_the_host_wants_back_goes_when_the_guest_is_reset() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
+    let vm = ground.vm("run=heartbeat").start_controlled()?;
+    vm.memory()?.wait_beat(SOON)?;
+    let mut events = vm.control().follow_events()?;
+    let with_id = format!("{},id=gpu", gpu.device());
+    for _ in 0..3 {
+        let add = ["device", "add", "vm", &with_id];
+        ground.run_drover(&add)?.success()?;
+        gpu.request_back()?;
+        assert_eq!(events.wait("device-requested", SOON)?["device"], "gpu");
+        assert_eq!(followers(&vm)?, [1, 1]);
+        vm.memory()?.wait_beat(SOON)?;
+        vm.control().device("gpu")?;
+        vm.control().drover("reset", &[])?;
+        is_gone_once_told(&vm, &mut events)?;
+        vm.memory()?.wait_beat(SOON)?;
+    }
+    Ok(())
+}
+
+/// It is the guest's to let go, sound or not.
+#[test]
+fn device_whose_server_was_killed_can_be_removed() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
+    let vm = ground.vm("run=heartbeat").start_controlled()?;
+    vm.memory()?.wait_beat(SOON)?;
+    let mut events = vm.control().follow_events()?;
+    let with_id = format!("{},id=gpu", gpu.device());
+    let add = ["device", "add", "vm", &with_id];
+    ground.run_drover(&add)?.success()?;
+    gpu.signal(libc::SIGKILL)?;
+    assert_eq!(events.wait("device-backend-lost", SOON)?["device"], "gpu");
+    vm.control().device("gpu")?;
+    let late = ground.run_drover(&["device", "remove", "vm", "gpu", "--timeout", "1"])?;
+    let message = failure(&late, 1)?;
+    ensure!(message.contains("has not let gpu go"), "{message}");
+    vm.memory()?.wait_beat(SOON)?;
+    vm.control().drover("reset", &[])?;
+    is_gone_once_told(&vm, &mut events)?;
+    vm.memory()?.wait_beat(SOON)?;
+    // Its name and place are free.
+    let next = ModelGpu::on(&ground, "next", "64M")?;
+    let with_id = format!("{},id=gpu", next.device());
+    let add = ["device", "add", "vm", &with_id];
+    ground.run_drover(&add)?.success()?;
+    vm.control().device("gpu")?;
+    Ok(())
 }
 
 #[test]

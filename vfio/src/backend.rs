@@ -144,7 +144,9 @@ pub trait VfioBackend: Send + Sync {
     /// What the device may reach of guest memory.
     fn dma(&self) -> &dyn DmaSpace;
 
-    /// Puts the function back to power-on (function-level reset). Interrupts are off afterwards.
+    /// Puts the function back to power-on (function-level reset). Its interrupts are off afterwards;
+    /// [`IrqKind::Error`] and [`IrqKind::Request`], which are the host's, and what it may reach of
+    /// memory stay.
     ///
     /// # Errors
     /// [`BackendError`].

@@ -1,8 +1,9 @@
 //! The model GPU as a process of its own.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -27,6 +28,7 @@ pub fn user_device(socket: &Path) -> String {
 #[derive(Debug)]
 pub struct ModelGpu {
     child: Child,
+    input: ChildStdin,
     place: PathBuf,
 }
 
@@ -59,13 +61,15 @@ impl ModelGpu {
         let program = program()?;
         let mut command = Command::new(&program);
         command.arg(option).arg(place).args(more);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         die_with_parent(&mut command, libc::SIGKILL);
         let child = command.spawn();
-        let child = child.with_context(|| format!("cannot start {}", program.display()))?;
+        let mut child = child.with_context(|| format!("cannot start {}", program.display()))?;
+        let input = child.stdin.take().context("piped")?;
         // From here on, it ends with this.
         let mut model = Self {
             child,
+            input,
             place: place.to_owned(),
         };
         let output = model.child.stdout.take().context("piped")?;
@@ -90,6 +94,22 @@ impl ModelGpu {
     #[must_use]
     pub fn device(&self) -> String {
         user_device(&self.place)
+    }
+
+    /// Has the function on the socket report an error that it cannot correct.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn report_error(&self) -> anyhow::Result<()> {
+        Ok((&self.input).write_all(b"error\n")?)
+    }
+
+    /// Has the host want the function on the socket back.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn request_back(&self) -> anyhow::Result<()> {
+        Ok((&self.input).write_all(b"request\n")?)
     }
 
     /// Sends a signal to the process.

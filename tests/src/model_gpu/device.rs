@@ -26,6 +26,9 @@ pub struct Shape {
     pub partitions: u32,
 }
 
+/// Vectors, and the two notices.
+const LINES: usize = VECTORS as usize + 2;
+
 /// Bytes of the BAR with the registers.
 const REGISTER_BYTES: u64 = 4096;
 
@@ -51,8 +54,8 @@ pub(super) struct Device {
     pub(super) state: State,
     pub(super) vram: Vram,
     pub(super) dma: Dma,
-    /// Who is told of an interrupt, by vector.
-    interrupts: [Option<File>; VECTORS as usize],
+    /// Who is told of an interrupt, by vector; then of an error, and of the host's request.
+    interrupts: [Option<File>; LINES],
     /// Words on their way.
     pub(super) buffer: Vec<u8>,
 }
@@ -64,7 +67,7 @@ impl Device {
             state: State::new(&shape.bars()),
             vram: Vram::new(shape.vram_bytes)?,
             dma: Dma::default(),
-            interrupts: [const { None }; VECTORS as usize],
+            interrupts: [const { None }; LINES],
             buffer: vec![0; engine::STEP_BYTES],
         })
     }
@@ -79,7 +82,7 @@ impl Device {
     /// Forgets a client and all that it has left.
     pub(super) fn forget(&mut self) -> io::Result<()> {
         self.dma.clear();
-        self.interrupts = [const { None }; VECTORS as usize];
+        self.interrupts = [const { None }; LINES];
         self.reset()
     }
 

@@ -37,4 +37,5 @@ pub use device::Shape;
 pub use options::{ADDRESS, Mode, Options, USAGE};
 pub use program::run;
 pub use server::{Server, ServerError};
+pub use session::{IRQ_ERROR, IRQ_MSIX, IRQ_REQUEST};
 pub use tree::{Tree, TreeError, TreeOptions};

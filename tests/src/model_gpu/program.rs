@@ -1,11 +1,12 @@
 //! The program.
 
 use std::convert::Infallible;
-use std::io::Write;
+use std::io::{BufRead, IsTerminal, Write};
 
 use super::device::Shape;
 use super::options::{Mode, Options};
 use super::server::Server;
+use super::session::{IRQ_ERROR, IRQ_REQUEST};
 use super::tree::Tree;
 
 /// Serves until the process is ended. Says on standard output when it is ready.
@@ -20,8 +21,9 @@ pub fn run(options: Options) -> anyhow::Result<Infallible> {
                 partition: 0,
                 partitions: 1,
             };
-            let _server = Server::start(&path, shape)?;
+            let server = Server::start(&path, shape)?;
             say(&format!("serving on {}", path.display()))?;
+            obey(&server)?;
             loop {
                 std::thread::park();
             }
@@ -38,6 +40,23 @@ pub fn run(options: Options) -> anyhow::Result<Infallible> {
             }
         }
     }
+}
+
+/// Follows what is asked for on standard input, until its end: `error` is one that the device reports,
+/// `request` the host's to have it back. What a shell's user types is for others.
+fn obey(server: &Server) -> anyhow::Result<()> {
+    let input = std::io::stdin();
+    if input.is_terminal() {
+        return Ok(());
+    }
+    for line in input.lock().lines() {
+        match line?.as_str() {
+            "error" => server.raise(IRQ_ERROR, 0),
+            "request" => server.raise(IRQ_REQUEST, 0),
+            word => anyhow::bail!("it knows error and request, and not {word:?}"),
+        }
+    }
+    Ok(())
 }
 
 fn say(text: &str) -> anyhow::Result<()> {

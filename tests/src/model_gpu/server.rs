@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::device::{Device, Shape};
 use super::engine;
-use super::session::Session;
+use super::session::{Session, lines};
 
 /// A running server. Dropping it ends the client's connection and removes the socket.
 #[derive(Debug)]
@@ -118,6 +118,15 @@ impl Server {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Signals a vector, if somebody listens. Kinds are numbered as `linux/vfio.h` does:
+    /// [`super::IRQ_MSIX`], [`super::IRQ_ERROR`], [`super::IRQ_REQUEST`].
+    pub fn raise(&self, kind: u32, vector: u32) {
+        let lines = lines(kind).filter(|(_, count)| vector < *count);
+        if let Some((first, _)) = lines {
+            self.shared.inner.lock().device.interrupt(first + vector);
+        }
     }
 
     /// Waits until no client has the device; `false` if one still has it after `limit`.

@@ -29,7 +29,12 @@ const REGIONS: u32 = 9;
 const REGION_CONFIG: u32 = 7;
 const BARS: u32 = 6;
 const IRQS: u32 = 5;
-const IRQ_MSIX: u32 = 2;
+/// MSI-X.
+pub const IRQ_MSIX: u32 = 2;
+/// The device has met an error that it cannot correct.
+pub const IRQ_ERROR: u32 = 3;
+/// The host wants the device back.
+pub const IRQ_REQUEST: u32 = 4;
 
 // Flags of VFIO_DEVICE_GET_INFO, GET_REGION_INFO, GET_IRQ_INFO and SET_IRQS.
 const DEVICE_RESETS: u32 = 1 << 0;
@@ -403,14 +408,17 @@ impl<'s> Session<'s> {
         let (_size, flags, index) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let (start, count) = (fields.u32()?, fields.u32()?);
         let end = start.checked_add(count).ok_or(Errno::INVAL)?;
-        if index != IRQ_MSIX || end > VECTORS || flags & SET_ACTION_TRIGGER == 0 {
+        let (first, all) = lines(index).ok_or(Errno::INVAL)?;
+        if end > all || flags & SET_ACTION_TRIGGER == 0 {
             return Err(Errno::INVAL);
         }
+        let is_all_off = (start, count) == (0, 0);
+        let (start, end) = (first + start, first + end);
         let device = &mut self.device().device;
         match flags & !SET_ACTION_TRIGGER {
             // None at all switches them off.
-            SET_DATA_NONE if (start, count) == (0, 0) => {
-                (0..VECTORS).for_each(|vector| device.set_interrupt(vector, None));
+            SET_DATA_NONE if is_all_off => {
+                (first..first + all).for_each(|line| device.set_interrupt(line, None));
             }
             SET_DATA_NONE => (start..end).for_each(|vector| device.interrupt(vector)),
             SET_DATA_BOOL => {
@@ -443,16 +451,24 @@ fn device_info(mut fields: Fields<'_>) -> Result<Answer, Errno> {
     Ok(words.map(u32::to_le_bytes).concat().into())
 }
 
+/// Where a kind's vectors are among the device's lines, and how many there are.
+pub(super) fn lines(index: u32) -> Option<(u32, u32)> {
+    match index {
+        IRQ_MSIX => Some((0, VECTORS)),
+        IRQ_ERROR => Some((VECTORS, 1)),
+        IRQ_REQUEST => Some((VECTORS + 1, 1)),
+        _ => None,
+    }
+}
+
 fn irq_info(mut fields: Fields<'_>) -> Result<Answer, Errno> {
     const INFO_BYTES: u32 = 16;
     let (room, _flags, index) = (fields.u32()?, fields.u32()?, fields.u32()?);
     if room < INFO_BYTES || index >= IRQS {
         return Err(Errno::INVAL);
     }
-    let (flags, count) = match index {
-        IRQ_MSIX => (IRQ_EVENTFD, VECTORS),
-        _ => (0, 0),
-    };
+    let count = lines(index).map(|(_, count)| count);
+    let (flags, count) = count.map_or((0, 0), |count| (IRQ_EVENTFD, count));
     let words = [INFO_BYTES, flags, index, count];
     Ok(words.map(u32::to_le_bytes).concat().into())
 }

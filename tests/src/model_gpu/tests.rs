@@ -1,5 +1,6 @@
 //! The model GPU, as a client and a driver see it.
 
+mod conformance;
 mod driver;
 mod hostile;
 mod life;

@@ -108,6 +108,19 @@ impl KernelFunction {
         placed.offset.checked_add(offset).ok_or(outside)
     }
 
+    /// Has VFIO signal a vector as if the device had sent it; for tests. A kind that is off is refused.
+    ///
+    /// # Errors
+    /// [`BackendError::Refused`].
+    #[cfg(any(test, feature = "testing"))]
+    pub fn provoke(&self, kind: IrqKind, vector: u32) -> Result<(), BackendError> {
+        let provoked = irqs::provoke(self.opened.device.as_fd(), kind, vector);
+        provoked.map_err(|source| BackendError::Refused {
+            what: "provoke an interrupt",
+            source,
+        })
+    }
+
     /// Stops DMA before the memory goes: what the device still sent would be faults of the IOMMU.
     fn stop_dma(&self) -> Result<(), BackendError> {
         let mut command = [0; 2];

@@ -99,6 +99,7 @@ impl Irqs {
     ) -> Result<(), BackendError> {
         let is_too_many = |count: u32| u32::try_from(events.len()).map_or(true, |n| n > count);
         if is_too_many(self.irq(kind).count) {
+            self.set(device, kind, &[])?;
             return Err(BackendError::Absent("interrupt vector of that number"));
         }
         let refused = |what| move |source| BackendError::Refused { what, source };
@@ -175,4 +176,14 @@ fn trigger(device: BorrowedFd<'_>, kind: IrqKind, fds: &[i32]) -> io::Result<()>
 fn turn_off(device: BorrowedFd<'_>, kind: IrqKind) -> io::Result<()> {
     let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
     ioctl::set_irqs(device, (flags, number(kind), 0), &[])
+}
+
+/// Signals one vector: the kernel takes a byte for each, and passes over those that are 0.
+#[cfg(any(test, feature = "testing"))]
+pub(super) fn provoke(device: BorrowedFd<'_>, kind: IrqKind, vector: u32) -> io::Result<()> {
+    use vfio_bindings::bindings::vfio::VFIO_IRQ_SET_DATA_BOOL;
+    let flags = VFIO_IRQ_SET_DATA_BOOL | VFIO_IRQ_SET_ACTION_TRIGGER;
+    let mut words = vec![0_i32; vector as usize / 4];
+    words.push(1 << (8 * (vector % 4)));
+    ioctl::set_irqs(device, (flags, number(kind), vector + 1), &words)
 }

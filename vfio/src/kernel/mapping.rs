@@ -9,6 +9,9 @@ use std::ptr::{self, NonNull};
 
 use devices::pci::HostMemory;
 
+/// The host's page size.
+const PAGE_BYTES: u64 = 4096;
+
 /// Pages of a device's region, mapped until this is dropped. They are the device's own: nothing in
 /// this process reads or writes them, guests do.
 #[derive(Debug)]
@@ -29,6 +32,10 @@ impl RegionMapping {
     /// The kernel's refusal.
     pub fn new(file: BorrowedFd<'_>, offset: u64, len: u64, writable: bool) -> io::Result<Self> {
         let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        // The kernel rounds a length up, and would map what nobody asked for.
+        if !len.is_multiple_of(PAGE_BYTES) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let bytes = usize::try_from(len).map_err(invalid)?;
         let bytes = NonZeroUsize::new(bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let offset = libc::off_t::try_from(offset).map_err(invalid)?;
@@ -56,6 +63,22 @@ impl RegionMapping {
             address,
             len: bytes,
         })
+    }
+
+    /// An aligned word, as a guest would read it; `None` where there is none. The device must answer
+    /// there.
+    #[cfg(any(test, feature = "testing"))]
+    #[must_use]
+    pub fn read_u32(&self, offset: u64) -> Option<u32> {
+        let offset = usize::try_from(offset).ok()?;
+        let end = offset.checked_add(size_of::<u32>())?;
+        if !offset.is_multiple_of(size_of::<u32>()) || end > self.len.get() {
+            return None;
+        }
+        // SAFETY: the word lies within the mapping, which is there as long as this is.
+        let word = unsafe { self.address.byte_add(offset).cast::<u32>() };
+        // SAFETY: as above, and it is aligned, as the mapping is; volatile, as others write it.
+        Some(unsafe { word.read_volatile() })
     }
 }
 
@@ -88,8 +111,19 @@ mod tests {
         let file = File::open("/proc/self/exe").unwrap();
         let mapping = RegionMapping::new(file.as_fd(), 0x1000, 0x1000, false).unwrap();
         assert_eq!((mapping.bytes(), mapping.address() % 0x1000), (0x1000, 0));
-        for (offset, len) in [(0, 0), (1, 0x1000), (u64::MAX, 0x1000)] {
+        for (offset, len) in [(0, 0), (0, 1), (1, 0x1000), (u64::MAX, 0x1000)] {
             assert!(RegionMapping::new(file.as_fd(), offset, len, false).is_err());
+        }
+    }
+
+    #[test]
+    fn aligned_words_within_are_read() {
+        let file = File::open("/proc/self/exe").unwrap();
+        let mapping = RegionMapping::new(file.as_fd(), 0, 0x1000, false).unwrap();
+        assert_eq!(mapping.read_u32(0), Some(u32::from_le_bytes(*b"\x7fELF")));
+        assert!(mapping.read_u32(0xffc).is_some());
+        for outside in [1, 0xffe, 0x1000, u64::MAX - 3] {
+            assert_eq!(mapping.read_u32(outside), None);
         }
     }
 }

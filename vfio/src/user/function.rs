@@ -325,10 +325,13 @@ impl VfioBackend for UserFunction {
 
     fn set_irqs(&self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError> {
         let offered = self.offer.irq(kind);
+        let mut vectors = self.vectors.lock();
         if events.len() > offered.irq.count as usize {
+            if vectors.remove(&kind).is_some() {
+                self.turn_off(kind)?;
+            }
             return Err(BackendError::Absent("interrupt vector of that number"));
         }
-        let mut vectors = self.vectors.lock();
         let before = vectors.get(&kind).copied().unwrap_or(0);
         let grows_in_place = events.len() > before && offered.resizable;
         // Vectors that stay are not turned off in between: what they signal then would be lost.

@@ -196,7 +196,7 @@ fn only_shared_whole_pages_are_mappable() {
 }
 
 /// This process's descriptors of a file.
-fn count_descriptors(file: &File) -> usize {
+pub(super) fn count_descriptors(file: &File) -> usize {
     let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
     let wanted = identity(file.metadata().unwrap());
     let open = fs::read_dir("/proc/self/fd").unwrap();

@@ -4,14 +4,15 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::super::UserFunction;
 use super::super::protocol::{
     Command, DmaAccess as Access, Header, MAX_MESSAGE_BYTES, Payload, flags,
 };
-use super::script::Script;
-use super::{PATIENCE, limits, map};
-use crate::backend::{RegionIndex, VfioBackend};
+use super::script::{Fault, Script, VECTORS};
+use super::{PATIENCE, limits, map, range};
+use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 use crate::dma::{DmaAccess, Iova};
 use crate::testing::shared_page;
 
@@ -174,6 +175,51 @@ fn memory_that_is_taken_away_is_out_of_reach() {
         .map(|(header, _)| header.error as i32)
         .collect();
     assert_eq!(errors, [0, libc::EFAULT]);
+}
+
+/// What the server can take at a time is never exceeded: it is not even asked.
+#[test]
+fn limits_of_the_server_are_kept() {
+    let json = r#"{"capabilities":{"max_msg_fds":1,"max_data_xfer_size":16,"max_dma_maps":2,"pgsizes":65536}}"#;
+    let version = [b"\0\0\x01\0", json.as_bytes(), b"\0"].concat();
+    let script = Script::with_fault(Command::Version, Fault::Payload(version));
+    let (stream, server) = script.start();
+    let function = UserFunction::from_stream(stream, "test.sock", limits(PATIENCE)).unwrap();
+    let (file, _page) = shared_page().unwrap();
+    file.set_len(0x10_0000).unwrap();
+    let map = |iova, len| map(&function, iova, len, DmaAccess::ReadWrite, &file);
+    let refusal = |result: Result<(), BackendError>| {
+        let Err(BackendError::Refused { source, .. }) = result else {
+            panic!("{result:?}");
+        };
+        source.to_string()
+    };
+    for (iova, len) in [(0x1_0000, 0x1000), (0x1000, 0x1_0000), (0x1_0000, 0x1_f000)] {
+        let expected = "the server's pages have 0x10000 bytes";
+        assert_eq!(refusal(map(iova, len)), expected, "{len:#x} at {iova:#x}");
+    }
+    for iova in [0x1_0000, 0x4_0000] {
+        map(iova, 0x2_0000).unwrap();
+    }
+    let expected = "the server takes no more than 2";
+    assert_eq!(refusal(map(0x8_0000, 0x1_0000)), expected);
+    function.dma().unmap(range(0x4_0000, 0x2_0000)).unwrap();
+    map(0x8_0000, 0x1_0000).unwrap();
+    let bar = RegionIndex::Bar(0);
+    let mut data = [0; 40];
+    function.read(bar, 8, &mut data).unwrap();
+    assert_eq!(data, [0x5a; 40]);
+    function.write(bar, 8, &data[..33]).unwrap();
+    let event = EventFd::new(0).unwrap();
+    let events = [&event; VECTORS as usize];
+    function.set_irqs(IrqKind::MsiX, &events).unwrap();
+    drop(function);
+    let requests = server.join().unwrap().requests;
+    let count = |command| requests.iter().filter(|asked| **asked == command).count();
+    assert_eq!(count(Command::DmaMap), 3);
+    assert_eq!(count(Command::RegionRead), 3);
+    assert_eq!(count(Command::RegionWrite), 3);
+    assert_eq!(count(Command::DeviceSetIrqs), 4);
 }
 
 #[test]

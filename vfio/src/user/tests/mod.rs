@@ -5,6 +5,7 @@ mod hostile;
 mod memory;
 mod script;
 mod served;
+mod trust;
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -33,6 +34,17 @@ fn range(iova: u64, len: u64) -> DmaRange {
         len,
         host_address: 0x7000_0000_0000,
     }
+}
+
+/// Says that a test did nothing.
+///
+/// # Panics
+/// When `DROVER_REQUIRE` lists what is missing.
+fn skip(missing: &str, reason: &str) {
+    println!("SKIPPED: {reason}");
+    let required = std::env::var("DROVER_REQUIRE").unwrap_or_default();
+    let is_required = required.split(',').any(|word| word.trim() == missing);
+    assert!(!is_required, "{missing} is required: {reason}");
 }
 
 /// Maps `len` bytes of `file`, from its beginning.

@@ -88,24 +88,33 @@ impl Script {
     /// A connection to a server that follows the script, and what it will have seen.
     pub(super) fn start(self) -> (UnixStream, JoinHandle<Seen>) {
         let (ours, stream) = UnixStream::pair().unwrap();
-        let (bar, _) = shared_page().unwrap();
-        bar.set_len(BAR_BYTES).unwrap();
+        (ours, self.serve(stream, bar_file()))
+    }
+
+    /// The server over a connection that is there, with a file behind BAR 0.
+    pub(super) fn serve(self, stream: UnixStream, bar: File) -> JoinHandle<Seen> {
         let mut server = Server {
             script: self,
             stream,
             bar,
             seen: Seen::default(),
         };
-        let thread = thread::spawn(move || {
+        thread::spawn(move || {
             // The connection's end is how every script ends.
             let _ = server.serve();
             Seen {
                 bar: Some(server.bar),
                 ..server.seen
             }
-        });
-        (ours, thread)
+        })
     }
+}
+
+/// A file for BAR 0.
+pub(super) fn bar_file() -> File {
+    let (bar, _) = shared_page().unwrap();
+    bar.set_len(BAR_BYTES).unwrap();
+    bar
 }
 
 fn ended<T>() -> io::Result<T> {

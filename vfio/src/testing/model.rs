@@ -1,25 +1,32 @@
-//! A backend in plain memory: a function with two BARs and two MSI-X vectors.
+//! A function with two BARs, and with every kind of interrupt.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use devices::pci::HostMemory;
 use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend, VfioMigration};
-use crate::dma::{DmaAccess, DmaFile, DmaRange, DmaSpace, Iova, IovaMap};
+#[cfg(test)]
+use crate::dma::Iova;
+use crate::dma::{DmaAccess, DmaFile, DmaRange, DmaSpace, IovaMap};
 use crate::kernel::RegionMapping;
+
+/// Of BAR 2, which has four pages, the middle two can be mapped in a model that has such.
+const MAPPABLE: (u64, u64) = (0x1000, 0x2000);
 
 /// The model.
 pub struct ModelBackend {
     regions: Mutex<BTreeMap<RegionIndex, Vec<u8>>>,
     sizes: BTreeMap<RegionIndex, usize>,
+    /// BAR 2, where it can be mapped.
+    shared: Option<File>,
     dma: ModelDma,
     interrupts: Mutex<BTreeMap<IrqKind, Vec<EventFd>>>,
     /// Of each kind the most vectors that were ever asked for at a time, refused or not.
@@ -27,7 +34,16 @@ pub struct ModelBackend {
     resets: Mutex<u32>,
     has_reset: bool,
     unmasked: Mutex<u32>,
+    line: Mutex<Line>,
     server: Arc<ModelServer>,
+}
+
+/// The legacy line.
+#[derive(Default)]
+struct Line {
+    is_masked: bool,
+    /// It was raised while it was masked.
+    is_pending: bool,
 }
 
 /// What a function of another process needs.
@@ -67,6 +83,7 @@ impl ModelBackend {
                 .map(|(index, bytes)| (*index, bytes.len()))
                 .collect(),
             regions: Mutex::new(regions),
+            shared: None,
             dma: ModelDma {
                 server: Arc::clone(&server),
                 ..ModelDma::default()
@@ -76,8 +93,21 @@ impl ModelBackend {
             resets: Mutex::default(),
             has_reset: true,
             unmasked: Mutex::default(),
+            line: Mutex::default(),
             server,
         }
+    }
+
+    /// One with a BAR that can be mapped, in part.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    pub fn with_mapped_bar(mut self) -> io::Result<Self> {
+        let (file, _) = shared_page()?;
+        let size = self.sizes.get(&RegionIndex::Bar(2)).copied();
+        file.set_len(size.unwrap_or(0) as u64)?;
+        self.shared = Some(file);
+        Ok(self)
     }
 
     /// One that cannot be reset.
@@ -116,12 +146,37 @@ impl ModelBackend {
         self.asked.lock().get(&kind).copied().unwrap_or(0)
     }
 
-    /// Signals a vector, as the device would; false when it is off.
+    /// Signals a vector, as the device would; false when it is off, or waits for the line.
     #[must_use]
     pub fn interrupt(&self, kind: IrqKind, vector: usize) -> bool {
         let interrupts = self.interrupts.lock();
         let event = interrupts.get(&kind).and_then(|events| events.get(vector));
-        event.is_some_and(|event| event.write(1).is_ok())
+        let Some(event) = event else {
+            return false;
+        };
+        if kind == IrqKind::Intx {
+            let mut line = self.line.lock();
+            line.is_pending = line.is_masked;
+            if line.is_masked {
+                return false;
+            }
+            line.is_masked = true;
+        }
+        event.write(1).is_ok()
+    }
+
+    /// Takes the range that begins there out of the device's reach, however long it is.
+    #[cfg(test)]
+    pub(super) fn forget_dma(&self, iova: Iova) -> Result<(), BackendError> {
+        let removed = self.dma.map.lock().remove(iova).map(drop);
+        removed.map_err(|error| refused("unmap DMA", io::Error::other(error)))
+    }
+
+    /// The bytes behind `region` at such a place.
+    fn shared_part(&self, region: RegionIndex) -> Option<&File> {
+        self.shared
+            .as_ref()
+            .filter(|_| region == RegionIndex::Bar(2))
     }
 
     fn access<T>(
@@ -136,12 +191,20 @@ impl ModelBackend {
         let size = bytes.len() as u64;
         let start = usize::try_from(offset).ok();
         let part = start.and_then(|start| bytes.get_mut(start..start.checked_add(len)?));
-        part.map(f).ok_or(BackendError::OutsideRegion {
+        let part = part.ok_or(BackendError::OutsideRegion {
             region,
             offset,
             len,
             size,
-        })
+        })?;
+        let Some(file) = self.shared_part(region) else {
+            return Ok(f(part));
+        };
+        let failed = |source| refused("access a region", source);
+        file.read_exact_at(part, offset).map_err(failed)?;
+        let result = f(part);
+        file.write_all_at(part, offset).map_err(failed)?;
+        Ok(result)
     }
 }
 
@@ -153,7 +216,9 @@ impl VfioBackend for ModelBackend {
             size,
             readable: size > 0,
             writable: size > 0,
-            mappable: Vec::new(),
+            mappable: self
+                .shared_part(index)
+                .map_or(Vec::new(), |_| vec![MAPPABLE]),
         })
     }
 
@@ -171,9 +236,20 @@ impl VfioBackend for ModelBackend {
         })
     }
 
-    fn map_region(&self, _: RegionIndex, _: u64, _: u64) -> Result<RegionMapping, BackendError> {
+    fn map_region(
+        &self,
+        index: RegionIndex,
+        offset: u64,
+        len: u64,
+    ) -> Result<RegionMapping, BackendError> {
         self.server.check()?;
-        Err(BackendError::Absent("region that can be mapped"))
+        let end = offset.checked_add(len);
+        let is_within =
+            offset >= MAPPABLE.0 && end.is_some_and(|end| end <= MAPPABLE.0 + MAPPABLE.1);
+        let file = self.shared_part(index).filter(|_| is_within);
+        let file = file.ok_or(BackendError::Absent("region that can be mapped"))?;
+        let mapping = RegionMapping::new(file.as_fd(), offset, len, true);
+        mapping.map_err(|source| refused("map a region", source))
     }
 
     fn irq(&self, kind: IrqKind) -> Result<Irq, BackendError> {
@@ -198,18 +274,28 @@ impl VfioBackend for ModelBackend {
         }
         let count = u32::try_from(events.len()).unwrap_or(u32::MAX);
         if count > self.irq(kind)?.count {
+            self.interrupts.lock().remove(&kind);
             return Err(BackendError::Absent("interrupt vector of that number"));
         }
         let events = events.iter().map(|event| event.try_clone());
         let events = events.collect::<io::Result<Vec<_>>>();
         let events = events.map_err(|source| refused("set interrupts", source))?;
-        self.interrupts.lock().insert(kind, events);
+        let mut interrupts = self.interrupts.lock();
+        if kind == IrqKind::Intx {
+            *self.line.lock() = Line::default();
+        }
+        interrupts.insert(kind, events);
         Ok(())
     }
 
     fn unmask_intx(&self) -> Result<(), BackendError> {
         self.server.check()?;
         *self.unmasked.lock() += 1;
+        let was_pending = std::mem::take(&mut *self.line.lock()).is_pending;
+        if was_pending {
+            // Whether anybody listens is not the line's affair.
+            let _ = self.interrupt(IrqKind::Intx, 0);
+        }
         Ok(())
     }
 
@@ -228,6 +314,10 @@ impl VfioBackend for ModelBackend {
         for (index, bytes) in self.regions.lock().iter_mut() {
             if *index != RegionIndex::Config {
                 bytes.fill(0);
+                if let Some(file) = self.shared_part(*index) {
+                    let cleared = file.write_all_at(bytes, 0);
+                    cleared.map_err(|source| refused("reset", source))?;
+                }
             }
         }
         Ok(())
@@ -252,8 +342,12 @@ impl DmaSpace for ModelDma {
 
     fn unmap(&self, range: DmaRange) -> Result<(), BackendError> {
         self.server.check()?;
-        let removed = self.map.lock().remove(range.iova);
-        let removed = removed.map(drop);
+        let mut map = self.map.lock();
+        if !map.ranges().any(|mapped| *mapped == range) {
+            let missing = io::Error::from(io::ErrorKind::NotFound);
+            return Err(refused("unmap DMA", missing));
+        }
+        let removed = map.remove(range.iova).map(drop);
         removed.map_err(|error| refused("unmap DMA", io::Error::other(error)))
     }
 }
@@ -273,111 +367,37 @@ pub fn shared_page() -> io::Result<(File, RegionMapping)> {
     Ok((file, mapping))
 }
 
-/// What every backend must do, checked over any of them. `backend` is fresh.
-///
-/// # Panics
-/// When the backend breaks the contract.
-pub fn conformance(backend: &dyn VfioBackend) {
-    check_regions(backend);
-    let kind = check_interrupts(backend);
-    let mut header = [0; 4];
-    let read = |data: &mut [u8]| backend.read(RegionIndex::Config, 0, data);
-    read(&mut header).expect("who made it");
-    check_dma(backend);
-    if let Some(kind) = kind {
-        signal(backend, kind);
-    }
-    backend.reset().expect("a reset");
-    let mut again = [0; 4];
-    read(&mut again).expect("it is still there");
-    assert_eq!(again, header, "another device after a reset");
-    // Interrupts are off, which nothing need turn off, and can be turned on again.
-    if let Some(kind) = kind {
-        let event = signal(backend, kind);
-        backend.set_irqs(kind, &[]).expect("on above");
-        assert!(event.read().is_err(), "nothing was asked of the device");
-    }
-    check_dma(backend);
-}
-
-/// Who accesses what is not there is refused before the device is asked.
-fn check_regions(backend: &dyn VfioBackend) {
-    let config = backend
-        .region(RegionIndex::Config)
-        .expect("every function has one");
-    assert!(config.size >= 64, "a configuration header has 64 bytes");
-    let mut bytes = [0; 2];
-    for offset in [config.size - 1, config.size, u64::MAX] {
-        let read = backend.read(RegionIndex::Config, offset, &mut bytes);
-        let write = backend.write(RegionIndex::Config, offset, &bytes);
-        for outside in [read, write] {
-            assert!(
-                matches!(outside, Err(BackendError::OutsideRegion { .. })),
-                "{offset:#x}: {outside:?}"
-            );
-        }
-    }
-    let absent = backend
-        .region(RegionIndex::Bar(5))
-        .expect("asking is allowed");
-    if absent.size == 0 {
-        assert!(backend.read(RegionIndex::Bar(5), 0, &mut bytes).is_err());
-        assert!(backend.write(RegionIndex::Bar(5), 0, &bytes).is_err());
-    }
-}
-
-/// Vectors: one more than there are, and none. A kind that has any.
-fn check_interrupts(backend: &dyn VfioBackend) -> Option<IrqKind> {
-    let event = EventFd::new(EFD_NONBLOCK).expect("an event");
-    let kinds = [IrqKind::MsiX, IrqKind::Intx, IrqKind::Msi];
-    let counts = kinds.map(|kind| {
-        let count = backend.irq(kind).expect("asking is allowed").count;
-        let many = vec![&event; count as usize + 1];
-        assert!(
-            matches!(backend.set_irqs(kind, &many), Err(BackendError::Absent(_))),
-            "{kind:?}: more than the {count} that there are"
-        );
-        backend.set_irqs(kind, &[]).expect("it is off");
-        (kind, count)
-    });
-    let found = counts.into_iter().find(|(_, count)| *count > 0);
-    found.map(|(kind, _)| kind)
-}
-
-/// The first vector of `kind` signals the event that this gives back.
-fn signal(backend: &dyn VfioBackend, kind: IrqKind) -> EventFd {
-    let event = EventFd::new(EFD_NONBLOCK).expect("an event");
-    let first = backend.set_irqs(kind, &[&event]);
-    assert!(first.is_ok(), "the first vector of {kind:?}: {first:?}");
-    event
-}
-
-/// A range is mapped once and unmapped once.
-fn check_dma(backend: &dyn VfioBackend) {
-    let (memory, page) = shared_page().expect("room for a page");
-    let range = DmaRange {
-        iova: Iova(0x10_0000),
-        len: 0x1000,
-        host_address: page.address(),
-    };
-    let file = Some(DmaFile {
-        file: memory.as_fd(),
-        offset: 0,
-    });
-    let map = || backend.dma().map(range, DmaAccess::ReadWrite, file);
-    map().expect("a free range");
-    assert!(map().is_err(), "mapped twice");
-    backend.dma().unmap(range).expect("mapped above");
-    assert!(backend.dma().unmap(range).is_err(), "unmapped twice");
-}
-
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
     use super::*;
+    use crate::testing::{Memory, Subject};
 
     #[test]
     fn model_passes_conformance() {
-        conformance(&ModelBackend::new(&[0; 256]));
+        let trapped = ModelBackend::new(&[0; 256]);
+        let mapped = ModelBackend::new(&[0; 4096]).with_mapped_bar().unwrap();
+        for model in [trapped, mapped] {
+            let raise = |kind, vector: u32| {
+                let _ = model.interrupt(kind, vector as usize);
+            };
+            let memory = |region, offset, after_reset| Memory {
+                region,
+                offset,
+                len: 64,
+                after_reset,
+            };
+            Subject::new(&model)
+                .with_memory([
+                    memory(RegionIndex::Config, 0x40, None),
+                    memory(RegionIndex::Bar(0), 0xfc0, Some(0)),
+                    memory(RegionIndex::Bar(2), 0x2fc0, Some(0)),
+                ])
+                .raised_by(&raise)
+                .masking_its_line()
+                .check();
+        }
     }
 
     #[test]

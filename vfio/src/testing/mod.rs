@@ -1,0 +1,10 @@
+//! A backend in plain memory, and what every backend must do.
+//!
+//! - [`ModelBackend`]: a function with two BARs and every kind of interrupt.
+//! - [`Subject`]: the conformance suite over any backend.
+
+mod conformance;
+mod model;
+
+pub use conformance::{Memory, Raise, Subject};
+pub use model::{ModelBackend, shared_page};
