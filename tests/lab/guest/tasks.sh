@@ -169,6 +169,60 @@ task_gone() {
     say task=gone result=ok
 }
 
+# joined, alone: wait until there are two NVMe disks, or one.
+nvme_disks() {
+    n=0
+    until [ "$(ls /dev/nvme*n1 2> /dev/null | wc -l)" = "$1" ]; do
+        sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1
+    done
+}
+task_joined() { nvme_disks 2 && say task=joined functions="$(functions)" result=ok; }
+task_alone() { nvme_disks 1 && say task=alone functions="$(functions)" result=ok; }
+
+# writes: in the background, writes one of two files of lab.mib random MiB and then the other, again and again, at
+# lab.at MiB of lab.disk, past the cache, and reads back each; it ends at the first difference or error.
+# rounds: how many there are, once there is another one.
+# written: ends it; also the checksum of the last round, and how often the kernel complained.
+task_writes() {
+    disk=$(arg disk /dev/nvme0n1); mib=$(arg mib 4); at=$(arg at 64)
+    for file in a b; do
+        head -c $((mib << 20)) /dev/urandom > /tmp/writes.$file || return 1
+        sum_of /tmp/writes.$file > /tmp/writes.$file.sum
+    done
+    rm -f /tmp/writes.stop /tmp/writes.end /tmp/writes.rounds
+    (
+        while :; do
+            for file in a b; do
+                want=$(cat /tmp/writes.$file.sum)
+                dd if=/tmp/writes.$file of="$disk" bs=256K seek=$((at * 4)) oflag=direct conv=notrunc || break 2
+                got=$(dd if="$disk" bs=256K skip=$((at * 4)) count=$((mib * 4)) iflag=direct | sum_of)
+                [ "$want" = "$got" ] || break 2
+                echo "$want" >> /tmp/writes.rounds
+                [ ! -e /tmp/writes.stop ] || break 2
+            done
+        done
+        touch /tmp/writes.end
+    ) 2> /tmp/writes.log &
+    task_rounds writes
+}
+task_rounds() {
+    rounds() { cat /tmp/writes.rounds 2> /dev/null | wc -l; }
+    begin=$(rounds); n=0
+    until [ "$(rounds)" -gt "$begin" ]; do
+        [ ! -e /tmp/writes.end ] || return 1
+        sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1
+    done
+    say task="${1:-rounds}" rounds="$(rounds)" result=ok
+}
+task_written() {
+    # Ended by a difference or an error, not by this?
+    [ ! -e /tmp/writes.end ] || { tail -n 3 /tmp/writes.log; return 1; }
+    touch /tmp/writes.stop
+    until [ -e /tmp/writes.end ]; do sleep 0.1; done
+    say task=written rounds="$(wc -l < /tmp/writes.rounds)" sha256="$(tail -n 1 /tmp/writes.rounds)" \
+        complaints="$(dmesg | grep -c -e 'I/O error' -e 'timeout' -e 'controller is down')" result=ok
+}
+
 # busy: reads lab.disk in the background, past the cache, until that fails: then it reports as idle.
 task_busy() {
     disk=$(arg disk /dev/nvme0n1); n=0

@@ -22,7 +22,7 @@ Runs scenarios in the nested lab (see docs/testing-lab.md).
   --build-only      build and cache kernels and images, and stop
   --shell           boot L1 to a shell on this terminal
   --script FILE     boot L1 and run a shell script there, its output on this terminal
-  --shape NAME      the L1 for --shell and --script: small (default), large, vfio or vfio-no-remap
+  --shape NAME      the L1 for --shell and --script: small (default), large, vfio, vfio-no-remap or vfio-no-iommu
 ";
 
 /// What was asked for.

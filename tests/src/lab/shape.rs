@@ -16,11 +16,16 @@ pub enum Shape {
     /// The same with an IOMMU that does not remap interrupts.
     #[serde(rename = "vfio-no-remap")]
     VfioNoRemap,
+    /// The same with the IOMMU left off.
+    #[serde(rename = "vfio-no-iommu")]
+    VfioNoIommu,
 }
 
 /// Each behind a root port, as devices with virtual functions must be. The VFs' queues and vectors are
-/// taken from what the NVMe controller calls flexible.
-const DEVICES: [&str; 16] = [
+/// taken from what the NVMe controller calls flexible. Behind the last port are two controllers that are
+/// functions of one device: without access control services, nothing isolates them from each other (PCI
+/// Express Base Specification, 6.12), so that they share an IOMMU group.
+const DEVICES: [&str; 22] = [
     "-device",
     "pcie-root-port,id=port1,chassis=1,slot=1",
     "-device",
@@ -38,11 +43,23 @@ const DEVICES: [&str; 16] = [
     "pcie-root-port,id=port3,chassis=3,slot=3",
     "-device",
     "nvme,id=nvme1,bus=port3,serial=lab-plain",
+    "-device",
+    "pcie-root-port,id=port4,chassis=4,slot=4",
+    "-device",
+    "nvme,id=nvme2,bus=port4,addr=0.0,multifunction=on,serial=lab-pair-0",
+    "-device",
+    "nvme,id=nvme3,bus=port4,addr=0.1,serial=lab-pair-1",
 ];
 
 impl Shape {
     /// Every shape.
-    pub const ALL: [Self; 4] = [Self::Small, Self::Large, Self::Vfio, Self::VfioNoRemap];
+    pub const ALL: [Self; 5] = [
+        Self::Small,
+        Self::Large,
+        Self::Vfio,
+        Self::VfioNoRemap,
+        Self::VfioNoIommu,
+    ];
 
     /// The name that `--list` and `--shell` use.
     #[must_use]
@@ -52,6 +69,7 @@ impl Shape {
             Self::Large => "large",
             Self::Vfio => "vfio",
             Self::VfioNoRemap => "vfio-no-remap",
+            Self::VfioNoIommu => "vfio-no-iommu",
         }
     }
 
@@ -66,16 +84,17 @@ impl Shape {
     pub fn has_devices(self) -> bool {
         match self {
             Self::Small | Self::Large => false,
-            Self::Vfio | Self::VfioNoRemap => true,
+            Self::Vfio | Self::VfioNoRemap | Self::VfioNoIommu => true,
         }
     }
 
-    /// What is added to the kernel's command line.
+    /// What is added to the kernel's command line, where the last word of a kind counts.
     #[must_use]
     pub fn kernel_words(self) -> &'static str {
         match self {
             Self::Small | Self::Large | Self::Vfio => "",
             Self::VfioNoRemap => "intremap=off",
+            Self::VfioNoIommu => "intel_iommu=off",
         }
     }
 
@@ -85,7 +104,9 @@ impl Shape {
     pub fn qemu_args(self) -> Vec<&'static str> {
         match self {
             Self::Small => vec!["-m", "4G"],
-            Self::Vfio | Self::VfioNoRemap => ["-m", "4G"].into_iter().chain(DEVICES).collect(),
+            Self::Vfio | Self::VfioNoRemap | Self::VfioNoIommu => {
+                ["-m", "4G"].into_iter().chain(DEVICES).collect()
+            }
             Self::Large => vec![
                 "-m",
                 "12G",

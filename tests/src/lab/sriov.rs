@@ -1,4 +1,4 @@
-//! The virtual functions of L1's NVMe controller.
+//! L1's devices that can be assigned: controllers, a network card, and their virtual functions.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -193,6 +193,57 @@ fn network_card() -> anyhow::Result<PathBuf> {
         }
     }
     bail!("L1 has no network card with virtual functions")
+}
+
+/// The NVMe controller that has no virtual functions and is all of its device: its address.
+///
+/// # Errors
+/// When L1 has none.
+pub fn plain_controller() -> anyhow::Result<String> {
+    let controllers = controllers()?;
+    let mut alone = controllers
+        .iter()
+        .filter(|one| neighbours(&controllers, one).is_empty());
+    let found = alone.next().context("L1 has no plain NVMe controller")?;
+    Ok(found.clone())
+}
+
+/// Two NVMe controllers that are functions of one device: their addresses.
+///
+/// # Errors
+/// When L1 has none.
+pub fn controller_pair() -> anyhow::Result<[String; 2]> {
+    let controllers = controllers()?;
+    for first in &controllers {
+        if let [second] = neighbours(&controllers, first).as_slice() {
+            return Ok([first.clone(), (*second).clone()]);
+        }
+    }
+    bail!("L1 has no device of two NVMe controllers")
+}
+
+/// NVMe controllers without virtual functions, in the order of their addresses.
+fn controllers() -> anyhow::Result<Vec<String>> {
+    let mut addresses = Vec::new();
+    for entry in fs::read_dir(PCI_DEVICES)? {
+        let folder = entry?.path();
+        let class = fs::read_to_string(folder.join("class"))?;
+        let is_other = |file| folder.join(file).exists();
+        if class.trim() == "0x010802" && !["sriov_totalvfs", "physfn"].into_iter().any(is_other) {
+            addresses.push(name_of(&folder)?);
+        }
+    }
+    addresses.sort();
+    Ok(addresses)
+}
+
+/// Those of `all` that are other functions of the same device.
+fn neighbours<'a>(all: &'a [String], address: &str) -> Vec<&'a String> {
+    let device = |address: &str| address.split('.').next().map(str::to_owned);
+    let others = all.iter().filter(|other| *other != address);
+    others
+        .filter(|other| device(other) == device(address))
+        .collect()
 }
 
 /// The node of a function's IOMMU group.

@@ -19,6 +19,12 @@ pub enum BindError {
     /// It is a bridge.
     #[error("{0} is a bridge: assign the functions behind it, not the bridge")]
     Bridge(Bdf),
+    /// No IOMMU translates for it: nobody could open it.
+    #[error(
+        "{0} is behind no IOMMU: enable VT-d or AMD-Vi in the firmware, and boot an Intel host with \
+         intel_iommu=on"
+    )]
+    NoIommu(Bdf),
     /// It has virtual functions or mediated devices, which would go.
     #[error(
         "{device} has parts, which others may have: {functions}; give those, or have none made of it"
@@ -71,6 +77,10 @@ pub fn bind_vfio(sysfs: &Path, device: Bdf) -> Result<Option<String>, BindError>
     }
     if folder.is_bridge() {
         return Err(BindError::Bridge(device));
+    }
+    // Found out only afterwards, it would have lost its driver for nothing.
+    if folder.group().is_none() {
+        return Err(BindError::NoIommu(device));
     }
     check_unused(sysfs, device, &folder)?;
     if !sysfs.join("bus/pci/drivers").join(VFIO_PCI).is_dir() {

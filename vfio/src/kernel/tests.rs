@@ -367,8 +367,9 @@ fn binding_writes_what_the_kernel_documents() {
 }
 
 #[test]
-fn nothing_is_bound_that_others_have_or_that_is_divided() {
+fn nothing_is_bound_that_others_have_or_that_is_divided_or_untranslated() {
     const VF: &str = "0000:41:00.4";
+    const ALONE: &str = "0000:45:00.0";
     let host = Recorded::new();
     let (sysfs, gpu) = (host.0.as_path().join("sys"), GPU.parse().unwrap());
     host.function(GPU, Some(41), Some("xe"));
@@ -393,6 +394,14 @@ fn nothing_is_bound_that_others_have_or_that_is_divided() {
         &[GPU, "has parts", VF],
     );
     is_untouched("xe");
+    host.function(ALONE, None, Some("nvme"));
+    says(
+        &bind_vfio(&sysfs, ALONE.parse().unwrap())
+            .unwrap_err()
+            .to_string(),
+        &[ALONE, "behind no IOMMU", "intel_iommu=on"],
+    );
+    is_untouched("nvme");
     // A driver of VFIO knows its device better than vfio-pci does.
     let bound = bind_vfio(&sysfs, VF.parse().unwrap()).unwrap();
     assert_eq!(bound.as_deref(), Some("xe-vfio-pci"));

@@ -24,7 +24,7 @@ const MANY_LIMIT: Duration = Duration::from_secs(300);
 /// Exits of another cause meanwhile.
 const A_HANDFUL: u64 = 8;
 /// MiB that each of several disks is given.
-const PART: u64 = 4;
+pub(super) const PART: u64 = 4;
 const EXITS: &str = "vcpu_mmio_exits_total";
 /// Of those, and all others that Drover is woken for, at most so many are made meanwhile: what the shell says
 /// goes by a port, byte by byte. One doorbell that is trapped would make two a command.
@@ -32,7 +32,7 @@ const ALL_EXITS: [&str; 3] = [EXITS, "vcpu_io_exits_total", "vcpu_other_exits_to
 const ALL_MAX: u64 = COMMANDS * 2;
 
 /// The checksum of some MiB of the disk behind the controller, as L1 reads it.
-fn sum_on_host(at: u64, mib: u64) -> anyhow::Result<String> {
+pub(super) fn sum_on_host(at: u64, mib: u64) -> anyhow::Result<String> {
     std::fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop caches")?;
     image::sha256_part(&NvmeController::find()?.disk(), at, mib)
 }
@@ -146,7 +146,7 @@ pub(super) fn hotplug(ctx: &mut Ctx) -> anyhow::Result<()> {
             ensure!(in_list(&vmm)?, "it is not listed");
             ensure!(holds_vfio(&vmm, vf)?, "the VMM does not have it open");
             vmm.device("remove", &["disk"])?;
-            removed(&mut events)?;
+            removed(&mut events, "disk")?;
             vmm.do_task("gone", SOON)?;
             ensure!(!in_list(&vmm)?, "it is listed still");
             ensure!(!holds_vfio(&vmm, vf)?, "the VMM has it open still");
@@ -163,14 +163,14 @@ pub(super) fn hotplug(ctx: &mut Ctx) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for the event that the disk is gone.
-pub(super) fn removed(events: &mut Follower) -> anyhow::Result<()> {
+/// Waits for the event that this device is gone.
+pub(super) fn removed(events: &mut Follower, device: &str) -> anyhow::Result<()> {
     let event = events.wait_line(SOON, |line| {
         let event: Value = serde_json::from_str(line).ok()?;
         (event["event"] == "device-removed").then_some(event)
     });
     let event = event.context("no event that it is removed")?;
-    ensure!(event["device"] == "disk", "{event}");
+    ensure!(event["device"] == device, "{event}");
     Ok(())
 }
 
@@ -196,7 +196,7 @@ pub(super) fn holds_vfio(vmm: &Vmm, vf: &str) -> anyhow::Result<bool> {
 }
 
 /// The checksums that a guest with several disks reports, in the order of the disks.
-fn sums_of(vmm: &mut Vmm, disks: usize) -> anyhow::Result<Vec<String>> {
+pub(super) fn sums_of(vmm: &mut Vmm, disks: usize) -> anyhow::Result<Vec<String>> {
     let report = vmm.do_task("disks", SOON)?;
     let sums = report.text("sha256")?.split(',').map(str::to_owned);
     let sums: Vec<String> = sums.collect();

@@ -1,4 +1,4 @@
-//! Devices that leave a guest which uses them, or by the guest's own hand.
+//! Devices that come to a guest which uses another, leave one which uses them, or by the guest's own hand.
 
 use anyhow::{Context, ensure};
 use vfio::IrqKind;
@@ -6,17 +6,23 @@ use vfio::VfioBackend;
 use vfio::kernel::{KernelVfio, PathChoice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::assigned::{holds_vfio, in_list, removed, write_and_compare};
+use super::assigned::{
+    PART, holds_vfio, in_list, removed, sum_on_host, sums_of, write_and_compare,
+};
 use super::vfio::{ask, assigned_vfs, folder};
+use crate::harness::follower::Follower;
 use crate::lab::ctx::Ctx;
 use crate::lab::nvme::AdminQueue;
 use crate::lab::vmm::{BOOT, SOON, Vmm};
 use crate::model_gpu::{ADDRESS as GPU, Tree, TreeOptions};
 
+/// Where the guest writes while another disk comes, in MiB: past what it writes to each disk then.
+const WRITES_AT: u64 = 64;
+
 /// A VM with a shell whose disk is yet to come.
 fn without_disk(ctx: &Ctx) -> anyhow::Result<Vmm> {
-    let words = "lab.do=shell lab.disk=/dev/nvme0n1 lab.mib=4";
-    let mut vmm = ctx.vm("plug")?.words(words).start()?;
+    let words = format!("lab.do=shell lab.disk=/dev/nvme0n1 lab.mib={PART} lab.at={WRITES_AT}");
+    let mut vmm = ctx.vm("plug")?.words(&words).start()?;
     vmm.report("shell", BOOT)?;
     Ok(vmm)
 }
@@ -34,21 +40,63 @@ fn is_gone(vmm: &mut Vmm, vf: &str) -> anyhow::Result<()> {
     ask(&mut queue, &event, "lab-sriov")
 }
 
-/// The guest reads the disk that is taken from it, and then turns off its slot itself.
+/// A second disk comes while the guest writes the one it has, works, and goes, and the writing is none the worse.
+fn joined_at_work(
+    ctx: &Ctx,
+    vmm: &mut Vmm,
+    events: &mut Follower,
+    (vf, device): (&str, &str),
+) -> anyhow::Result<()> {
+    ctx.say(format!("{device}: added while the guest writes the other"));
+    let before = vmm.do_task("writes", SOON)?;
+    vmm.device("add", &[device])?;
+    let joined = vmm.do_task("joined", SOON)?;
+    ensure!(joined.text("functions")? == "2", "{joined:?}");
+    vmm.do_task("rounds", SOON).context("as it came")?;
+    ensure!(holds_vfio(vmm, vf)?, "the VMM does not have it open");
+    for (sum, part) in sums_of(vmm, 2)?.iter().zip(0..) {
+        ensure!(
+            *sum == sum_on_host(part * PART, PART)?,
+            "the host reads other bytes than disk {part} was given"
+        );
+    }
+    let after = vmm.do_task("rounds", SOON).context("as it was used, too")?;
+    ctx.say(format!("{before:?} before, {after:?} with both"));
+    vmm.device("remove", &["second"])?;
+    removed(events, "second")?;
+    let alone = vmm.do_task("alone", SOON)?;
+    ensure!(alone.text("functions")? == "1", "{alone:?}");
+    ensure!(!holds_vfio(vmm, vf)?, "the VMM has it open still");
+    vmm.do_task("rounds", SOON).context("when it was gone")?;
+    let written = vmm.do_task("written", SOON)?;
+    ctx.say(format!("{written:?}"));
+    ensure!(written.text("complaints")? == "0", "{written:?}");
+    ensure!(
+        written.text("sha256")? == sum_on_host(WRITES_AT, PART)?,
+        "the host reads other bytes than the guest wrote last"
+    );
+    Ok(())
+}
+
+/// The guest writes its disk while another comes, reads the disk that is taken from it, and then turns off its slot
+/// itself.
 pub(super) fn at_work(ctx: &mut Ctx) -> anyhow::Result<()> {
     let vfs = assigned_vfs()?;
-    for (vf, iommufd) in vfs.iter().zip(["off", "on"]) {
+    for ((vf, other), iommufd) in vfs.iter().zip(vfs.iter().rev()).zip(["off", "on"]) {
         let mut vmm = without_disk(ctx)?;
         let mut events = vmm.events()?;
         let device = format!("vfio={vf},iommufd={iommufd},id=disk");
-        ctx.say(format!("{device}: removed while the guest reads it"));
         vmm.device("add", &[&device])?;
         vmm.do_task("arrived", SOON)?;
+        let second = format!("vfio={other},iommufd={iommufd},id=second");
+        joined_at_work(ctx, &mut vmm, &mut events, (other, &second))?;
+
+        ctx.say(format!("{device}: removed while the guest reads it"));
         let busy = vmm.do_task("busy", SOON)?;
         ctx.say(format!("{busy:?}"));
         ensure!(holds_vfio(&vmm, vf)?, "the VMM does not have it open");
         vmm.device("remove", &["disk"])?;
-        removed(&mut events)?;
+        removed(&mut events, "disk")?;
         // Who reads has an error, and does not wait for ever.
         vmm.report("idle", SOON)?;
         is_gone(&mut vmm, vf).context("removed at work")?;
@@ -59,7 +107,7 @@ pub(super) fn at_work(ctx: &mut Ctx) -> anyhow::Result<()> {
         vmm.do_task("arrived", SOON)?;
         write_and_compare(ctx, &mut vmm)?;
         vmm.do_task("eject", SOON)?;
-        removed(&mut events)?;
+        removed(&mut events, "disk")?;
         is_gone(&mut vmm, vf).context("turned off by the guest")?;
         vmm.send("exit\n")?;
         vmm.wait_poweroff(SOON)?;

@@ -21,6 +21,7 @@ mod migrate_postcopy;
 mod network;
 mod snapshot;
 mod vfio;
+mod vfio_groups;
 mod vfio_kvm;
 mod vfio_mediated;
 mod vfio_peers;
@@ -314,6 +315,12 @@ pub const TABLE: &[Scenario] = &[
         vfio_refusals::memory_lock,
     ),
     assigned(
+        "vfio-shared-group",
+        240,
+        "a function is not opened while the host uses the other one of its IOMMU group; then it is",
+        vfio_groups::shared,
+    ),
+    assigned(
         "assigned-nvme",
         600,
         "an NVMe VF in a guest: 256 MiB of its bytes, no exits, a reboot, kill -9 and reuse",
@@ -328,7 +335,7 @@ pub const TABLE: &[Scenario] = &[
     assigned(
         "assigned-removal",
         400,
-        "an NVMe VF is taken from a guest that reads it, and turned off by the guest; the host has it at once",
+        "a second NVMe VF comes to a guest that writes one; that is taken while it is read; the host has it at once",
         assigned_removal::at_work,
     ),
     assigned(
@@ -404,6 +411,15 @@ pub const TABLE: &[Scenario] = &[
             120,
             "without interrupt remapping no function is opened, unless the host says so",
             vfio_refusals::without_remapping,
+        )
+    },
+    Scenario {
+        shape: Shape::VfioNoIommu,
+        ..assigned(
+            "vfio-no-iommu",
+            180,
+            "without an IOMMU no function is opened, nor taken from its driver, even if the kernel lets VFIO have it",
+            vfio_groups::without_iommu,
         )
     },
 ];

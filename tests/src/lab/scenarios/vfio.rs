@@ -1,6 +1,6 @@
 //! The kernel's VFIO as `vfio::kernel` uses it, over real devices of L1.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -275,23 +275,9 @@ pub(super) fn shared_space(ctx: &mut Ctx) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The controller without virtual functions: its address.
-fn plain_controller() -> anyhow::Result<String> {
-    for entry in fs::read_dir(PCI_DEVICES)? {
-        let folder = entry?.path();
-        let class = fs::read_to_string(folder.join("class"))?;
-        let is_virtual = folder.join("physfn").exists();
-        if class.trim() == "0x010802" && !folder.join("sriov_totalvfs").exists() && !is_virtual {
-            let name = folder.file_name().context("no name")?;
-            return Ok(name.to_string_lossy().into_owned());
-        }
-    }
-    bail!("L1 has no NVMe controller without virtual functions")
-}
-
 /// The legacy line of a controller whose MSI-X is off.
 pub(super) fn intx(ctx: &mut Ctx) -> anyhow::Result<()> {
-    let address = plain_controller()?;
+    let address = sriov::plain_controller()?;
     bind(&address)?;
     for (choice, path) in BOTH {
         ctx.say(path);

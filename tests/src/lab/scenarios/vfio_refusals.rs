@@ -52,7 +52,7 @@ pub(super) fn of_devices(ctx: &mut Ctx) -> anyhow::Result<()> {
 }
 
 /// Why a device is not opened.
-fn refused(ctx: &Ctx, path: &Path, choice: PathChoice) -> anyhow::Result<OpenError> {
+pub(super) fn refused(ctx: &Ctx, path: &Path, choice: PathChoice) -> anyhow::Result<OpenError> {
     match KernelVfio::new(choice).open(path) {
         Ok(function) => bail!("{} was opened", function.name()),
         Err(error) => {
