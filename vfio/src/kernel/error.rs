@@ -67,14 +67,14 @@ pub enum OpenError {
     },
     /// Drivers of the host have other devices of its IOMMU group.
     #[error(
-        "{device} shares IOMMU group {group} with devices that the host uses: {others}; bind them to \
-         vfio-pci as well, or put the device into another slot"
+        "{device} shares {} with devices that the host uses: {others}; bind them to vfio-pci as well, or put \
+         the device into another slot", group_name(*.group)
     )]
     SharedGroup {
         /// The device.
         device: String,
-        /// Its group.
-        group: u32,
+        /// Its group; `None` where somebody else has opened it.
+        group: Option<u32>,
         /// The others, with their drivers.
         others: String,
     },
@@ -148,4 +148,10 @@ pub enum OpenError {
         #[source]
         source: BackendError,
     },
+}
+
+fn group_name(group: Option<u32>) -> String {
+    group.map_or("its IOMMU group".to_owned(), |group| {
+        format!("IOMMU group {group}")
+    })
 }

@@ -112,7 +112,7 @@ pub(super) fn examine(host: &Host, path: &Path) -> Result<Located, OpenError> {
 pub(super) fn shared_group(located: &Located, others: &str) -> OpenError {
     OpenError::SharedGroup {
         device: located.name.clone(),
-        group: located.group.unwrap_or(0),
+        group: located.group,
         others: others.to_owned(),
     }
 }

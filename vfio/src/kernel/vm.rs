@@ -285,7 +285,10 @@ impl KernelVfio {
                     None => self.open_node(located, located.group_node(), GROUP_RULE)?,
                 };
                 if !is_viable(&file).map_err(refused(Step::GroupStatus))? {
-                    return Err(locate::shared_group(located, "devices that are hidden"));
+                    return Err(locate::shared_group(
+                        located,
+                        "the kernel does not say which",
+                    ));
                 }
                 let kvm = self.register(&file).map_err(refused(Step::Register))?;
                 container

@@ -110,6 +110,10 @@ fn kernel_refuses(ctx: &Ctx, name: &str) -> anyhow::Result<()> {
         };
         ctx.say(format!("handed over: {error}"));
         ensure!(error.to_string().contains(name), "{error}");
+        if matches!(choice, PathChoice::Group) {
+            let is_shared = matches!(error, OpenError::SharedGroup { group: None, .. });
+            ensure!(is_shared, "{error:?}");
+        }
     }
     Ok(())
 }
