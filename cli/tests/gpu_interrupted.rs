@@ -163,19 +163,20 @@ fn a_division_is_finished_though_the_terminal_is_gone() -> Result<()> {
 #[test]
 fn what_the_program_leaves_running_keeps_nobody_away() -> Result<()> {
     let host = Host::new("left")?;
-    let leaves = "#!/bin/sh\necho begun > \"$0.begun\"\nexec 3<&0\nsleep 1000 <&3 3<&- 2>&- &\necho $! > \"$0.left\"\n";
+    let leaves = "#!/bin/sh\necho begun > \"$0.begun\"\n\
+        exec 3<&0\n\
+        (while [ -e \"$0\" ]; do sleep 0.02; done) <&3 3<&- 2>&- &\n\
+        echo $! > \"$0.left\"\n";
     fs::write(host.tool(), leaves)?;
     let output = host.begin()?.wait_with_output()?;
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let left = fs::read_to_string(host.0.join("sriov-manage.left"))?;
     let left = left.trim();
     let lock = host.0.join("claims/allocation.lock");
-    let has_it = fs::read_link(format!("/proc/{left}/fd/0"))? == lock;
-    let is_locked = is_locked(&lock);
-    let status = Command::new("kill").args(["-9", left]).status()?;
-    ensure!(status.success(), "kill ends with {status}");
-    ensure!(has_it, "it has not been left with the lock's file");
-    assert!(!is_locked?);
+    let input = PathBuf::from(format!("/proc/{left}/fd/0"));
+    wait(|| fs::read_link(&input).is_ok_and(|file| file == lock))?;
+    assert!(!is_locked(&lock)?);
+    assert!(input.exists(), "it has ended");
     Ok(())
 }
 

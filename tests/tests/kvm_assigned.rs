@@ -258,9 +258,8 @@ fn vm_goes_on_when_its_device_reports_an_error() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let [failing, sound] = [("failing", "64M"), ("sound", "64M")];
-    let failing = ModelGpu::on(&ground, failing.0, failing.1)?;
-    let sound = ModelGpu::on(&ground, sound.0, sound.1)?;
+    let failing = ModelGpu::on(&ground, "failing", "64M")?;
+    let sound = ModelGpu::on(&ground, "sound", "64M")?;
     let spec = ground.vm("run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0");
     let mut arguments = Vec::new();
     for (gpu, id) in [(&sound, "sound"), (&failing, "failing")] {

@@ -132,13 +132,14 @@ pub trait VfioBackend: Send + Sync {
     /// is on may be given another list.
     ///
     /// # Errors
-    /// [`BackendError`]; the kind is then off.
+    /// [`BackendError::Absent`] for more vectors than there are, [`BackendError`]; the kind is then off, as
+    /// far as it can be.
     fn set_irqs(&self, kind: IrqKind, events: &[&EventFd]) -> Result<(), BackendError>;
 
     /// Lets the legacy line fire again after [`Irq::automasked`].
     ///
     /// # Errors
-    /// [`BackendError`].
+    /// [`BackendError::Absent`] when the line is off, [`BackendError`].
     fn unmask_intx(&self) -> Result<(), BackendError>;
 
     /// What the device may reach of guest memory.

@@ -46,7 +46,7 @@ pub(super) struct ReleaseArgs {
     /// Seconds that the guest has to let each go.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout: u64,
-    /// Print JSON: those that are gone, as `drover gpu show --json` had them.
+    /// Print JSON: those that are gone, as `drover gpu show --json` had them, also when one is not.
     #[arg(long)]
     json: bool,
 }
@@ -135,8 +135,9 @@ pub(super) fn release(args: &ReleaseArgs) -> Result<ExitCode> {
         }
         gone.push(gpu);
     }
-    if args.json {
-        print_json(&gone)?;
-    }
-    failure.map_or(Ok(ExitCode::SUCCESS), Err)
+    let printed = match args.json {
+        true => print_json(&gone),
+        false => Ok(ExitCode::SUCCESS),
+    };
+    failure.map_or(printed, Err)
 }

@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmm::host::end_signals::EndSignals;
 
-/// As long as it lives the first SIGINT, SIGTERM or SIGHUP is noted and answered with a word, and the second
-/// ends the process.
+/// From now on the first SIGINT, SIGTERM or SIGHUP is noted and answered with a word, and the second ends the
+/// process.
 pub(super) struct Steady {
     is_asked_to_end: Arc<AtomicBool>,
-    _signals: EndSignals,
 }
 
 impl Steady {
@@ -26,10 +25,8 @@ impl Steady {
             // Who has sent it may have closed the terminal.
             let _ = writeln!(io::stderr(), "drover: {word}; a second signal ends at once");
         })?;
-        Ok(Self {
-            is_asked_to_end,
-            _signals: signals,
-        })
+        signals.keep();
+        Ok(Self { is_asked_to_end })
     }
 
     /// Whether nothing new should be begun.

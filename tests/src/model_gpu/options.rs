@@ -11,7 +11,8 @@ pub const USAGE: &str = "\
 model-gpu: a virtual function of a made-up GPU, served over vfio-user; a model for tests and demonstrations
 
     model-gpu --socket PATH [--vram 64M]
-        one virtual function
+        one virtual function; a line \"error\" or \"request\" on its standard input has it report an error, or ask
+        for itself back
 
     model-gpu --root FOLDER [--partitions-max 4] [--vram 256M] [--address 0000:c1:00.0]
         a GPU that is divided by writing to sriov_numvfs; FOLDER gets a copy of /sys that tells of it

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::error::NO_IOMMU;
 use super::holders::{self, Holder, Holders};
 use super::sysfs::{Folder, is_vfio_driver};
 use crate::Bdf;
@@ -20,10 +21,7 @@ pub enum BindError {
     #[error("{0} is a bridge: assign the functions behind it, not the bridge")]
     Bridge(Bdf),
     /// No IOMMU translates for it: nobody could open it.
-    #[error(
-        "{0} is behind no IOMMU: enable VT-d or AMD-Vi in the firmware, and boot an Intel host with \
-         intel_iommu=on"
-    )]
+    #[error("{0} {NO_IOMMU}")]
     NoIommu(Bdf),
     /// It has virtual functions or mediated devices, which would go.
     #[error(

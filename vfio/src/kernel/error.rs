@@ -41,10 +41,7 @@ pub enum OpenError {
     )]
     Conventional(String),
     /// No IOMMU translates for it.
-    #[error(
-        "{0} is behind no IOMMU: enable VT-d or AMD-Vi in the firmware, and boot an Intel host with \
-         intel_iommu=on"
-    )]
+    #[error("{0} {NO_IOMMU}")]
     NoIommu(String),
     /// No driver is bound.
     #[error("{0} is bound to no driver: bind it to vfio-pci, as --device vfio={0},bind=on does")]
@@ -149,6 +146,9 @@ pub enum OpenError {
         source: BackendError,
     },
 }
+
+/// What a device without an IOMMU is told.
+pub(super) const NO_IOMMU: &str = "is behind no IOMMU: enable VT-d or AMD-Vi in the firmware, and boot an Intel host with intel_iommu=on";
 
 fn group_name(group: Option<u32>) -> String {
     group.map_or("its IOMMU group".to_owned(), |group| {

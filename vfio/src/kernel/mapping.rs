@@ -9,8 +9,7 @@ use std::ptr::{self, NonNull};
 
 use devices::pci::HostMemory;
 
-/// The host's page size.
-const PAGE_BYTES: u64 = 4096;
+use crate::dma::PAGE_BYTES;
 
 /// Pages of a device's region, mapped until this is dropped. They are the device's own: nothing in
 /// this process reads or writes them, guests do.

@@ -290,6 +290,9 @@ impl VfioBackend for ModelBackend {
 
     fn unmask_intx(&self) -> Result<(), BackendError> {
         self.server.check()?;
+        if self.vectors(IrqKind::Intx) == 0 {
+            return Err(BackendError::Absent("legacy interrupt that is on"));
+        }
         *self.unmasked.lock() += 1;
         let was_pending = std::mem::take(&mut *self.line.lock()).is_pending;
         if was_pending {

@@ -328,7 +328,7 @@ impl VfioBackend for UserFunction {
         let mut vectors = self.vectors.lock();
         if events.len() > offered.irq.count as usize {
             if vectors.remove(&kind).is_some() {
-                self.turn_off(kind)?;
+                let _ = self.turn_off(kind);
             }
             return Err(BackendError::Absent("interrupt vector of that number"));
         }
@@ -352,8 +352,8 @@ impl VfioBackend for UserFunction {
     }
 
     fn unmask_intx(&self) -> Result<(), BackendError> {
-        if self.offer.irq(IrqKind::Intx).irq.count == 0 {
-            return Err(BackendError::Absent("legacy interrupt line"));
+        if !self.vectors.lock().contains_key(&IrqKind::Intx) {
+            return Err(BackendError::Absent("legacy interrupt that is on"));
         }
         let flags = IRQ_DATA_NONE | IRQ_ACTION_UNMASK;
         self.set(IrqKind::Intx, flags, (0, 1), &[])

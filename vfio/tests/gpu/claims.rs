@@ -259,6 +259,24 @@ fn who_asks_for_more_than_there_is_is_told_how_many_and_who_has_the_others() {
             vf_address(1)
         )
     );
+    let absent = "0000:99:00.0".parse().ok();
+    let absent = GpuRequest {
+        pci: absent,
+        ..GpuRequest::default()
+    };
+    let both = host
+        .claims()
+        .acquire_all(&host.tree(), &[any(1), absent], "web");
+    let error = both.expect_err("there is no such GPU").to_string();
+    assert!(
+        error.starts_with("0000:99:00.0 is no GPU of this host"),
+        "{error}"
+    );
+    let both = host
+        .claims()
+        .acquire_all(&host.tree(), &[any(1), of_type("A10-6Q")], "web");
+    let error = both.expect_err("there is no such type").to_string();
+    assert!(error.contains("have no types"), "{error}");
     // Nothing of it is kept.
     assert_eq!(host.acquire(&any(2)).expect("two are free").len(), 2);
 }

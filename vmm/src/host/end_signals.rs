@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 const EXIT_CODE_BASE: i32 = 128;
 
 /// Catches SIGTERM, SIGINT and SIGHUP as long as it lives: the first is passed on, the second ends
-/// the process, at once.
+/// the process, at once. Those that come later are dropped.
 ///
 /// On a thread of its own, for others may wait for a host disk or a driver that does not answer.
 pub struct EndSignals {
@@ -51,6 +51,16 @@ impl EndSignals {
             end: Some(end),
             thread: Some(thread),
         })
+    }
+}
+
+impl EndSignals {
+    /// Catches them as long as the process lives: nobody waits for the thread, which may wait for a
+    /// terminal.
+    pub fn keep(mut self) {
+        // Its end would be the thread's.
+        std::mem::forget(self.end.take());
+        self.thread = None;
     }
 }
 

@@ -52,6 +52,8 @@ impl Claims {
         for request in each {
             match choose(&views()?, request) {
                 Ok(chosen) => claimed.push(claim(&allocation, tree, chosen, vm)?),
+                // Nothing that is given back makes it be there.
+                Err(missing @ ClaimError::Missing(_)) => return Err(missing),
                 Err(refusal) if claimed.is_empty() => return Err(refusal),
                 Err(_) => {
                     let had = claimed.len();

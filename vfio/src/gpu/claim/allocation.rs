@@ -123,7 +123,7 @@ impl<'c> Allocation<'c> {
     /// none than two.
     fn look(&self, name: &str) -> (Option<Record>, bool) {
         match self.claims.file(name, false) {
-            Ok(file) => (Record::read(&file), file.try_lock().is_err()),
+            Ok(file) => (Record::read(&file), !is_free(&file)),
             Err(error) => {
                 log::warn!(error:%; "a claim cannot be looked at, and counts as taken");
                 (None, true)
@@ -151,6 +151,7 @@ impl<'c> Allocation<'c> {
                 // Nobody else opens it meanwhile: claims are made by who has the allocation alone.
                 let _ = fs::remove_file(self.claims.dir().join(&name));
             }
+            let _ = file.unlock();
         }
         Ok(())
     }
@@ -174,6 +175,11 @@ impl<'c> Allocation<'c> {
         written.map_err(|source| self.claims.error(&name, source))?;
         Ok(Claim(file))
     }
+}
+
+/// Whether nobody has locked it. Unlocked, as a claim is: others may have a copy of the file for a moment.
+fn is_free(file: &File) -> bool {
+    file.try_lock().is_ok() && file.unlock().is_ok()
 }
 
 /// Does what an owner has left to be done; whether it is done.

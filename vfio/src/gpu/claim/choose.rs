@@ -33,8 +33,13 @@ pub(super) fn choose(
     }
 }
 
-/// Why a VM cannot have all that it asks for, this among it, when it could have `had` pieces of it.
+/// Why a VM cannot have all that it asks for, this among it, when it could have `had` pieces of it and has
+/// none of them now.
 pub(super) fn shortage(views: &[View], request: &GpuRequest, had: usize) -> ClaimError {
+    // This alone cannot be had.
+    if let Err(refusal) = choose(views, request) {
+        return refusal;
+    }
     let mut error = refusal(&named(views, request), request);
     if let ClaimError::Exhausted { details, .. } | ClaimError::Unsuitable { details, .. } =
         &mut error

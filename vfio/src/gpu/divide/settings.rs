@@ -53,8 +53,13 @@ pub struct Setting {
 /// Held by whoever changes what is kept, from reading it to writing it.
 #[derive(Debug)]
 #[must_use]
-pub struct SettingsLock {
-    _file: File,
+pub struct SettingsLock(File);
+
+impl Drop for SettingsLock {
+    /// A process that another thread is beginning has a copy of the file.
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
 }
 
 /// The file cannot be used.
@@ -125,7 +130,7 @@ impl Settings {
                 .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
                 .open(path.with_added_extension("lock"))?;
             match lock_within(&file, LOCKED_MAX)? {
-                true => Ok(SettingsLock { _file: file }),
+                true => Ok(SettingsLock(file)),
                 false => Err(io::Error::other(
                     "another process is at it, and does not come to an end",
                 )),

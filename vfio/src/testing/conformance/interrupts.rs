@@ -175,4 +175,5 @@ fn check_masking(backend: &dyn VfioBackend, raise: Raise<'_>) {
     assert!(has_fired(&event), "the line is heard again");
     backend.unmask_intx().expect("it is on");
     set(&[]).expect("it is on");
+    assert!(backend.unmask_intx().is_err(), "the line is off");
 }

@@ -4,8 +4,7 @@ use devices::pci::HostMemory;
 
 use super::Memory;
 use crate::backend::{BackendError, Region, RegionIndex, VfioBackend};
-
-const PAGE_BYTES: u64 = 4096;
+use crate::dma::PAGE_BYTES;
 
 const ALL: [RegionIndex; 8] = [
     RegionIndex::Bar(0),

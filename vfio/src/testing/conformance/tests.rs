@@ -155,7 +155,7 @@ impl VfioBackend for Broken {
             let mut data = data.to_vec();
             return self.model.read(index, offset, &mut data);
         }
-        if is_bar && self.is(Fault::WideWriteIsTorn) && data.len() == 8 {
+        if is_bar && self.is(Fault::WideWriteIsTorn) && data.len() == 8 && offset < 0x1000 - 8 {
             return self.model.write(index, offset, &data[..4]);
         }
         let written = self.model.write(index, offset, data);
@@ -275,7 +275,7 @@ impl DmaSpace for Broken {
     fn unmap(&self, range: DmaRange) -> Result<(), BackendError> {
         let unmapped = self.model.dma().unmap(range);
         match self.fault {
-            Fault::UnmapsTwice if range.len == PAGE => Ok(()),
+            Fault::UnmapsTwice if range.len == PAGE && range.iova == Iova(MAPPED) => Ok(()),
             Fault::UnmapsAnything if unmapped.is_err() => self.model.forget_dma(range.iova),
             _ => unmapped,
         }
