@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use vmm::gpu::{
-    Claims, Counts, Gpu, Partition, PartitionState, SysfsTree, compare, inventory_with,
+    Claims, Counts, Gpu, GpuAddress, Partition, PartitionState, SysfsTree, compare, inventory_with,
 };
 
 use self::assign::{AssignArgs, ReleaseArgs};
@@ -127,9 +127,10 @@ fn list(args: &ListArgs) -> Result<ExitCode> {
 
 /// Some lines for a person.
 fn show(gpu: &Gpu) {
-    let unnamed = || match (gpu.vendor_id, gpu.device_id) {
-        (Some(vendor), Some(device)) => format!("{:04x}:{:04x}", vendor.0, device.0),
-        _ => "no PCI device".to_owned(),
+    let unnamed = || match (gpu.vendor_id, gpu.device_id, gpu.address) {
+        (Some(vendor), Some(device), _) => format!("{:04x}:{:04x}", vendor.0, device.0),
+        (.., GpuAddress::Pci(_)) => "not known".to_owned(),
+        (.., GpuAddress::Parent(_)) => "no PCI device".to_owned(),
     };
     let name = gpu.name.clone().unwrap_or_else(unnamed);
     let memory = gpu.vram_bytes.map(units::size);

@@ -140,7 +140,7 @@ const CLASS_ACCELERATOR: u32 = 0x1200;
 /// [`TreeError`] when the host's devices cannot be listed. What cannot be read of one of them is not
 /// known, and no error.
 pub fn inventory(tree: &SysfsTree) -> Result<Vec<Gpu>, TreeError> {
-    Ok(gpus(tree)?.iter().filter_map(gpu).collect())
+    Ok(gpus(tree)?.iter().map(gpu).collect())
 }
 
 /// The same, with who has what by these claims, and by who has a device open. Without claims, or where
@@ -217,11 +217,8 @@ pub(super) fn is_gpu(function: &Function<'_>) -> bool {
     class.is_some_and(|class| class >> 8 == BASE_CLASS_DISPLAY || class == CLASS_ACCELERATOR)
 }
 
-fn gpu(function: &Function<'_>) -> Option<Gpu> {
+fn gpu(function: &Function<'_>) -> Gpu {
     let ids = (function.hex16("vendor"), function.hex16("device"));
-    if let (GpuAddress::Pci(_), (None, _) | (_, None)) = (function.address, ids) {
-        return None;
-    }
     let name = ids
         .0
         .zip(ids.1)
@@ -235,8 +232,14 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
     } = provider
         .map(|provider| provider.survey(function))
         .unwrap_or_default();
-    let (status, reason) = status::of(function, provider, count);
-    Some(Gpu {
+    let (status, reason) = match (function.address, ids) {
+        (GpuAddress::Pci(_), (None, _) | (_, None)) => {
+            let reason = "what it is cannot be read: its vendor, or its device".to_owned();
+            (Status::NotAssignable, reason)
+        }
+        _ => status::of(function, provider, count),
+    };
+    Gpu {
         address: function.address,
         name,
         vendor_id: ids.0.map(PciId),
@@ -253,7 +256,7 @@ fn gpu(function: &Function<'_>) -> Option<Gpu> {
         partition_count: count.and_then(|count| u32::try_from(count).ok()),
         partitions,
         owner: None,
-    })
+    }
 }
 
 fn name(vendor: u16, device: u16) -> Option<String> {

@@ -8,6 +8,7 @@ use super::address::GpuAddress;
 use super::provider::Provider;
 use super::tree::Function;
 use crate::Bdf;
+use crate::kernel::is_harmless;
 
 /// What can be done with a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,11 +114,28 @@ fn whole(gpu: &Function<'_>, address: Bdf, has_iommu: bool) -> Result<String, St
             "IOMMU group {group} also has {others}: they cannot be kept apart"
         ));
     }
-    Ok(match gpu.driver().as_deref() {
+    let mut how = match gpu.driver().as_deref() {
         Some("vfio-pci") => "it is bound to vfio-pci".to_owned(),
         Some(driver) => format!("it has to be bound to vfio-pci instead of {driver} first"),
         None => "it has to be bound to vfio-pci first".to_owned(),
-    })
+    };
+    let used = used_siblings(gpu, address, group);
+    if !used.is_empty() {
+        how = format!("{how}; so must be, of the same device, {}", used.join(", "));
+    }
+    Ok(how)
+}
+
+/// The functions of the same device that drivers of the host have, and their drivers. They are in its
+/// group, and would keep it from being opened.
+fn used_siblings(gpu: &Function<'_>, own: Bdf, group: u32) -> Vec<String> {
+    let members = gpu.tree.group(group).into_iter();
+    let siblings = members.filter(|address| *address != own && address.is_beside(own));
+    let used = siblings.filter_map(|address| {
+        let driver = gpu.tree.function(address).driver()?;
+        (!is_harmless(&driver)).then(|| format!("{address} ({driver})"))
+    });
+    used.collect()
 }
 
 /// Functions of other devices in its group, other than bridges.

@@ -50,6 +50,7 @@ pub use kvm::KvmFiles;
 pub use mapping::RegionMapping;
 pub use memory_lock::{MemoryLockError, check_memory_lock};
 pub use support::{VfioSupport, support};
+pub(crate) use sysfs::is_harmless;
 pub use vm::{KernelVfio, PathChoice, Source};
 
 #[cfg(test)]

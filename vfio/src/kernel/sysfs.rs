@@ -112,7 +112,7 @@ pub(super) fn is_vfio_driver(driver: &str) -> bool {
 
 /// Whether a driver may stay bound in a group whose devices are assigned: those that never start
 /// DMA for the host (`driver_managed_dma` in the kernel).
-pub(super) fn is_harmless(driver: &str) -> bool {
+pub(crate) fn is_harmless(driver: &str) -> bool {
     is_vfio_driver(driver) || ["pci-stub", "pcieport", "shpchp"].contains(&driver)
 }
 

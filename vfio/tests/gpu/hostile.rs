@@ -81,9 +81,15 @@ fn files_that_are_folders_or_endless_are_not_known() {
     symlink("nvidia", path("sriov_totalvfs")).expect("the folder is ours");
     let gpu = host.gpu();
     assert_eq!((gpu.numa_node, gpu.subsystem_id), (None, None));
-    // Without these nobody knows what it is.
     std::fs::remove_file(path("vendor")).expect("the folder is ours");
-    assert_eq!(host.gpus(), []);
+    let gpu = host.gpu();
+    assert_eq!((gpu.vendor_id, gpu.name), (None, None));
+    assert_eq!(gpu.status, vfio::gpu::Status::NotAssignable);
+    assert!(
+        gpu.reason.contains("what it is cannot be read"),
+        "{}",
+        gpu.reason
+    );
 }
 
 proptest! {

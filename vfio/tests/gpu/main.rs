@@ -205,6 +205,21 @@ fn a_gpu_without_a_partitioning_driver_is_given_whole() {
 }
 
 #[test]
+fn other_functions_of_a_gpus_device_have_to_be_bound_too() {
+    let host = Host::new();
+    let gpu = host.function(GPU, (NVIDIA, 0x2236), CLASS_3D);
+    gpu.group(7).driver("vfio-pci");
+    let audio = host.function("0000:41:00.1", (NVIDIA, 0x1aef), 0x04_03_00);
+    audio.group(7).driver("snd_hda_intel");
+    assert_eq!(
+        host.gpu().reason,
+        "it is bound to vfio-pci; so must be, of the same device, 0000:41:00.1 (snd_hda_intel)"
+    );
+    audio.driver("vfio-pci");
+    assert_eq!(host.gpu().reason, "it is bound to vfio-pci");
+}
+
+#[test]
 fn what_stands_in_the_way_is_named() {
     let host = Host::new();
     host.function(GPU, (NVIDIA, 0x2236), CLASS_3D).group(7);
