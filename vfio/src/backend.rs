@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::dma::DmaSpace;
 use crate::kernel::RegionMapping;
+use crate::migration::VfioMigration;
 
 /// A backend refused or broke.
 #[derive(Debug, thiserror::Error)]
@@ -155,39 +156,4 @@ pub trait VfioBackend: Send + Sync {
 
     /// The migration interface; `None` when the device has none and so cannot move.
     fn migration(&self) -> Option<&dyn VfioMigration>;
-}
-
-/// What a device's migration interface can do (`VFIO_DEVICE_FEATURE_MIGRATION`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MigrationFeatures {
-    /// The device can be stopped and its state read: always so.
-    pub stop_copy: bool,
-    /// It has a state in which it answers peers but starts nothing itself.
-    pub p2p: bool,
-    /// Its state can be read while it runs.
-    pub pre_copy: bool,
-}
-
-/// A device's state as a byte stream.
-pub trait VfioMigration: Sync {
-    /// What the device can do.
-    fn features(&self) -> MigrationFeatures;
-
-    /// Bytes that the device would have to send if it were stopped now; an estimate.
-    ///
-    /// # Errors
-    /// [`BackendError`].
-    fn data_size(&self) -> Result<u64, BackendError>;
-
-    /// Reads the next part of the state; 0 at its end.
-    ///
-    /// # Errors
-    /// [`BackendError`]; the device must then be reset.
-    fn read_data(&self, buf: &mut [u8]) -> Result<usize, BackendError>;
-
-    /// Writes the next part of a saved state.
-    ///
-    /// # Errors
-    /// [`BackendError`]; the device must then be reset.
-    fn write_data(&self, data: &[u8]) -> Result<(), BackendError>;
 }

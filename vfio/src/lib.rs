@@ -16,6 +16,7 @@
 //! | [`backend`] | the port |
 //! | [`kernel`] | functions that the kernel's VFIO opens |
 //! | [`function`] | a PCI function of the guest's over a backend |
+//! | [`migration`] | states of a device that moves |
 //! | [`dma`] | I/O virtual addresses and what is mapped there |
 //! | [`bdf`] | addresses of PCI functions |
 //! | [`user`] | functions that other processes serve over vfio-user |
@@ -27,13 +28,13 @@ pub mod dma;
 pub mod function;
 pub mod gpu;
 pub mod kernel;
+pub mod migration;
 pub mod user;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use backend::{
-    BackendError, Irq, IrqKind, MigrationFeatures, Region, RegionIndex, VfioBackend, VfioMigration,
-};
+pub use backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 pub use bdf::{Bdf, InvalidBdf};
 pub use dma::{DmaAccess, DmaError, DmaFile, DmaRange, DmaSpace, Iova, IovaMap};
+pub use migration::{MigrationFeatures, MigrationState, PreCopyInfo, VfioMigration};

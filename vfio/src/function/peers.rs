@@ -77,9 +77,10 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioMigration};
+    use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex};
     use crate::dma::{DmaFile, DmaSpace, IovaMap};
     use crate::kernel::RegionMapping;
+    use crate::migration::VfioMigration;
 
     /// Addresses that devices can reach.
     #[derive(Default)]

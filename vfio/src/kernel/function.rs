@@ -17,11 +17,13 @@ use super::ioctl;
 use super::irqs::{self, Irqs};
 use super::kvm::Registration;
 use super::mapping::RegionMapping;
+use super::migration::KernelMigration;
 use super::regions::{self, Placed};
 use super::space::FunctionDma;
 use super::translation::Iommu;
-use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend, VfioMigration};
+use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 use crate::dma::DmaSpace;
+use crate::migration::VfioMigration;
 
 /// Where the command register is, and its bit for bus mastering (PCI Local Bus 3.0, 6.2.2).
 const COMMAND: u64 = 4;
@@ -46,6 +48,7 @@ pub struct KernelFunction {
     regions: BTreeMap<RegionIndex, Placed>,
     irqs: Irqs,
     path: KernelPath,
+    migration: Option<KernelMigration>,
     opened: Opened,
 }
 
@@ -70,11 +73,13 @@ impl KernelFunction {
             }
         }
         let irqs = Irqs::query(device, info.num_irqs);
+        let migration = KernelMigration::query(device);
         Ok(Self {
             name,
             regions,
             irqs: irqs.map_err(refused("tell its interrupts"))?,
             path,
+            migration: migration.map_err(refused("tell whether it can be moved"))?,
             opened,
         })
     }
@@ -221,7 +226,10 @@ impl VfioBackend for KernelFunction {
         self.irqs.turn_off(device, &irqs::OF_FUNCTION)?;
         // Not only where the device's flags promise it: sample devices reset without.
         match reset_soon(device) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.migration.iter().for_each(KernelMigration::end_session);
+                Ok(())
+            }
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                 Err(BackendError::Absent("reset"))
             }
@@ -233,7 +241,8 @@ impl VfioBackend for KernelFunction {
     }
 
     fn migration(&self) -> Option<&dyn VfioMigration> {
-        None
+        let migration = self.migration.as_ref();
+        migration.map(|migration| migration as &dyn VfioMigration)
     }
 }
 

@@ -11,9 +11,10 @@ use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
-    vfio_device_info, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
-    vfio_iommu_type1_info, vfio_irq_info, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_DEVICE_FEATURE_SET, VFIO_TYPE,
+    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info, vfio_group_status,
+    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_iommu_type1_info, vfio_irq_info,
+    vfio_precopy_info, vfio_region_info,
 };
 use vmm_sys_util::ioctl::{
     ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val,
@@ -33,6 +34,8 @@ ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, TYPE, VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, TYPE, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, TYPE, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, TYPE, VFIO_BASE + 11);
+ioctl_io_nr!(VFIO_DEVICE_FEATURE, TYPE, VFIO_BASE + 17);
+ioctl_io_nr!(VFIO_MIG_GET_PRECOPY_INFO, TYPE, VFIO_BASE + 21);
 ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, TYPE, VFIO_BASE + 18);
 ioctl_io_nr!(VFIO_DEVICE_ATTACH_IOMMUFD_PT, TYPE, VFIO_BASE + 19);
 ioctl_io_nr!(VFIO_IOMMU_GET_INFO, TYPE, VFIO_BASE + 12);
@@ -226,4 +229,40 @@ pub(super) fn set_irqs(
 pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: this takes no argument.
     done(unsafe { ioctl(&device, VFIO_DEVICE_RESET()) })
+}
+
+/// `vfio_device_feature` with 8 bytes behind it, as most have: which feature and what about it; the value
+/// after the call.
+pub(super) fn feature(device: BorrowedFd<'_>, flags: u32, value: u64) -> io::Result<u64> {
+    const BYTES: u64 = 16;
+    let mut words = [u64::from(flags) << 32 | BYTES, value];
+    let at = words.as_mut_ptr();
+    // SAFETY: there are as many bytes as the structure says in its beginning.
+    done(unsafe { ioctl_with_mut_ptr(&device, VFIO_DEVICE_FEATURE(), at) })?;
+    Ok(words[1])
+}
+
+/// Takes the device to a migration state, and returns the file through which its data flows, if that is
+/// another one than before.
+pub(super) fn set_migration_state(
+    device: BorrowedFd<'_>,
+    state: u32,
+) -> io::Result<Option<OwnedFd>> {
+    const SET: u32 = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE;
+    let answer = feature(device, SET, u64::from(state))?;
+    let [.., a, b, c, d] = answer.to_le_bytes();
+    let fd = i32::from_le_bytes([a, b, c, d]);
+    // SAFETY: the kernel made this descriptor just now, and nobody else has its number.
+    Ok((fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// What is left to be read of a device that runs; of the file through which that flows.
+pub(super) fn precopy_info(session: BorrowedFd<'_>) -> io::Result<vfio_precopy_info> {
+    let mut info = vfio_precopy_info {
+        argsz: argsz::<vfio_precopy_info>(),
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_mut_ref(&session, VFIO_MIG_GET_PRECOPY_INFO(), &mut info) })?;
+    Ok(info)
 }

@@ -14,6 +14,7 @@
 //! | `handed` | nodes that others have opened |
 //! | `kvm` | what KVM is told |
 //! | `events` | event descriptors that others have, too |
+//! | `migration` | a device's state, taken and given |
 //! | `bind` | giving a function to vfio-pci and back |
 //! | `memory_lock`, `support` | what a process may lock, what a host has |
 //! | `ioctl` | the system calls |
@@ -31,6 +32,7 @@ mod kvm;
 mod locate;
 mod mapping;
 mod memory_lock;
+mod migration;
 mod refusals;
 mod regions;
 mod space;

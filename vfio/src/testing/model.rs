@@ -12,11 +12,12 @@ use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend, VfioMigration};
+use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 #[cfg(test)]
 use crate::dma::Iova;
 use crate::dma::{DmaAccess, DmaFile, DmaRange, DmaSpace, IovaMap};
 use crate::kernel::RegionMapping;
+use crate::migration::VfioMigration;
 
 /// Of BAR 2, which has four pages, the middle two can be mapped in a model that has such.
 const MAPPABLE: (u64, u64) = (0x1000, 0x2000);

@@ -20,9 +20,10 @@ use super::protocol::{
     Command, IRQ_ACTION_TRIGGER, IRQ_ACTION_UNMASK, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, IrqSet,
     Malformed, Payload, RegionAccess, invalid,
 };
-use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend, VfioMigration};
+use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 use crate::dma::DmaSpace;
 use crate::kernel::RegionMapping;
+use crate::migration::VfioMigration;
 
 /// A server cannot be used.
 #[derive(Debug, thiserror::Error)]

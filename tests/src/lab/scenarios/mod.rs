@@ -24,6 +24,7 @@ mod vfio;
 mod vfio_groups;
 mod vfio_kvm;
 mod vfio_mediated;
+mod vfio_migration;
 mod vfio_peers;
 mod vfio_refusals;
 mod watched;
@@ -289,6 +290,12 @@ pub const TABLE: &[Scenario] = &[
         120,
         "mediated devices through iommufd and their group",
         vfio_mediated::conformance,
+    ),
+    vfio(
+        "vfio-migration",
+        120,
+        "a sample card's state moves to another one; states that it does not take, or that were left",
+        vfio_migration::states,
     ),
     vfio(
         "vfio-rights",

@@ -23,6 +23,10 @@ impl Mediated {
         fs::write(&create, uuid).with_context(|| format!("cannot write {}", create.display()))?;
         Ok(Self(Path::new("/sys/bus/mdev/devices").join(uuid)))
     }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
 }
 
 impl Drop for Mediated {

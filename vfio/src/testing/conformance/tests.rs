@@ -5,9 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Memory, Subject};
-use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend, VfioMigration};
+use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 use crate::dma::{DmaAccess, DmaFile, DmaRange, DmaSpace, Iova};
 use crate::kernel::RegionMapping;
+use crate::migration::VfioMigration;
 use crate::testing::ModelBackend;
 
 /// What a backend does wrong.
