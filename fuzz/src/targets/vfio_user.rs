@@ -11,12 +11,15 @@ use std::{io, thread};
 
 use vfio::testing::shared_page;
 use vfio::user::protocol::{
-    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, DmaAccess as DmaRequest, HEADER_BYTES,
-    Header, IRQ_EVENTFD, IrqInfo, Payload, REGION_MAPS, REGION_READS, REGION_WRITES, RegionAccess,
-    RegionInfo, Version, encode_region_info,
+    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, DmaAccess as DmaRequest, FEATURE_MIGRATION,
+    Feature, HEADER_BYTES, Header, IRQ_EVENTFD, IrqInfo, MigData, Payload, REGION_MAPS,
+    REGION_READS, REGION_WRITES, RegionAccess, RegionInfo, Version, encode_region_info,
 };
 use vfio::user::{ConnectError, Limits, UserFunction};
-use vfio::{BackendError, DmaAccess, DmaFile, DmaRange, Iova, IrqKind, RegionIndex, VfioBackend};
+use vfio::{
+    BackendError, DmaAccess, DmaFile, DmaRange, Iova, IrqKind, MigrationState, RegionIndex,
+    VfioBackend, VfioMigration,
+};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -144,8 +147,22 @@ fn exchange(function: &UserFunction, memory: &File) -> Result<(), BackendError> 
         goes_on(function.read(index, 4, &mut data))?;
         goes_on(function.write(index, 8, &data[..8]))?;
     }
+    if let Some(device) = function.migration() {
+        move_state(device)?;
+    }
     goes_on(function.reset())?;
     goes_on(function.dma().unmap(range))
+}
+
+fn move_state(device: &dyn VfioMigration) -> Result<(), BackendError> {
+    let mut state = [0; 24];
+    goes_on(device.state().map(drop))?;
+    goes_on(device.data_size().map(drop))?;
+    goes_on(device.take_arc(MigrationState::StopCopy))?;
+    let read = device.read_data(&mut state);
+    goes_on(read.map(|count| assert!(count <= state.len())))?;
+    goes_on(device.take_arc(MigrationState::Resuming))?;
+    goes_on(device.write_data(&state))
 }
 
 /// Refusals are for this request alone; a loss is for good.
@@ -283,12 +300,26 @@ fn answer(command: Command, payload: &[u8]) -> Vec<u8> {
         }
         Command::RegionWrite => payload[..size_of::<RegionAccess>()].to_vec(),
         Command::DmaUnmap => payload.to_vec(),
+        Command::DeviceFeature => {
+            let (asked, value) = Feature::decode(payload).expect("the client's are valid");
+            // What it can do, and the state RUNNING; or as it was told.
+            let value = match value {
+                [] if asked.flags & 0xffff == FEATURE_MIGRATION => &[5, 0, 0, 0, 0, 0, 0, 0],
+                [] => &[2, 0, 0, 0, 0, 0, 0, 0],
+                value => value,
+            };
+            asked.encode(value)
+        }
+        Command::MigDataRead => {
+            let (asked, _) = MigData::decode(payload).expect("the client's are valid");
+            asked.encode(&vec![0x5a; asked.size as usize])
+        }
         _ => Vec::new(),
     }
 }
 
-/// Requests before the first access to a register: version, device, regions, interrupts.
-const QUESTIONS: usize = 1 + 1 + 8 + 5;
+/// Requests before the first access to a register: version, device, regions, interrupts, migration.
+const QUESTIONS: usize = 1 + 1 + 8 + 5 + 1;
 
 fn sound(steps: usize) -> Script {
     (0..steps).fold(Script::new(), |script, _| script.u8(step::ANSWER))

@@ -168,7 +168,8 @@ impl Connection {
     pub(super) fn request(&self, request: Request<'_>) -> Result<Reply, BackendError> {
         let command = request.command;
         let limit = match command {
-            Command::DeviceReset => self.limits.reset,
+            // A change of its migration state may stop a device, or start one.
+            Command::DeviceReset | Command::DeviceFeature => self.limits.reset,
             _ => self.limits.reply,
         };
         let (answer, answered) = sync_channel(1);

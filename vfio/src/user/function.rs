@@ -379,7 +379,8 @@ impl VfioBackend for UserFunction {
     }
 
     fn migration(&self) -> Option<&dyn VfioMigration> {
-        None
+        let migration = self.offer.migration.as_ref();
+        migration.map(|migration| migration as &dyn VfioMigration)
     }
 }
 

@@ -14,12 +14,14 @@
 //! | `offer` | what a server says of its device, checked |
 //! | `dma` | what is mapped for a server |
 //! | `memory` | what a server reads and writes of guest memory by message |
+//! | `migration` | a device's state, taken and given |
 //! | `function` | [`UserFunction`], the backend |
 
 mod connection;
 mod dma;
 mod function;
 mod memory;
+mod migration;
 mod offer;
 pub mod protocol;
 mod wire;

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::sync::Arc;
 
 use super::connection::{Connection, Reply, Request};
+use super::migration::UserMigration;
 use super::protocol::{
     Command, DEFAULT_DATA_BYTES, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, HEADER_BYTES,
     IRQ_AUTOMASKED, IRQ_EVENTFD, IRQ_NO_RESIZE, IrqInfo, MAX_DESCRIPTORS, MAX_REGION_INFO_BYTES,
@@ -42,6 +44,8 @@ const IRQS: [(IrqKind, u32); 5] = [
 
 /// A server's device and limits.
 pub(super) struct Offer {
+    /// If its state can be taken and given.
+    pub(super) migration: Option<UserMigration>,
     pub(super) resettable: bool,
     /// Descriptors that it takes in a message.
     pub(super) max_descriptors: usize,
@@ -102,7 +106,7 @@ pub(super) fn irq_number(kind: IrqKind) -> u32 {
 
 impl Offer {
     /// Exchanges versions and asks for everything.
-    pub(super) fn ask(connection: &Connection) -> Result<Self, BackendError> {
+    pub(super) fn ask(connection: &Arc<Connection>) -> Result<Self, BackendError> {
         let version = exchange_versions(connection)?;
         let device = ask_device(connection)?;
         let mut regions = BTreeMap::new();
@@ -116,10 +120,17 @@ impl Offer {
         let ours = u64::from(DEFAULT_DATA_BYTES);
         let capabilities = version.capabilities;
         let bounded = |value: u64, most: u64| usize::try_from(value.min(most)).unwrap_or(1);
+        let max_data = bounded(capabilities.max_data_xfer_size, ours);
+        // Servers of older versions need not know the question, and some end at one that they do not know.
+        let migration = match version.minor {
+            0 => None,
+            _ => UserMigration::query(connection, max_data)?,
+        };
         Ok(Self {
+            migration,
             resettable: device.flags & DEVICE_RESETS != 0,
             max_descriptors: bounded(capabilities.max_msg_fds, MAX_DESCRIPTORS),
-            max_data: bounded(capabilities.max_data_xfer_size, ours),
+            max_data,
             max_dma_ranges: capabilities.max_dma_maps,
             dma_granule: 1 << capabilities.pgsizes.trailing_zeros(),
             regions,

@@ -247,6 +247,32 @@ payloads! {
         count: u32,
     }
 
+    /// `VFIO_USER_DEVICE_FEATURE` without data.
+    Feature {
+        /// Bytes of the reply.
+        argsz: u32,
+        /// [`FEATURE_GET`] or [`FEATURE_SET`], and one of the other `FEATURE_*`.
+        flags: u32,
+    }
+
+    /// `VFIO_USER_DEVICE_FEATURE` with 8 bytes of data, and its reply.
+    FeatureValue {
+        /// Bytes of the reply.
+        argsz: u32,
+        /// As in [`Feature`].
+        flags: u32,
+        /// The data.
+        value: u64,
+    }
+
+    /// `VFIO_USER_MIG_DATA_READ`, its reply, and `VFIO_USER_MIG_DATA_WRITE`.
+    MigData {
+        /// Bytes of the reply.
+        argsz: u32,
+        /// Bytes of the state, behind this where there are any.
+        size: u32,
+    }
+
     /// `VFIO_USER_DMA_READ` and `VFIO_USER_DMA_WRITE`, and their replies.
     DmaAccess {
         /// Where, as the device sees it.
@@ -279,6 +305,24 @@ pub const DMA_WRITABLE: u32 = 1 << 1;
 pub const DEVICE_RESETS: u32 = 1 << 0;
 /// `VFIO_DEVICE_FLAGS_PCI`: it is a PCI function.
 pub const DEVICE_IS_PCI: u32 = 1 << 1;
+
+/// `VFIO_DEVICE_FEATURE_GET`.
+pub const FEATURE_GET: u32 = 1 << 16;
+/// `VFIO_DEVICE_FEATURE_SET`.
+pub const FEATURE_SET: u32 = 1 << 17;
+/// `VFIO_DEVICE_FEATURE_MIGRATION`: what the device can do, [`MIGRATION_STOP_COPY`] and
+/// [`MIGRATION_PRE_COPY`].
+pub const FEATURE_MIGRATION: u32 = 1;
+/// `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`: its migration state.
+pub const FEATURE_MIG_DEVICE_STATE: u32 = 2;
+/// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`: bytes of its state. The specification does not have it;
+/// servers that do not either refuse it.
+pub const FEATURE_MIG_DATA_SIZE: u32 = 9;
+
+/// `VFIO_MIGRATION_STOP_COPY`.
+pub const MIGRATION_STOP_COPY: u64 = 1 << 0;
+/// `VFIO_MIGRATION_PRE_COPY`.
+pub const MIGRATION_PRE_COPY: u64 = 1 << 2;
 
 /// `VFIO_REGION_INFO_FLAG_READ`.
 pub const REGION_READS: u32 = 1 << 0;

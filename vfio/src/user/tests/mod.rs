@@ -3,6 +3,7 @@
 mod answers;
 mod hostile;
 mod memory;
+mod migration;
 mod script;
 mod served;
 mod trust;

@@ -8,9 +8,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::super::protocol::{
-    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, Header, IRQ_EVENTFD, IrqInfo,
-    MAX_MESSAGE_BYTES, Payload, REGION_MAPS, REGION_READS, REGION_WRITES, RegionAccess, RegionInfo,
-    Version, encode_region_info,
+    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, FEATURE_MIG_DEVICE_STATE, FEATURE_MIGRATION,
+    FEATURE_SET, Feature, FeatureValue, Header, IRQ_EVENTFD, IrqInfo, MAX_MESSAGE_BYTES, MigData,
+    Payload, REGION_MAPS, REGION_READS, REGION_WRITES, RegionAccess, RegionInfo, Version,
+    encode_region_info,
 };
 use super::super::wire;
 use crate::testing::shared_page;
@@ -56,8 +57,20 @@ pub(super) struct Script {
     pub(super) fault: Option<(Command, usize, Fault)>,
     /// Sent before the answer to each of these commands: a request of the server's own.
     pub(super) asks: Vec<(Command, Vec<u8>)>,
+    /// Its migration interface, if it has one.
+    pub(super) migration: Option<Migration>,
     /// Whether it waits for the answers before it gives its own.
     pub(super) waits: bool,
+}
+
+/// A migration interface that takes every state that a device has.
+#[derive(Clone, Debug)]
+pub(super) struct Migration {
+    /// What [`FEATURE_MIGRATION`] says.
+    pub(super) flags: u64,
+    pub(super) state: u32,
+    /// What is read, and what was written.
+    pub(super) data: Vec<u8>,
 }
 
 /// What the server has seen.
@@ -142,7 +155,13 @@ impl Server {
             let earlier = earlier.filter(|earlier| **earlier == command).count();
             self.seen.requests.push(command);
             self.ask(command)?;
-            let (answer, maps) = self.answer(command, &payload);
+            let Some((answer, maps)) = self.answer(command, &payload) else {
+                const ENOTTY: u32 = 25;
+                let mut refusal = header.refusal(0);
+                refusal.error = ENOTTY;
+                self.send(&refusal, &[], 0)?;
+                continue;
+            };
             match self.script.fault.clone() {
                 Some((at, count, fault)) if (at, count) == (command, earlier) => {
                     self.strike(fault, &header, &answer)?;
@@ -174,30 +193,14 @@ impl Server {
         wire::send(&self.stream, &message, &descriptors, until)
     }
 
-    /// The payload that a sound server answers with, and whether a descriptor comes along.
-    fn answer(&self, command: Command, payload: &[u8]) -> (Vec<u8>, bool) {
+    /// What a sound server answers with; `None` for what it does not have.
+    fn answer(&mut self, command: Command, payload: &[u8]) -> Option<(Vec<u8>, bool)> {
         match command {
-            Command::Version => (Version::ours().encode(), false),
-            Command::DeviceGetInfo => (device_info().encode(&[]), false),
-            Command::DeviceGetRegionInfo => {
-                let (asked, _) = RegionInfo::decode(payload).unwrap();
-                let info = region_info(asked.index);
-                (
-                    encode_region_info(info, None),
-                    info.flags & REGION_MAPS != 0,
-                )
+            Command::DeviceFeature | Command::MigDataRead | Command::MigDataWrite => {
+                let migration = self.script.migration.as_mut()?;
+                Some((migration.answer(command, payload)?, false))
             }
-            Command::DeviceGetIrqInfo => {
-                let (asked, _) = IrqInfo::decode(payload).unwrap();
-                (irq_info(asked.index).encode(&[]), false)
-            }
-            Command::RegionRead => {
-                let (asked, _) = RegionAccess::decode(payload).unwrap();
-                (asked.encode(&vec![0x5a; asked.count as usize]), false)
-            }
-            Command::RegionWrite => (payload[..16].to_vec(), false),
-            Command::DmaUnmap => (payload.to_vec(), false),
-            _ => (Vec::new(), false),
+            _ => Some(answer(command, payload)),
         }
     }
 
@@ -275,5 +278,74 @@ pub(super) fn irq_info(index: u32) -> IrqInfo {
         flags: IRQ_EVENTFD,
         index,
         count: if index == 2 { VECTORS } else { 0 },
+    }
+}
+
+/// The payload that a sound server answers with, and whether a descriptor comes along.
+fn answer(command: Command, payload: &[u8]) -> (Vec<u8>, bool) {
+    match command {
+        Command::Version => (Version::ours().encode(), false),
+        Command::DeviceGetInfo => (device_info().encode(&[]), false),
+        Command::DeviceGetRegionInfo => {
+            let (asked, _) = RegionInfo::decode(payload).unwrap();
+            let info = region_info(asked.index);
+            (
+                encode_region_info(info, None),
+                info.flags & REGION_MAPS != 0,
+            )
+        }
+        Command::DeviceGetIrqInfo => {
+            let (asked, _) = IrqInfo::decode(payload).unwrap();
+            (irq_info(asked.index).encode(&[]), false)
+        }
+        Command::RegionRead => {
+            let (asked, _) = RegionAccess::decode(payload).unwrap();
+            (asked.encode(&vec![0x5a; asked.count as usize]), false)
+        }
+        Command::RegionWrite => (payload[..16].to_vec(), false),
+        Command::DmaUnmap => (payload.to_vec(), false),
+        _ => (Vec::new(), false),
+    }
+}
+
+impl Migration {
+    fn answer(&mut self, command: Command, payload: &[u8]) -> Option<Vec<u8>> {
+        match command {
+            Command::DeviceFeature => self.feature(payload),
+            Command::MigDataRead => {
+                let (asked, _) = MigData::decode(payload).unwrap();
+                let count = self.data.len().min(asked.size as usize);
+                let data: Vec<u8> = self.data.drain(..count).collect();
+                let size = u32::try_from(count).unwrap();
+                let argsz = size + 8;
+                Some(MigData { argsz, size }.encode(&data))
+            }
+            _ => {
+                let (head, data) = MigData::decode(payload).unwrap();
+                assert_eq!(head.size as usize, data.len());
+                self.data.extend(data);
+                Some(Vec::new())
+            }
+        }
+    }
+
+    fn feature(&mut self, payload: &[u8]) -> Option<Vec<u8>> {
+        let (asked, data) = Feature::decode(payload).unwrap();
+        let mut answer = FeatureValue {
+            argsz: 16,
+            flags: asked.flags,
+            value: 0,
+        };
+        answer.value = match asked.flags & 0xffff {
+            FEATURE_MIGRATION => self.flags,
+            FEATURE_MIG_DEVICE_STATE => {
+                if asked.flags & FEATURE_SET != 0 {
+                    self.state = u32::from_ne_bytes(data[..4].try_into().unwrap());
+                }
+                self.state.into()
+            }
+            _ => return None,
+        };
+        Some(answer.encode(&[]))
     }
 }
