@@ -20,8 +20,8 @@ type Outcome = anyhow::Result<()>;
 
 const MIB: u64 = 1 << 20;
 
-/// Why a device of the model's cannot move: it knows nothing of migration.
-const BLOCKED: &str = "the device's driver cannot save its state";
+/// Why a device of the model's cannot move: its state could be taken, and nobody does.
+const BLOCKED: &str = "assigned devices cannot move yet";
 
 fn mmio_exits(vm: &Vm) -> anyhow::Result<u64> {
     let samples = vm.control().json("metrics")?;

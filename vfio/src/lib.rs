@@ -2,8 +2,8 @@
 //!
 //! The port that all providers share is [`VfioBackend`]: the kernel's VFIO, vfio-user servers, and a
 //! model for tests. An [`AssignedFunction`](function::AssignedFunction) makes a function of the guest's
-//! of any of them. A host's GPUs are listed, divided and claimed here, too. Not here yet: VFIO
-//! migration.
+//! of any of them. Their state is taken and given, which nothing uses yet. A host's GPUs are listed,
+//! divided and claimed here, too.
 //!
 //! The nouns:
 //! - a [`VfioBackend`] is one opened function: [`Region`]s, [`Irq`]s, a reset;

@@ -89,6 +89,11 @@ impl Config {
         config
     }
 
+    /// Whether there is all of it.
+    pub(super) fn is_whole(&self) -> bool {
+        self.bytes.len() == BYTES
+    }
+
     fn put(&mut self, offset: usize, bytes: &[u8]) {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
     }

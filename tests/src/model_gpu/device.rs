@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use super::config::{Bar, Effect};
 use super::dma::Dma;
 use super::engine;
+use super::migration::Migration;
 use super::state::{MSIX_BYTES, MSIX_TABLE, State};
 use super::vram::Vram;
 
@@ -54,6 +55,7 @@ pub(super) struct Device {
     pub(super) state: State,
     pub(super) vram: Vram,
     pub(super) dma: Dma,
+    pub(super) migration: Migration,
     /// Who is told of an interrupt, by vector; then of an error, and of the host's request.
     interrupts: [Option<File>; LINES],
     /// Words on their way.
@@ -67,6 +69,7 @@ impl Device {
             state: State::new(&shape.bars()),
             vram: Vram::new(shape.vram_bytes)?,
             dma: Dma::default(),
+            migration: Migration::default(),
             interrupts: [const { None }; LINES],
             buffer: vec![0; engine::STEP_BYTES],
         })
@@ -89,6 +92,7 @@ impl Device {
     /// Resets the device; the client's mappings and interrupts stay.
     pub(super) fn reset(&mut self) -> io::Result<()> {
         self.state = State::new(&self.shape.bars());
+        self.migration = Migration::default();
         self.vram.clear()
     }
 
@@ -185,7 +189,7 @@ impl Device {
             | bit(self.state.registers.error != 0, status::FAILED)
     }
 
-    /// Whether there are commands to carry out.
+    /// Whether there are commands to carry out, sooner or later.
     pub(super) fn has_work(&self) -> bool {
         let registers = &self.state.registers;
         let is_asked = self.state.job.is_some() || registers.ring_head != registers.ring_tail;

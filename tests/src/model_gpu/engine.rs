@@ -39,7 +39,7 @@ fn broken(_: std::io::Error) -> Refusal {
 
 /// Does the next step; `false` if there is nothing to do.
 pub(super) fn step(device: &mut Device) -> bool {
-    if !device.has_work() {
+    if !device.migration.is_running() || !device.has_work() {
         return false;
     }
     let outcome = match device.state.job.take() {

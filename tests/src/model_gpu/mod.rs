@@ -13,7 +13,7 @@
 //! the *tree* is the copy of `/sys` that tells of a parent and its partitions.
 //!
 //! - The device: `state` (all that a guest can have changed), `device` (registers), `engine` (commands),
-//!   `config` (configuration space), `vram`, `dma` (guest memory).
+//!   `config` (configuration space), `vram`, `dma` (guest memory), `migration` (its state, taken and given).
 //! - The server: [`Server`], `session` (messages), `wire` (their form).
 //! - The parent: [`Tree`]; the program: [`Options`] and [`run`].
 
@@ -21,6 +21,7 @@ mod config;
 mod device;
 mod dma;
 mod engine;
+mod migration;
 mod options;
 mod program;
 mod server;

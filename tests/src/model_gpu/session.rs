@@ -262,6 +262,14 @@ impl<'s> Session<'s> {
                 let reset = self.device().device.reset();
                 reset.map(nothing).map_err(|error| errno(&error))
             }
+            command::DEVICE_FEATURE => {
+                let body = self.device().device.feature(fields)?;
+                // It may run again.
+                self.shared.work.notify_one();
+                Ok(body.into())
+            }
+            command::MIG_DATA_READ => Ok(self.device().device.give_data(fields)?.into()),
+            command::MIG_DATA_WRITE => self.device().device.take_data(fields).map(nothing),
             _ => Err(Errno::OPNOTSUPP),
         }
     }

@@ -1,6 +1,6 @@
 //! All of a device that a guest can have changed, apart from its video memory.
 
-use drover_guest::gpu::{COMMAND_BYTES, NO_VECTOR, VECTORS};
+use drover_guest::gpu::{COMMAND_BYTES, NO_VECTOR, RING_MAX, VECTORS};
 use serde::{Deserialize, Serialize};
 
 use super::config::{Bar, Config};
@@ -49,6 +49,22 @@ pub(super) struct Job {
 }
 
 impl State {
+    /// Whether a device can have it: what is checked when registers are written, and the sizes.
+    pub(super) fn is_sound(&self) -> bool {
+        let registers = &self.registers;
+        let has_vector = |vector: u32| vector < VECTORS || vector == NO_VECTOR;
+        let has_ring = registers.ring_size.is_power_of_two()
+            && (2..=RING_MAX).contains(&registers.ring_size)
+            && registers.ring_base.is_multiple_of(4096)
+            && registers.ring_head < registers.ring_size
+            && registers.ring_tail < registers.ring_size;
+        self.config.is_whole()
+            && self.msix.len() == MSIX_BYTES
+            && has_vector(registers.fence_vector)
+            && has_vector(registers.error_vector)
+            && (has_ring || !registers.enabled || registers.error != 0)
+    }
+
     /// As after a reset.
     pub(super) fn new(bars: &[Bar]) -> Self {
         let mut msix = vec![0; MSIX_BYTES];

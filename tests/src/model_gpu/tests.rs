@@ -4,6 +4,7 @@ mod conformance;
 mod driver;
 mod hostile;
 mod life;
+mod migration;
 mod options;
 mod tree;
 mod work;

@@ -31,6 +31,9 @@ pub(super) mod command {
     pub(crate) const REGION_READ: u16 = 9;
     pub(crate) const REGION_WRITE: u16 = 10;
     pub(crate) const DEVICE_RESET: u16 = 13;
+    pub(crate) const DEVICE_FEATURE: u16 = 16;
+    pub(crate) const MIG_DATA_READ: u16 = 17;
+    pub(crate) const MIG_DATA_WRITE: u16 = 18;
 }
 
 /// What stands before every message.

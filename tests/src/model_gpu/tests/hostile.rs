@@ -285,6 +285,7 @@ impl Raw {
 
 const EINVAL: u32 = 22;
 const ENOENT: u32 = 2;
+const ENOTTY: u32 = 25;
 const EEXIST: u32 = 17;
 const EOPNOTSUPP: u32 = 95;
 const EOVERFLOW: u32 = 75;
@@ -325,11 +326,11 @@ fn nothing_is_answered_before_versions_are_exchanged() {
 fn messages_that_cannot_be_are_refused_and_the_next_is_heard() {
     let stand = Stand::new();
     let mut raw = Raw::new(&stand);
-    for command in [0, 6, 11, 12, 14, 15, 16, 17, 18, u16::MAX] {
+    for command in [0, 6, 11, 12, 14, 15, 19, u16::MAX] {
         assert_eq!(raw.ask(command, &[0; 32]), Err(EOPNOTSUPP), "{command}");
     }
     // Bodies that are too short, of every command.
-    for command in [1, 2, 3, 4, 5, 7, 8, 9, 10] {
+    for command in [1, 2, 3, 4, 5, 7, 8, 9, 10, 16, 17, 18] {
         assert_eq!(raw.ask(command, &[]), Err(EINVAL), "{command}");
     }
     for region in [6, 8, 9, u32::MAX] {
@@ -346,8 +347,42 @@ fn messages_that_cannot_be_are_refused_and_the_next_is_heard() {
     assert_eq!(raw.ask(10, &short), Err(EINVAL));
     assert_eq!(raw.ask(5, &words(&[32, 0, 9, 0, 0, 0, 0, 0])), Err(EINVAL));
     assert_eq!(raw.ask(7, &words(&[16, 0, 5, 0])), Err(EINVAL));
+    migration_that_cannot_be_is_refused(&mut raw);
     let answer = raw.ask(9, &access(0, 0, 4)).unwrap();
     assert_eq!(&answer[16..], b"DGPU");
+}
+
+fn migration_that_cannot_be_is_refused(raw: &mut Raw) {
+    const GET: u32 = 1 << 16;
+    const SET: u32 = 1 << 17;
+    // Features that there are not, or that are not set, or neither.
+    for (flags, errno) in [
+        (GET, ENOTTY),
+        (GET | 6, ENOTTY),
+        (SET | 1, EINVAL),
+        (GET | SET | 1, EINVAL),
+        (1, EINVAL),
+    ] {
+        assert_eq!(
+            raw.ask(16, &words(&[16, flags, 0, 0])),
+            Err(errno),
+            "{flags:#x}"
+        );
+    }
+    // States that it has not, and data where there is none.
+    for state in [0, 5, 6, 7, 8, u32::MAX] {
+        let set = words(&[16, SET | 2, state, 0]);
+        assert_eq!(raw.ask(16, &set), Err(EINVAL), "{state}");
+    }
+    assert_eq!(raw.ask(17, &words(&[16, 8])), Err(EINVAL));
+    assert_eq!(raw.ask(18, &words(&[8, 4, 0])), Err(EINVAL));
+    assert!(raw.ask(16, &words(&[16, SET | 2, 4, 0])).is_ok());
+    assert_eq!(
+        raw.ask(18, &words(&[8, 5, 0])),
+        Err(EINVAL),
+        "fewer bytes than said"
+    );
+    assert!(raw.ask(13, &[]).is_ok(), "a reset");
 }
 
 #[test]
