@@ -20,8 +20,8 @@ use parking_lot::Mutex;
 pub use super::memory::DmaWriteHook;
 use super::memory::ServedMemory;
 use super::protocol::{
-    Command, DEFAULT_DATA_BYTES, DmaAccess, HEADER_BYTES, Header, MAX_MESSAGE_BYTES, Malformed,
-    Payload, flags,
+    Command, DEFAULT_DATA_BYTES, DmaAccess, FEATURE_SET, Feature, HEADER_BYTES, Header,
+    MAX_MESSAGE_BYTES, Malformed, Payload, flags,
 };
 use super::wire;
 use crate::backend::BackendError;
@@ -36,7 +36,8 @@ pub struct Limits {
     pub connect: Duration,
     /// To take a request, and to answer it.
     pub reply: Duration,
-    /// To reset the device ("unbounded latencies" in the specification).
+    /// To reset the device ("unbounded latencies" in the specification), or to change its migration
+    /// state.
     pub reset: Duration,
 }
 
@@ -110,6 +111,17 @@ fn is_trusted(stream: &UnixStream) -> io::Result<bool> {
     Ok(server.is_root() || server == rustix::process::geteuid())
 }
 
+/// Whether the device itself must come to an end with something: a reset, or a change of its migration
+/// state.
+fn is_lengthy(request: &Request<'_>) -> bool {
+    match request.command {
+        Command::DeviceReset => true,
+        Command::DeviceFeature => Feature::decode(&request.payload)
+            .is_ok_and(|(feature, _)| feature.flags & FEATURE_SET != 0),
+        _ => false,
+    }
+}
+
 impl Connection {
     pub(super) fn new(stream: UnixStream, name: &str, limits: Limits) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
@@ -167,10 +179,9 @@ impl Connection {
     /// Asks, and waits for the answer.
     pub(super) fn request(&self, request: Request<'_>) -> Result<Reply, BackendError> {
         let command = request.command;
-        let limit = match command {
-            // A change of its migration state may stop a device, or start one.
-            Command::DeviceReset | Command::DeviceFeature => self.limits.reset,
-            _ => self.limits.reply,
+        let limit = match is_lengthy(&request) {
+            true => self.limits.reset,
+            false => self.limits.reply,
         };
         let (answer, answered) = sync_channel(1);
         let deadline = {

@@ -1,10 +1,12 @@
 //! A server's migration interface.
 
-use super::super::UserFunction;
+use std::time::Instant;
+
 use super::super::protocol::*;
+use super::super::{Limits, UserFunction};
 use super::hostile::{NAME, explain};
 use super::script::*;
-use super::{PATIENCE, limits};
+use super::{IMPATIENCE, PATIENCE, limits};
 use crate::backend::{BackendError, VfioBackend};
 use crate::migration::{MigrationFeatures, MigrationState, TransitionError, go_to};
 
@@ -196,4 +198,35 @@ fn nonsense_ends_the_connection() {
         message.contains("which feature it answers for"),
         "{message}"
     );
+}
+
+/// A question is answered at once; a device may take its time to stop.
+#[test]
+fn silent_servers_have_their_time_and_no_more() {
+    let limits = Limits {
+        reply: IMPATIENCE,
+        ..limits(PATIENCE)
+    };
+    let silent_at = |at| Script {
+        fault: Some((Command::DeviceFeature, at, Fault::Silence)),
+        ..script(MIGRATION_STOP_COPY)
+    };
+    let begin = Instant::now();
+    let (stream, _server) = silent_at(0).start();
+    assert!(UserFunction::from_stream(stream, NAME, limits).is_err());
+    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
+    let limits = Limits {
+        reply: PATIENCE,
+        reset: IMPATIENCE,
+        ..limits
+    };
+    let (stream, _server) = silent_at(1).start();
+    let function = UserFunction::from_stream(stream, NAME, limits).unwrap();
+    let begin = Instant::now();
+    let stopped = function.migration().unwrap().take_arc(MigrationState::Stop);
+    assert!(
+        matches!(stopped, Err(BackendError::Server(_))),
+        "{stopped:?}"
+    );
+    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
 }
