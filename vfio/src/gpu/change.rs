@@ -101,18 +101,24 @@ pub(super) fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> 
     }
 }
 
-/// Locks a file for this process alone; whether it was had in time.
+/// Locks a file for this process alone; whether it was had in time. Who has waited for long looks less
+/// often: many that wait must not keep the one from its work that they wait for.
 pub(super) fn lock_within(file: &File, limit: Duration) -> io::Result<bool> {
-    let mut failure = None;
-    let is_locked = wait_until(limit, || match file.try_lock() {
-        Ok(()) => true,
-        Err(TryLockError::WouldBlock) => false,
-        Err(TryLockError::Error(source)) => {
-            failure = Some(source);
-            true
+    const PAUSE_MAX: Duration = Duration::from_millis(100);
+    let begin = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(source)) => return Err(source),
         }
-    });
-    failure.map_or(Ok(is_locked), Err)
+        let waited = begin.elapsed();
+        if waited >= limit {
+            return Ok(false);
+        }
+        let pause = (waited / 8).clamp(POLL, PAUSE_MAX);
+        std::thread::sleep(pause.min(limit - waited));
+    }
 }
 
 /// Makes a virtual function a vGPU of this type; 0 makes it none.

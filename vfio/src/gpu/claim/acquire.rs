@@ -1,5 +1,7 @@
 //! Claiming: all that a VM asks for, or nothing.
 
+use std::cell::LazyCell;
+
 use super::allocation::{Allocation, NewClaim};
 use super::choose::{choose, shortage};
 use super::error::ClaimError;
@@ -42,7 +44,7 @@ impl Claims {
         }
         // Before what is claimed, so that it is let go after that when something fails.
         let allocation = self.allocation()?;
-        let holders = Holders::scan(tree);
+        let holders = LazyCell::new(|| Holders::scan(tree));
         allocation.sweep(tree, &holders)?;
         let mut claimed = Vec::new();
         let each = requests

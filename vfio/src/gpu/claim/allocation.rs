@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -131,11 +132,12 @@ impl<'c> Allocation<'c> {
         }
     }
 
-    /// Takes back what those have made who are gone, and removes their files.
+    /// Takes back what those have made who are gone, and removes their files. Who has devices open is looked
+    /// at only where somebody has left something.
     pub(in crate::gpu) fn sweep(
         &self,
         tree: &SysfsTree,
-        holders: &Holders,
+        holders: &impl Deref<Target = Holders>,
     ) -> Result<(), ClaimError> {
         let place = tree.place();
         for (name, address) in self.entries()? {
@@ -187,7 +189,7 @@ fn clean_up(
     left: &Record,
     tree: &SysfsTree,
     (place, address): (&Path, &Address),
-    holders: &Holders,
+    holders: &impl Deref<Target = Holders>,
 ) -> bool {
     // Whoever that is: an open device is not taken away.
     if left.sysfs() != place || holders.of(tree, address).is_some() {

@@ -233,7 +233,7 @@ impl<'h> Partitioner<'h> {
         }
         let allocation = self.claims.allocation()?;
         let holders = Holders::scan(self.tree);
-        allocation.sweep(self.tree, &holders)?;
+        allocation.sweep(self.tree, &&holders)?;
         let task = Task {
             gpu: *function,
             division,
