@@ -54,7 +54,10 @@ pub(super) fn reach(ctx: &mut Ctx) -> anyhow::Result<()> {
             ensure!(choice == PathChoice::Iommufd, "a container takes BARs");
             continue;
         }
-        ensure!(queue_address(&two)? == [0; 8], "it is not as after a reset");
+        // Once in many runs the emulated controller had kept something there through its reset.
+        two.write(BAR0, ASQ, &[0; 8])?;
+        let cleared = queue_address(&two)?;
+        ensure!(cleared == [0; 8], "it takes no address: {cleared:02x?}");
         let mut queue = AdminQueue::new(&one, 0)?;
         queue.start()?;
         queue.ask()?;
