@@ -172,7 +172,7 @@ impl Gpu {
 
     /// Waits for the interrupts of all fences, which may be on their way; `false` if they do not come.
     pub(crate) fn has_interrupted(&self) -> bool {
-        let patience = Deadline::after_ms(200);
+        let patience = Deadline::after_ms(5000);
         loop {
             let (fences, interrupts) = self.fences_and_interrupts();
             if interrupts >= fences || patience.passed() {
