@@ -101,8 +101,9 @@ pub(super) fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> 
     }
 }
 
-/// Locks a file for this process alone; whether it was had in time. Who has waited for long looks less
-/// often: many that wait must not keep the one from its work that they wait for.
+/// Locks a file for this process alone; whether it was had in time. A lock that is waited for in the kernel
+/// has no time limit, so it is tried again and again, and less often by who has waited for long: many that
+/// wait must not keep the one from its work that they wait for.
 pub(super) fn lock_within(file: &File, limit: Duration) -> io::Result<bool> {
     const PAUSE_MAX: Duration = Duration::from_millis(100);
     let begin = Instant::now();

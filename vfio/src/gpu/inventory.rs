@@ -161,7 +161,7 @@ pub fn inventory_with(tree: &SysfsTree, claims: Option<&Claims>) -> Result<Vec<G
     match owners {
         Ok(owners) => {
             let is_told = owners.know(tree) || tree.proc().is_some();
-            let holders = &Holders::scan(tree);
+            let holders = &Holders::of_tree(tree);
             let is_seen = tree.proc().is_none() || holders.are_complete();
             let owners = &owners.of_tree(tree);
             let occupants = Occupants {

@@ -1,7 +1,5 @@
 //! Claiming: all that a VM asks for, or nothing.
 
-use std::cell::LazyCell;
-
 use super::allocation::{Allocation, NewClaim};
 use super::choose::{choose, shortage};
 use super::error::ClaimError;
@@ -44,7 +42,7 @@ impl Claims {
         }
         // Before what is claimed, so that it is let go after that when something fails.
         let allocation = self.allocation()?;
-        let holders = LazyCell::new(|| Holders::scan(tree));
+        let holders = Holders::of_tree(tree);
         allocation.sweep(tree, &holders)?;
         let mut claimed = Vec::new();
         let each = requests
@@ -72,7 +70,7 @@ impl Claims {
 fn views(
     allocation: &Allocation<'_>,
     tree: &SysfsTree,
-    holders: &Holders,
+    holders: &Holders<'_>,
 ) -> Result<Vec<View>, ClaimError> {
     let occupants = Occupants {
         tree,

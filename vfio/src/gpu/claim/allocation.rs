@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
-use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -132,12 +131,11 @@ impl<'c> Allocation<'c> {
         }
     }
 
-    /// Takes back what those have made who are gone, and removes their files. Who has devices open is looked
-    /// at only where somebody has left something.
+    /// Takes back what those have made who are gone, and removes their files.
     pub(in crate::gpu) fn sweep(
         &self,
         tree: &SysfsTree,
-        holders: &impl Deref<Target = Holders>,
+        holders: &Holders<'_>,
     ) -> Result<(), ClaimError> {
         let place = tree.place();
         for (name, address) in self.entries()? {
@@ -189,10 +187,10 @@ fn clean_up(
     left: &Record,
     tree: &SysfsTree,
     (place, address): (&Path, &Address),
-    holders: &impl Deref<Target = Holders>,
+    holders: &Holders<'_>,
 ) -> bool {
     // Whoever that is: an open device is not taken away.
-    if left.sysfs() != place || holders.of(tree, address).is_some() {
+    if left.sysfs() != place || holders.of(address).is_some() {
         return false;
     }
     log::info!(address:%; "a partition whose owner is gone is as it was before");

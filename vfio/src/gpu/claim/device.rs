@@ -1,7 +1,5 @@
 //! Claiming a device that was named, as it is: a PCI function or a mediated device, of a GPU or not.
 
-use std::cell::LazyCell;
-
 use super::allocation::{Allocation, Claim, NewClaim};
 use super::error::ClaimError;
 use super::folder::Claims;
@@ -69,7 +67,7 @@ impl Claims {
         vm: &str,
     ) -> Result<Claim, ClaimError> {
         let allocation = self.allocation()?;
-        allocation.sweep(tree, &LazyCell::new(|| Holders::scan(tree)))?;
+        allocation.sweep(tree, &Holders::of_tree(tree))?;
         check_free(&allocation, tree, address)?;
         let undo = Undo::Nothing;
         allocation.claim(address, NewClaim { vm, tree, undo })

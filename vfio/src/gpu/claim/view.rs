@@ -44,7 +44,7 @@ pub(super) enum Whole {
 pub(in crate::gpu) struct Occupants<'o> {
     pub(in crate::gpu) tree: &'o SysfsTree,
     pub(in crate::gpu) owners: &'o Owners,
-    pub(in crate::gpu) holders: &'o Holders,
+    pub(in crate::gpu) holders: &'o Holders<'o>,
 }
 
 impl Occupants<'_> {
@@ -52,7 +52,7 @@ impl Occupants<'_> {
     pub(in crate::gpu) fn of(&self, address: &Address) -> Option<Owner> {
         let claimed = self.owners.get(address).cloned();
         claimed.or_else(|| {
-            let pid = self.holders.of(self.tree, address)?;
+            let pid = self.holders.of(address)?;
             Some(Owner {
                 vm: None,
                 pid: Some(pid),

@@ -232,8 +232,8 @@ impl<'h> Partitioner<'h> {
             return Err(PartitionError::Type { gpu, why });
         }
         let allocation = self.claims.allocation()?;
-        let holders = Holders::scan(self.tree);
-        allocation.sweep(self.tree, &&holders)?;
+        let holders = Holders::of_tree(self.tree);
+        allocation.sweep(self.tree, &holders)?;
         let task = Task {
             gpu: *function,
             division,
@@ -263,7 +263,7 @@ pub(in crate::gpu) struct Task<'t> {
     provider: &'static dyn Provider,
     /// Nobody claims a part of it meanwhile.
     allocation: Allocation<'t>,
-    holders: Holders,
+    holders: Holders<'t>,
 }
 
 impl<'t> Task<'t> {
