@@ -76,6 +76,22 @@ fn device_is_added_to_a_running_vm_and_stays_while_the_guest_does_not_let_it_go(
     vm.wait_end(SOON)?.check()
 }
 
+/// A VM that is up, what happens to it from now on, and a GPU that it has not.
+fn vm_beside_a_gpu(ground: &Ground) -> anyhow::Result<(ModelGpu, Vm, EventStream)> {
+    let gpu = ModelGpu::on(ground, "gpu", "64M")?;
+    let vm = ground.vm("run=heartbeat").start_controlled()?;
+    vm.memory()?.wait_beat(SOON)?;
+    let events = vm.control().follow_events()?;
+    Ok((gpu, vm, events))
+}
+
+/// The VM has the GPU, as `gpu`.
+fn add(ground: &Ground, gpu: &ModelGpu) -> Outcome {
+    let with_id = format!("{},id=gpu", gpu.device());
+    let added = ground.run_drover(&["device", "add", "vm", &with_id])?;
+    added.success().map(drop)
+}
+
 /// Threads of the VM's that follow a server, and what it and the host say.
 fn followers(vm: &Vm) -> anyhow::Result<[usize; 2]> {
     let threads = vm.process().thread_names()?;
@@ -109,14 +125,9 @@ fn device_that_the_host_wants_back_goes_when_the_guest_is_reset() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
-    let vm = ground.vm("run=heartbeat").start_controlled()?;
-    vm.memory()?.wait_beat(SOON)?;
-    let mut events = vm.control().follow_events()?;
-    let with_id = format!("{},id=gpu", gpu.device());
+    let (gpu, vm, mut events) = vm_beside_a_gpu(&ground)?;
     for _ in 0..3 {
-        let add = ["device", "add", "vm", &with_id];
-        ground.run_drover(&add)?.success()?;
+        add(&ground, &gpu)?;
         gpu.request_back()?;
         assert_eq!(events.wait("device-requested", SOON)?["device"], "gpu");
         assert_eq!(followers(&vm)?, [1, 1]);
@@ -135,13 +146,8 @@ fn device_whose_server_was_killed_can_be_removed() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
-    let vm = ground.vm("run=heartbeat").start_controlled()?;
-    vm.memory()?.wait_beat(SOON)?;
-    let mut events = vm.control().follow_events()?;
-    let with_id = format!("{},id=gpu", gpu.device());
-    let add = ["device", "add", "vm", &with_id];
-    ground.run_drover(&add)?.success()?;
+    let (gpu, vm, mut events) = vm_beside_a_gpu(&ground)?;
+    add(&ground, &gpu)?;
     gpu.signal(libc::SIGKILL)?;
     assert_eq!(events.wait("device-backend-lost", SOON)?["device"], "gpu");
     vm.control().device("gpu")?;
@@ -154,9 +160,7 @@ fn device_whose_server_was_killed_can_be_removed() -> Outcome {
     vm.memory()?.wait_beat(SOON)?;
     // Its name and place are free.
     let next = ModelGpu::on(&ground, "next", "64M")?;
-    let with_id = format!("{},id=gpu", next.device());
-    let add = ["device", "add", "vm", &with_id];
-    ground.run_drover(&add)?.success()?;
+    add(&ground, &next)?;
     vm.control().device("gpu")?;
     Ok(())
 }

@@ -54,6 +54,20 @@ pub enum RegionIndex {
     Config,
 }
 
+impl RegionIndex {
+    /// Those that a PCI function can have, by their numbers.
+    pub const ALL: [Self; 8] = [
+        Self::Bar(0),
+        Self::Bar(1),
+        Self::Bar(2),
+        Self::Bar(3),
+        Self::Bar(4),
+        Self::Bar(5),
+        Self::Rom,
+        Self::Config,
+    ];
+}
+
 /// A region's size and abilities (`VFIO_DEVICE_GET_REGION_INFO`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Region {

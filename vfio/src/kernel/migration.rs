@@ -25,8 +25,16 @@ pub(super) struct KernelMigration {
 }
 
 impl KernelMigration {
-    /// `None`: the device has none.
-    pub(super) fn query(device: BorrowedFd<'_>) -> io::Result<Option<Self>> {
+    /// `None`: the device has none, or does not tell: it can be assigned all the same.
+    pub(super) fn query(device: BorrowedFd<'_>) -> Option<Self> {
+        let asked = Self::ask(device);
+        asked.unwrap_or_else(|error| {
+            log::warn!(error:%; "a device does not tell whether it can be moved");
+            None
+        })
+    }
+
+    fn ask(device: BorrowedFd<'_>) -> io::Result<Option<Self>> {
         const GET: u32 = VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_MIGRATION;
         let flags = match ioctl::feature(device, GET, 0) {
             Ok(flags) => flags,

@@ -20,18 +20,6 @@ pub(super) struct Placed {
     pub(super) offset: u64,
 }
 
-/// The regions that a PCI function can have.
-pub(super) const ALL: [RegionIndex; 8] = [
-    RegionIndex::Bar(0),
-    RegionIndex::Bar(1),
-    RegionIndex::Bar(2),
-    RegionIndex::Bar(3),
-    RegionIndex::Bar(4),
-    RegionIndex::Bar(5),
-    RegionIndex::Rom,
-    RegionIndex::Config,
-];
-
 fn number(index: RegionIndex) -> u32 {
     match index {
         RegionIndex::Bar(bar) => u32::from(bar),

@@ -20,18 +20,6 @@ const CONFIG_BYTES: std::ops::RangeInclusive<u64> = 64..=4096;
 /// Regions and interrupt kinds that a device may have; those beyond PCI's own are not asked for.
 const MAX_INDEXES: u32 = 256;
 
-/// Regions in the order of their numbers (`VFIO_PCI_*_REGION_INDEX`).
-const REGIONS: [RegionIndex; 8] = [
-    RegionIndex::Bar(0),
-    RegionIndex::Bar(1),
-    RegionIndex::Bar(2),
-    RegionIndex::Bar(3),
-    RegionIndex::Bar(4),
-    RegionIndex::Bar(5),
-    RegionIndex::Rom,
-    RegionIndex::Config,
-];
-
 /// Interrupt kinds in the order of their numbers (`VFIO_PCI_*_IRQ_INDEX`), and how many vectors
 /// PCI knows of each.
 const IRQS: [(IrqKind, u32); 5] = [
@@ -89,7 +77,7 @@ impl Default for OfferedIrq {
 
 /// The number of a region in messages.
 pub(super) fn region_number(index: RegionIndex) -> Option<u32> {
-    let at = REGIONS.iter().position(|region| *region == index);
+    let at = RegionIndex::ALL.iter().position(|region| *region == index);
     at.and_then(|at| u32::try_from(at).ok())
 }
 
@@ -110,7 +98,7 @@ impl Offer {
         let version = exchange_versions(connection)?;
         let device = ask_device(connection)?;
         let mut regions = BTreeMap::new();
-        for (index, number) in REGIONS.into_iter().zip(0..device.num_regions) {
+        for (index, number) in RegionIndex::ALL.into_iter().zip(0..device.num_regions) {
             regions.insert(index, ask_region(connection, index, number)?);
         }
         let mut irqs = BTreeMap::new();

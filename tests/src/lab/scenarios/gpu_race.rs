@@ -17,7 +17,7 @@ use crate::lab::sriov;
 use crate::lab::vmm::DROVER;
 
 const PROCESSES: usize = 50;
-/// For all to say something: each of them claims alone, and looks at every process first.
+/// For all to say something: each of them claims alone.
 const LIMIT: Duration = Duration::from_secs(120);
 /// Where the kernel has the devices that were made.
 const DEVICES: &str = "/sys/bus/mdev/devices";

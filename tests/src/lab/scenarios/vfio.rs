@@ -103,15 +103,19 @@ fn network_vf(ctx: &Ctx) -> anyhow::Result<()> {
 
 /// What every backend must do, with interrupts that the kernel sends in the device's place.
 pub(super) fn check_conformance(function: &KernelFunction, memory: &[Memory]) {
+    conforms(function, memory, |subject| subject.check());
+}
+
+/// The same of what `check` makes of the subject.
+pub(super) fn conforms(
+    function: &KernelFunction,
+    memory: &[Memory],
+    check: impl FnOnce(Subject<'_>),
+) {
     // One that is off is refused, and nothing is heard.
     let raise = |kind, vector| drop(function.provoke(kind, vector));
     let subject = Subject::new(function).with_memory(memory.iter().copied());
-    let subject = subject.raised_by(&raise);
-    match function.name().contains(':') {
-        true => subject.check(),
-        // Mediated devices have a UUID.
-        false => subject.mapping_no_parts().check(),
-    }
+    check(subject.raised_by(&raise));
 }
 
 /// The interrupt line's number, which vfio-pci keeps for software.

@@ -6,17 +6,6 @@ use super::Memory;
 use crate::backend::{BackendError, Region, RegionIndex, VfioBackend};
 use crate::dma::PAGE_BYTES;
 
-const ALL: [RegionIndex; 8] = [
-    RegionIndex::Bar(0),
-    RegionIndex::Bar(1),
-    RegionIndex::Bar(2),
-    RegionIndex::Bar(3),
-    RegionIndex::Bar(4),
-    RegionIndex::Bar(5),
-    RegionIndex::Rom,
-    RegionIndex::Config,
-];
-
 /// Of configuration space (PCI Local Bus 3.0, 6.1, 6.7 and 6.8.2).
 const COMMAND: u64 = 0x04;
 const COMMAND_MEMORY: u8 = 1 << 1;
@@ -73,7 +62,7 @@ pub(super) fn check_config(backend: &dyn VfioBackend) {
 
 pub(super) fn check_all(backend: &dyn VfioBackend, maps_parts: bool) {
     let table = msix_table(backend);
-    for index in ALL {
+    for index in RegionIndex::ALL {
         let region = region(backend, index);
         let again = backend.region(index).expect("asking is allowed");
         assert_eq!(again, region, "{index:?} has changed");

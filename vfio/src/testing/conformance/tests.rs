@@ -52,39 +52,40 @@ enum Fault {
     UnmapsAnything,
 }
 
-const ALL: [Fault; 32] = [
-    Fault::ConfigDependsOnWidth,
-    Fault::LastByteIsAnother,
-    Fault::OutsideIsRead,
-    Fault::OutsideIsWritten,
-    Fault::OutsideIsToldWrongly,
-    Fault::AbsentRegionIsReadable,
-    Fault::RegionsChange,
-    Fault::WriteIsLost,
-    Fault::WideWriteIsTorn,
-    Fault::WriteSpills,
-    Fault::AreaIsNoPages,
-    Fault::AreaIsNotMapped,
-    Fault::TooMuchIsMapped,
-    Fault::LessIsMapped,
-    Fault::AnotherPageIsMapped,
-    Fault::TooManyVectorsExist,
-    Fault::TooManyAreAccepted,
-    Fault::TooManyLeaveItOn,
-    Fault::FirstVectorOnly,
-    Fault::VectorsAreSwapped,
-    Fault::OldListStays,
-    Fault::OffIsOn,
-    Fault::OffTwiceIsRefused,
-    Fault::UnmaskIsLost,
-    Fault::ResetLeavesThemOn,
-    Fault::ResetEndsNotices,
-    Fault::ResetKeepsMemory,
-    Fault::ResetIsRefused,
-    Fault::ResetTakesMemoryAway,
-    Fault::MapsTwice,
-    Fault::UnmapsTwice,
-    Fault::UnmapsAnything,
+/// Each of them, and what the suite says of it.
+const ALL: [(Fault, &str); 32] = [
+    (Fault::ConfigDependsOnWidth, "2 at 0x0"),
+    (Fault::LastByteIsAnother, "the last byte"),
+    (Fault::OutsideIsRead, "2 at 0xfff: Ok"),
+    (Fault::OutsideIsWritten, "2 at 0xfff: Ok"),
+    (Fault::OutsideIsToldWrongly, "size: 4097"),
+    (Fault::AbsentRegionIsReadable, "is absent"),
+    (Fault::RegionsChange, "has changed"),
+    (Fault::WriteIsLost, "0x40"),
+    (Fault::WideWriteIsTorn, "0x40"),
+    (Fault::WriteSpills, "written by 2"),
+    (Fault::AreaIsNoPages, "mappable: [(1000, 1fff)]"),
+    (Fault::AreaIsNotMapped, "0x2000 at 0x1000: Err"),
+    (Fault::TooMuchIsMapped, "0x1000 at 0x0: Ok"),
+    (Fault::LessIsMapped, "0x2000 at 0x1000: Ok"),
+    (Fault::AnotherPageIsMapped, "mapped and read"),
+    (Fault::TooManyVectorsExist, "count: 33"),
+    (Fault::TooManyAreAccepted, "more than the 1 that there are"),
+    (Fault::TooManyLeaveItOn, "is heard elsewhere"),
+    (Fault::FirstVectorOnly, "vector 3 is heard"),
+    (Fault::VectorsAreSwapped, "vector 3 is heard"),
+    (Fault::OldListStays, "vector 0 is heard"),
+    (Fault::OffIsOn, "is heard elsewhere"),
+    (Fault::OffTwiceIsRefused, "0 vectors: Err"),
+    (Fault::UnmaskIsLost, "raised meanwhile is heard"),
+    (Fault::ResetLeavesThemOn, "is heard elsewhere"),
+    (Fault::ResetEndsNotices, "Request: vector 0 is heard"),
+    (Fault::ResetKeepsMemory, "after a reset"),
+    (Fault::ResetIsRefused, "a reset: Absent"),
+    (Fault::ResetTakesMemoryAway, "mapped twice"),
+    (Fault::MapsTwice, "mapped twice"),
+    (Fault::UnmapsTwice, "unmapped twice"),
+    (Fault::UnmapsAnything, "was not mapped"),
 ];
 
 const BAR0: RegionIndex = RegionIndex::Bar(0);
@@ -310,8 +311,16 @@ fn run(fault: Fault) {
 #[test]
 fn suite_finds_each_fault() {
     run(Fault::Nothing);
-    for fault in ALL {
+    for (fault, expected) in ALL {
         let found = catch_unwind(AssertUnwindSafe(|| run(fault)));
-        assert!(found.is_err(), "{fault:?} passes");
+        let said = found.expect_err(&format!("{fault:?} passes"));
+        let said = match said.downcast::<String>() {
+            Ok(said) => *said,
+            Err(said) => said
+                .downcast_ref::<&str>()
+                .map_or("", |said| said)
+                .to_owned(),
+        };
+        assert!(said.contains(expected), "{fault:?}: {said}");
     }
 }

@@ -37,17 +37,6 @@ fn range(iova: u64, len: u64) -> DmaRange {
     }
 }
 
-/// Says that a test did nothing.
-///
-/// # Panics
-/// When `DROVER_REQUIRE` lists what is missing.
-fn skip(missing: &str, reason: &str) {
-    println!("SKIPPED: {reason}");
-    let required = std::env::var("DROVER_REQUIRE").unwrap_or_default();
-    let is_required = required.split(',').any(|word| word.trim() == missing);
-    assert!(!is_required, "{missing} is required: {reason}");
-}
-
 /// Maps `len` bytes of `file`, from its beginning.
 fn map(
     function: &UserFunction,

@@ -12,8 +12,9 @@ use super::super::UserFunction;
 use super::answers::count_descriptors;
 use super::hostile::NAME;
 use super::script::{BAR_BYTES, Script, bar_file};
-use super::{PATIENCE, limits, skip};
+use super::{PATIENCE, limits};
 use crate::backend::{BackendError, RegionIndex, VfioBackend};
+use devices::testing::skip;
 
 const BAR0: RegionIndex = RegionIndex::Bar(0);
 
