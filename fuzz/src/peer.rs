@@ -37,6 +37,8 @@ pub const GOLDEN: &[&[u8]] = golden![
     "v1/complete",
     "v1/attach-control",
     "v1/missing-end",
+    "v3/offer-devices",
+    "v3/device-data",
 ];
 
 /// Frames of pages.

@@ -56,7 +56,13 @@ fn page_time(rounds: &[RoundReport]) -> Duration {
     let Some(round) = telling.or(rounds.first()) else {
         return Duration::ZERO;
     };
+    // Where devices' states were sent, too, they have taken their share.
+    let page_bytes = round.wire_bytes.saturating_sub(round.device_bytes);
     let nanos = u128::from(round.duration_us) * 1000 / u128::from(round.pages.total().max(1));
+    let nanos = match round.device_bytes {
+        0 => nanos,
+        _ => nanos * u128::from(page_bytes) / u128::from(round.wire_bytes.max(1)),
+    };
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
@@ -96,6 +102,10 @@ pub fn decide(rounds: &[RoundReport], limits: &Limits) -> Decision {
             true => Decision::Continue,
             false => Decision::Switchover,
         };
+    }
+    if last.device_bytes > last.wire_bytes / 2 {
+        // It was not the guest that has made the round long.
+        return Decision::Continue;
     }
     let idle = rounds_without_progress(rounds, last.cpu_percent);
     if idle < PATIENCE_ROUNDS && !is_hopeless(rounds) {
@@ -249,6 +259,32 @@ mod tests {
         let decided = |dirty| decide(&[round(100_000, dirty, 100)], &limits);
         assert_eq!(decided(0), Decision::Switchover);
         assert_eq!(decided(1), Decision::Continue);
+    }
+
+    /// A round of 1000 pages and as many bytes of theirs, and these of devices.
+    fn with_devices(device_bytes: u64, dirty: u64) -> RoundReport {
+        RoundReport {
+            wire_bytes: 1_000_000 + device_bytes,
+            device_bytes,
+            duration_us: 10_000 + device_bytes / 100,
+            ..round(1000, dirty, 100)
+        }
+    }
+
+    #[test]
+    fn devices_states_do_not_make_pages_look_slow() {
+        for device_bytes in [0, 500_000, 99_000_000] {
+            let rounds = [with_devices(device_bytes, 100)];
+            let predicted = predicted_blackout(&rounds, Duration::ZERO);
+            assert_eq!(predicted, Duration::from_millis(1), "{device_bytes}");
+        }
+    }
+
+    #[test]
+    fn guest_is_not_slowed_down_for_rounds_that_devices_made_long() {
+        let decided = |device_bytes| decide(&[with_devices(device_bytes, 5000); 3], &LIMITS);
+        assert_eq!(decided(500_000), Decision::Throttle(15));
+        assert_eq!(decided(2_000_000), Decision::Continue);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Each port is implemented once over the real thing in `vmm` and once as a fake in
 //! `testing` (a feature).
 
+mod device;
+
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -12,6 +14,8 @@ use crate::bitmap::DirtyBitmap;
 use crate::handoff::Mark;
 use crate::page::{PageIndex, PageRun};
 use crate::section::Section;
+
+pub use device::{DeviceLeft, DeviceSink, DeviceSource};
 
 /// A port failed. The engine adds what it was doing.
 #[derive(Debug, thiserror::Error)]
@@ -179,6 +183,11 @@ pub trait Machine: Send {
     /// [`PortError::Machine`].
     fn save(&self) -> Result<Vec<Section>, PortError>;
 
+    /// Devices whose state is not among that, but comes as a stream. Asked for once per migration.
+    fn device_sources(&self) -> Vec<Arc<dyn DeviceSource>> {
+        Vec::new()
+    }
+
     /// How long saving that state and restoring it elsewhere takes: an estimate for the downtime's
     /// budget, made while the machine runs.
     fn state_time(&self) -> Duration;
@@ -220,6 +229,12 @@ pub trait Host: Send {
 pub trait Incoming: Send {
     /// Its memory.
     fn pages(&self) -> Arc<dyn PageStore>;
+
+    /// Devices whose state comes as a stream. The machine is refused unless the source has exactly
+    /// these. Asked for once.
+    fn device_sinks(&self) -> Vec<Arc<dyn DeviceSink>> {
+        Vec::new()
+    }
 
     /// Takes over saved state, all of it. Called once, before the machine runs.
     ///

@@ -67,6 +67,9 @@ pub struct RoundReport {
     pub pages: PageMix,
     /// Bytes written to the connections.
     pub wire_bytes: u64,
+    /// Of these, device states that come as streams.
+    #[serde(default)]
+    pub device_bytes: u64,
     /// How long it took.
     pub duration_us: u64,
     /// Pages that changed meanwhile.
@@ -134,9 +137,13 @@ pub struct Blackout {
     pub total_us: u64,
     /// Stopping vCPUs and devices.
     pub pause_us: u64,
+    /// Stopping devices whose state comes as a stream.
+    #[serde(default)]
+    pub devices_us: u64,
     /// Reading the last dirty log.
     pub harvest_us: u64,
-    /// Sending the last pages; device states are saved meanwhile.
+    /// Sending the last pages, and device states that come as streams; the others are saved
+    /// meanwhile.
     pub pages_us: u64,
     /// Saving device states.
     pub save_us: u64,
@@ -150,6 +157,9 @@ pub struct Blackout {
     pub pages: u64,
     /// Bytes sent while it stood still.
     pub wire_bytes: u64,
+    /// Of these, device states that come as streams.
+    #[serde(default)]
+    pub device_bytes: u64,
 }
 
 /// A post-copy: what came after the VM had started at the destination.

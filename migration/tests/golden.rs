@@ -12,12 +12,13 @@ use std::path::PathBuf;
 use migration::codec::{Decoder, Encoder, Encoding};
 use migration::handoff::Cause;
 use migration::testing::FakeMemory;
+use migration::wire::device::DeviceHeader;
 use migration::wire::message::{
     Attach, CONTROL_INDEX, Commit, Complete, Fetch, Hello, MAGIC, Missing, Offer, Prepare,
     Prepared, Reasons, Round, Welcome,
 };
 use migration::wire::{
-    FrameKind, FrameReader, LIVE_PAGES_VERSION, Message, OLDEST_VERSION, VERSION,
+    DEVICES_VERSION, FrameKind, FrameReader, Message, OLDEST_VERSION, VERSION, device,
 };
 use migration::{PageIndex, PageRun, Section};
 
@@ -30,7 +31,8 @@ fn folder(version: u16) -> PathBuf {
 
 fn file(name: &str) -> PathBuf {
     let version = match name {
-        "pages-live" => LIVE_PAGES_VERSION,
+        "pages-live" => 2,
+        "offer-devices" | "device-data" => DEVICES_VERSION,
         _ => 1,
     };
     folder(version).join(format!("{name}.bin"))
@@ -79,6 +81,17 @@ fn messages() -> Vec<(&'static str, Message)> {
                 regions: vec![(0, 0xa0), (0x100, 0xbff00), (0x0010_0000, 0x40000)],
                 streams: 4,
                 postcopy: false,
+                devices: vec![],
+            }),
+        ),
+        (
+            "offer-devices",
+            Message::Offer(Offer {
+                skeleton: b"a machine".to_vec(),
+                regions: vec![(0, 0xa0)],
+                streams: 4,
+                postcopy: false,
+                devices: vec!["gpu0".to_owned(), "gpu1".to_owned()],
             }),
         ),
         ("accept", Message::Accept),
@@ -136,6 +149,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 regions: vec![(0, 0xa0)],
                 streams: 4,
                 postcopy: true,
+                devices: vec![],
             }),
         ),
         ("accept-postcopy", Message::AcceptPostcopy),
@@ -243,6 +257,20 @@ fn page_frames() -> (Vec<(&'static str, Vec<u8>)>, Pages) {
     (frames, after)
 }
 
+/// The 1001st part of all, the last one of the second device.
+const PART: DeviceHeader = DeviceHeader {
+    sequence: 1000,
+    device: 1,
+    is_last: true,
+};
+
+fn device_data() -> Vec<u8> {
+    let mut frame = vec![0; device::FRAME_HEAD_BYTES];
+    frame.extend_from_slice(b"state");
+    device::seal(&mut frame, &PART).expect("short");
+    frame
+}
+
 /// How LZ4 packs may change with its library; how it is unpacked may not.
 fn is_packed_freely(name: &str) -> bool {
     name == "pages-lz4"
@@ -251,7 +279,8 @@ fn is_packed_freely(name: &str) -> bool {
 fn all() -> Vec<(&'static str, Vec<u8>)> {
     let messages = messages().into_iter();
     let encoded = messages.map(|(name, message)| (name, message.encode().expect("short")));
-    encoded.chain(page_frames().0).collect()
+    let frames = encoded.chain(page_frames().0);
+    frames.chain([("device-data", device_data())]).collect()
 }
 
 #[test]
@@ -300,6 +329,16 @@ fn pages_that_were_ever_sent_are_read() {
         .map(|page| (page.0, store.page(page).unwrap()))
         .collect();
     assert!(found == after, "pages differ");
+}
+
+#[test]
+fn device_states_that_were_ever_sent_are_read() {
+    let mut payload = Vec::new();
+    let mut from = Cursor::new(golden("device-data"));
+    let kind = FrameReader::default().read(&mut from, &mut payload);
+    assert_eq!(kind.unwrap(), FrameKind::DeviceData);
+    let read = DeviceHeader::split(&payload).unwrap();
+    assert_eq!(read, (PART, &b"state"[..]));
 }
 
 #[test]

@@ -9,7 +9,8 @@ use migration::ports::{PageStore, PortError};
 use migration::snapshot::{MemoryImage, TakeError, TakeOptions, Taken, take};
 use migration::source::Parts;
 use migration::testing::machine::Guest;
-use migration::testing::{Copies, Failures, FakeDisk, FakeMachine, FakeMemory, Side, Step};
+use migration::testing::{Copies, DevicePlan, FakeDevice};
+use migration::testing::{Failures, FakeDisk, FakeMachine, FakeMemory, Side, Step};
 use migration::{PageIndex, PageRun, Section};
 
 const PAGE: usize = 4096;
@@ -224,6 +225,11 @@ fn every_failure_lets_the_machine_go_on() {
     let error = world.take(&mut Image::new()).unwrap_err();
     let expected = "the VM's state cannot be saved: disk0: it is no good";
     assert_eq!(error.to_string(), expected);
+    world.check_runs();
+    world.machine.blockers.clear();
+    world.machine.devices = vec![FakeDevice::new("gpu0", DevicePlan::default())];
+    let error = world.take(&mut Image::new()).unwrap_err();
+    assert!(error.to_string().contains("the state of gpu0"), "{error}");
     world.check_runs();
 }
 

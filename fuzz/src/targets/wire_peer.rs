@@ -8,7 +8,10 @@ use migration::destination::{DestinationOptions, receive};
 use migration::handoff::{Cause, Outcome};
 use migration::progress::{MigrationHandle, Phase, Tuning};
 use migration::source::{EncodingChoice, OnTimeout, Parts, SourceOptions, migrate};
-use migration::testing::{Copies, Failures, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side};
+use migration::testing::{
+    Copies, DevicePlan, Failures, FakeDevice, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side,
+};
+use migration::wire::device::{DeviceHeader, FRAME_HEAD_BYTES, seal};
 use migration::wire::frame::HEADER_BYTES;
 use migration::wire::message::{
     Attach, Commit, Complete, Hello, MAGIC, Missing, Offer, Prepare, Prepared, Reasons, Round,
@@ -25,13 +28,16 @@ const TOKEN: &[u8] = b"token";
 /// Where the golden files' pages lie.
 const REGION: (u64, u64) = (0x100, 70);
 
+/// Devices whose states come as streams.
+const DEVICES: [&str; 2] = ["gpu0", "gpu1"];
+
 /// A script ends by closing the connection, so nothing waits; were it to, the limit would say so.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long threads may take to be gone once a migration is over.
 const THREADS_END: Duration = Duration::from_secs(10);
 
-/// First which side is attacked, then frames: for which connection, of which kind, with what.
+/// First which side is attacked and what the machine is like, then frames: for which connection, of which kind, with what.
 /// Connection 0 is the control connection.
 pub fn run(data: &[u8]) {
     let threads = count_threads();
@@ -54,6 +60,7 @@ fn exchange(data: &[u8]) {
     let mut input = Input::new(data);
     let attacks_source = input.flag();
     let postcopy = input.flag();
+    let has_devices = input.flag();
     let mut wires = [const { Vec::new() }; 4];
     while !input.is_empty() {
         let wire = usize::from(input.below(4));
@@ -66,8 +73,8 @@ fn exchange(data: &[u8]) {
         }
     }
     match attacks_source {
-        true => source(&wires, postcopy),
-        false => destination(&wires),
+        true => source(&wires, postcopy, has_devices),
+        false => destination(&wires, has_devices),
     }
 }
 
@@ -75,12 +82,25 @@ fn region() -> PageRun {
     PageRun::new(PageIndex(REGION.0), REGION.1).expect("a run")
 }
 
+/// Two whose states come as streams, one of which can be read from while the machine runs.
+fn devices(exist: bool) -> Vec<Arc<FakeDevice>> {
+    let plan = |before_stop| DevicePlan {
+        at_stop: 300_000,
+        before_stop,
+        ..DevicePlan::default()
+    };
+    let devices = DEVICES.iter().zip([None, Some(5000)]);
+    let devices = devices.map(|(id, before_stop)| FakeDevice::new(id, plan(before_stop)));
+    devices.filter(|_| exist).collect()
+}
+
 /// It never runs without having held the disk, and is nothing without a machine.
-fn destination([control, data @ ..]: &[Vec<u8>; 4]) {
+fn destination([control, data @ ..]: &[Vec<u8>; 4], has_devices: bool) {
     let (disk, copies) = (FakeDisk::new(true), Copies::default());
     // A source that has let go, so that the mark is right by chance.
     disk.source_dies();
     let mut host = FakeHost::new(vec![region()], &disk, &copies, &Failures::default());
+    host.devices = devices(has_devices);
     let mut accept = ScriptedPeers::new(data);
     let options = DestinationOptions {
         versions: Versions::OURS,
@@ -133,10 +153,11 @@ fn watched<T>(look: impl Fn() + Sync, work: impl FnOnce() -> T) -> T {
 }
 
 /// It runs, unless it was told that the destination does.
-fn source([control, ..]: &[Vec<u8>; 4], postcopy: bool) {
+fn source([control, ..]: &[Vec<u8>; 4], postcopy: bool, has_devices: bool) {
     let (disk, copies) = (FakeDisk::new(true), Copies::default());
     let memory = FakeMemory::with_regions(vec![region()]);
     let mut machine = FakeMachine::new(memory, &disk, &copies, &Failures::default());
+    machine.devices = devices(has_devices);
     let guest = machine.guest.clone();
     for page in 0x100..0x104 {
         guest.write(PageIndex(page), |bytes| bytes.fill(7));
@@ -173,6 +194,11 @@ fn source([control, ..]: &[Vec<u8>; 4], postcopy: bool) {
     let report = watched(end_cut, || {
         migrate(&mut parts, channel, &mut dial, &options, &handle)
     });
+    for device in &machine.devices {
+        let record = device.record();
+        assert_eq!(record.begun, record.ended);
+        assert!(record.misdeeds.is_empty(), "{:?}", record.misdeeds);
+    }
     let runs = copies.runs(Side::Source);
     match report.outcome {
         Outcome::Surrendered => assert!(!runs && disk.holder().is_none()),
@@ -189,9 +215,9 @@ fn source([control, ..]: &[Vec<u8>; 4], postcopy: bool) {
 struct Steps(Script);
 
 impl Steps {
-    fn new(attacks_source: bool, postcopy: bool) -> Self {
+    fn new(attacks_source: bool, postcopy: bool, has_devices: bool) -> Self {
         let script = Script::new().u8(attacks_source.into());
-        Self(script.u8(postcopy.into()))
+        Self(script.u8(postcopy.into()).u8(has_devices.into()))
     }
 
     fn frame(self, wire: u8, frame: &[u8]) -> Self {
@@ -213,27 +239,50 @@ impl Steps {
     }
 }
 
+/// Parts of states: on which connection, the number, the device, and whether it is the last one.
+const PARTS: [(u8, u64, u16, bool); 5] = [
+    (1, 1, 1, false),
+    (1, 4, 1, true),
+    (2, 0, 0, false),
+    (2, 2, 1, false),
+    (2, 3, 0, true),
+];
+
+fn part(sequence: u64, device: u16, is_last: bool) -> Vec<u8> {
+    let mut frame = vec![0; FRAME_HEAD_BYTES + 8];
+    let header = DeviceHeader {
+        sequence,
+        device,
+        is_last,
+    };
+    seal(&mut frame, &header).expect("short");
+    frame
+}
+
 /// All that a source says that goes through with it.
-fn honest_source(postcopy: bool) -> Vec<u8> {
+fn honest_source(postcopy: bool, has_devices: bool) -> Vec<u8> {
     let attach = |index| {
         Message::Attach(Attach {
             token: TOKEN.to_vec(),
             index,
         })
     };
-    let mut steps = Steps::new(false, postcopy).messages(
+    let devices: Vec<_> = DEVICES.iter().map(ToString::to_string).collect();
+    let devices = if has_devices { devices } else { Vec::new() };
+    let mut steps = Steps::new(false, postcopy, has_devices).messages(
         0,
         &[
             Message::Hello(Hello {
                 magic: MAGIC.to_owned(),
-                oldest: 1,
-                newest: 1,
+                oldest: Versions::OURS.oldest,
+                newest: Versions::OURS.newest,
             }),
             Message::Offer(Offer {
                 skeleton: b"machine".to_vec(),
                 regions: vec![REGION],
                 streams: 2,
                 postcopy,
+                devices: devices.clone(),
             }),
             Message::Round(Round {
                 number: 1,
@@ -270,17 +319,26 @@ fn honest_source(postcopy: bool) -> Vec<u8> {
             steps = steps.frame(1, golden);
         }
     }
+    if has_devices {
+        for (wire, sequence, device, is_last) in PARTS {
+            steps = steps.frame(wire, &part(sequence, device, is_last));
+        }
+    }
     steps = steps.message(1, &Message::StreamEnd);
     steps.message(2, &Message::StreamEnd).0.done()
 }
 
 fn answers(postcopy: bool, last: &[Message]) -> Vec<u8> {
+    answers_to(false, postcopy, last)
+}
+
+fn answers_to(has_devices: bool, postcopy: bool, last: &[Message]) -> Vec<u8> {
     let welcome = Message::Welcome(Welcome {
-        version: 1,
+        version: Versions::OURS.newest,
         token: TOKEN.to_vec(),
         data_url: Some("tcp:192.0.2.7:1".to_owned()),
     });
-    let steps = Steps::new(true, postcopy).messages(0, &[welcome]);
+    let steps = Steps::new(true, postcopy, has_devices).messages(0, &[welcome]);
     steps.messages(0, last).0.done()
 }
 
@@ -289,8 +347,11 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let reasons = Reasons::one(Cause::ClaimFailed, "no");
     let committed = [prepared.clone(), Message::Committed];
     vec![
-        honest_source(false),
-        honest_source(true),
+        honest_source(false, false),
+        honest_source(true, false),
+        honest_source(false, true),
+        honest_source(true, true),
+        answers_to(true, false, &[&[Message::Accept], &committed[..]].concat()),
         answers(false, &[&[Message::Accept], &committed[..]].concat()),
         answers(
             true,

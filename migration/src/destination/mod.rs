@@ -11,6 +11,7 @@
 //! | `control` | the control connection |
 //! | `attach` | which connections are this migration's |
 //! | `transfer`, `stream` | the data connections' threads |
+//! | `devices` | device states that come as streams |
 //! | `mend` | data connections that take the place of others that broke |
 //! | `missing` | post-copy: memory while pages are missing |
 //! | `pull` | post-copy: pages that come after the machine has started |
@@ -20,6 +21,7 @@
 
 mod attach;
 mod control;
+mod devices;
 mod mend;
 mod missing;
 pub mod options;

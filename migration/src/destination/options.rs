@@ -63,6 +63,15 @@ pub enum DestinationError {
         #[source]
         source: std::io::Error,
     },
+    /// A device does not take its state.
+    #[error("the state of {id}")]
+    Device {
+        /// The device.
+        id: String,
+        /// Its words.
+        #[source]
+        source: PortError,
+    },
     /// The machine does not take its state.
     #[error("the VM's state cannot be taken over")]
     Restore(#[source] PortError),
@@ -94,7 +103,7 @@ impl DestinationError {
     pub(super) fn cause(&self) -> Cause {
         match self {
             Self::Protocol(_) | Self::Stream { .. } => Cause::Protocol,
-            Self::Restore(_) | Self::Refused(_) => Cause::RestoreFailed,
+            Self::Restore(_) | Self::Refused(_) | Self::Device { .. } => Cause::RestoreFailed,
             Self::Claim(_) => Cause::ClaimFailed,
             _ => Cause::Cancelled,
         }
@@ -103,5 +112,43 @@ impl DestinationError {
     /// With its sources, in one line.
     pub(super) fn chain(&self) -> String {
         crate::words::chain(self)
+    }
+}
+
+/// What ended a data connection's thread.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StreamError {
+    /// The connection, pages, or a part of a device's state that has no place there.
+    #[error(transparent)]
+    Pages(#[from] DecodeError),
+    /// A device does not take its state.
+    #[error("the state of {id}")]
+    Device {
+        /// The device.
+        id: String,
+        /// Its words.
+        #[source]
+        source: PortError,
+    },
+}
+
+impl From<FrameError> for StreamError {
+    fn from(error: FrameError) -> Self {
+        Self::Pages(error.into())
+    }
+}
+
+impl StreamError {
+    /// The connection broke: the rest may come on another.
+    pub(super) fn is_broken_link(&self) -> bool {
+        matches!(self, Self::Pages(error) if error.is_broken_link())
+    }
+
+    /// As an error of the migration; it happened on data connection `index`.
+    pub(super) fn on(self, index: u16) -> DestinationError {
+        match self {
+            Self::Pages(source) => DestinationError::Stream { index, source },
+            Self::Device { id, source } => DestinationError::Device { id, source },
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::attach::{Door, attach};
 use super::control::Control;
+use super::devices::Devices;
 use super::mend::Mender;
 use super::options::{DestinationError, DestinationOptions, Received};
 use super::transfer::{Ended, transfer};
@@ -14,7 +15,7 @@ use crate::page::{PageIndex, PageRun};
 use crate::ports::{Accept, Channel, Host, Incoming};
 use crate::section::Section;
 use crate::wire::message::{Hello, MAGIC, Offer, Reasons, Welcome};
-use crate::wire::{FrameReader, MENDING_VERSION, Message, Versions, missing};
+use crate::wire::{FrameReader, Message, Versions, device, missing};
 
 /// How long a connection that was opened again right before [`Message::Prepare`] may be on its way.
 const LATE_CONNECTION: Duration = Duration::from_millis(100);
@@ -85,7 +86,7 @@ fn take(
     host: &mut dyn Host,
     options: &DestinationOptions,
 ) -> Result<Received, DestinationError> {
-    let version = greet(control, accept, options)?;
+    greet(control, accept, options)?;
     let offer = match control.receive(|| Ok(()))? {
         Message::Offer(offer) => offer,
         other => return Err(unexpected(&other)),
@@ -99,15 +100,14 @@ fn take(
     let mut streams = attach(control, &mut door, &offer)?;
     // The last one.
     let priority = if offer.postcopy { streams.pop() } else { None };
-    let mends = version >= MENDING_VERSION;
-    transfer(control, (door, mends), (streams, priority), machine)
+    transfer(control, door, (streams, priority), machine)
 }
 
 fn greet(
     control: &mut Control<'_>,
     accept: &dyn Accept,
     options: &DestinationOptions,
-) -> Result<u16, DestinationError> {
+) -> Result<(), DestinationError> {
     let Hello {
         magic,
         oldest,
@@ -127,21 +127,25 @@ fn greet(
         token: options.token.clone(),
         data_url: accept.url(),
     }))?;
-    Ok(version)
+    Ok(())
 }
 
-/// Has the machine built, and compares its memory with the source's.
+/// Has the machine built, and compares its memory and its devices with the source's.
 fn prepare(
     offer: &Offer,
     host: &mut dyn Host,
     options: &DestinationOptions,
-) -> Result<Box<dyn Incoming>, DestinationError> {
+) -> Result<(Box<dyn Incoming>, Devices), DestinationError> {
     let mut reasons = Vec::new();
     if offer.streams == 0 || offer.streams > options.max_streams {
         let (found, limit) = (offer.streams, options.max_streams);
         reasons.push(format!(
             "{found} data connections are asked for, 1 to {limit} are possible"
         ));
+    }
+    reasons.extend(device::objection(offer.devices.iter().map(String::as_str)));
+    if offer.devices.len() > device::MAX_DEVICES {
+        return Err(DestinationError::Refused(reasons));
     }
     let machine = match host.prepare(&offer.skeleton) {
         Ok(machine) => machine,
@@ -161,9 +165,13 @@ fn prepare(
         let obstacle = machine.postcopy_obstacle();
         reasons.extend(obstacle.map(|why| format!("post-copy is not possible: {why}")));
     }
-    match reasons.is_empty() {
-        true => Ok(machine),
-        false => Err(DestinationError::Refused(reasons)),
+    let devices = Devices::matching(&offer.devices, &machine.device_sinks(), offer.streams);
+    match devices {
+        Ok(devices) if reasons.is_empty() => Ok((machine, devices)),
+        devices => {
+            reasons.extend(devices.err().unwrap_or_default());
+            Err(DestinationError::Refused(reasons))
+        }
     }
 }
 

@@ -167,7 +167,7 @@ fn pull(
         thread.spawn(move || {
             let mut decoder = Decoder::into_used(&missing.regions());
             // The one who asked may have given up.
-            let _ = results.send((index, stream.drain(&mut decoder, &*missing)));
+            let _ = results.send((index, stream.drain(&mut decoder, &*missing, None)));
         })?;
     }
     if let Some(stream) = priority {
@@ -175,7 +175,7 @@ fn pull(
         let fetcher = Fetcher::new(stream, stopped, patience);
         let thread = std::thread::Builder::new().name("mig-fault".to_owned());
         thread.spawn(move || {
-            let _ = results.send((PRIORITY, fetcher.run(&missing)));
+            let _ = results.send((PRIORITY, fetcher.run(&missing).map_err(Into::into)));
         })?;
     }
     Ok((puller, ended))

@@ -1,6 +1,8 @@
-//! A data connection: takes frames of pages until the source says that it is done.
+//! A data connection: takes pages and parts of device states until the source says that it is done.
 
-use crate::codec::{DecodeError, Decoder};
+use super::devices::Devices;
+use super::options::StreamError;
+use crate::codec::Decoder;
 use crate::ports::{Channel, PageStore};
 use crate::wire::frame::{FrameError, FrameKind, FrameReader};
 
@@ -11,12 +13,13 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// Writes what comes to memory.
+    /// Writes what comes to memory and to `devices`, where these may still come.
     pub(super) fn drain(
         &mut self,
         decoder: &mut Decoder,
         pages: &dyn PageStore,
-    ) -> Result<(), DecodeError> {
+        devices: Option<&Devices>,
+    ) -> Result<(), StreamError> {
         let prefers = pages
             .direct()
             .is_some_and(|direct| direct.prefers_receive());
@@ -36,6 +39,7 @@ impl Stream {
                     let from = (&mut self.reader, &mut *self.channel);
                     decoder.decode_from(&payload, from, pages)?;
                 }
+                FrameKind::DeviceData if let Some(devices) = devices => devices.take(&payload)?,
                 FrameKind::StreamEnd => return Ok(()),
                 other => {
                     let text = format!("{other:?} on a data connection");

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
+use super::devices::Devices;
 use super::missing::Missing;
 use super::options::{DestinationError, Received};
 use super::pull::Puller;
@@ -30,6 +31,8 @@ pub(super) struct Later<'a> {
 pub(super) struct Takeover<'c, 'a, 'd> {
     pub(super) control: &'c mut Control<'a>,
     pub(super) machine: Box<dyn Incoming>,
+    /// Those whose states have come as streams.
+    devices: &'c Devices,
     sections: Vec<Section>,
     /// In a post-copy.
     pub(super) later: Option<Later<'d>>,
@@ -45,13 +48,14 @@ pub(super) struct Takeover<'c, 'a, 'd> {
 impl<'c, 'a, 'd> Takeover<'c, 'a, 'd> {
     pub(super) fn new(
         control: &'c mut Control<'a>,
-        machine: Box<dyn Incoming>,
+        (machine, devices): (Box<dyn Incoming>, &'c Devices),
         sections: Vec<Section>,
         later: Option<Later<'d>>,
     ) -> Self {
         Self {
             control,
             machine,
+            devices,
             sections,
             later,
             missing: None,
@@ -98,12 +102,17 @@ impl<'c, 'a, 'd> Takeover<'c, 'a, 'd> {
         let begin = Instant::now();
         let lazy = self.make_lazy();
         let sections = std::mem::take(&mut self.sections);
-        let restored = lazy.and_then(|()| self.machine.restore(sections));
+        let restored = lazy.map_err(DestinationError::Restore);
+        let restored = restored.and_then(|()| self.devices.finish());
+        let restored = restored.and_then(|()| {
+            let restored = self.machine.restore(sections);
+            restored.map_err(DestinationError::Restore)
+        });
         self.restore_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
         match restored {
             Ok(()) => DestinationEvent::Restored,
             Err(error) => {
-                self.error = Some(DestinationError::Restore(error));
+                self.error = Some(error);
                 DestinationEvent::RestoreFailed
             }
         }

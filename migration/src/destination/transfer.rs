@@ -8,27 +8,28 @@ use std::time::Duration;
 
 use super::attach::Door;
 use super::control::Control;
+use super::devices::Devices;
 use super::mend::Mender;
 use super::missing::Missing;
-use super::options::{DestinationError, Received};
+use super::options::{DestinationError, Received, StreamError};
 use super::pull::{Fetcher, Puller};
 use super::receive::gather;
 use super::relink::NewLinks;
 use super::stream::Stream;
 use super::takeover::{Later, Takeover};
-use crate::codec::{DecodeError, Decoder};
+use crate::codec::Decoder;
 use crate::page::PageRun;
 use crate::ports::{Incoming, PageStore};
 
-pub(super) type StreamResult = (u16, Result<(), DecodeError>);
+pub(super) type StreamResult = (u16, Result<(), StreamError>);
 
 /// Takes pages and sections, then the hand-off. In a post-copy, connections of a new link come
-/// through `door`; with `mends` those of before, too.
+/// through `door`, as do those that take the place of others that broke.
 pub(super) fn transfer(
     control: &mut Control<'_>,
-    (mut door, mends): (Door<'_>, bool),
+    mut door: Door<'_>,
     (streams, priority): (Vec<Stream>, Option<Stream>),
-    machine: Box<dyn Incoming>,
+    (machine, devices): (Box<dyn Incoming>, Devices),
 ) -> Result<Received, DestinationError> {
     let pages = machine.pages();
     let regions = &pages.regions();
@@ -40,18 +41,28 @@ pub(super) fn transfer(
     std::thread::scope(|scope| {
         let (results, inbox) = channel();
         let has_fetcher = fetcher.is_some();
+        let devices = &devices;
         let break_off = || breakers.iter().for_each(|breaker| breaker.break_off());
-        let threads = start(scope, (streams, fetcher), (regions, &*pages), &results);
-        let Threads { mut orders, places } = threads.inspect_err(|_| break_off())?;
+        let threads = start(
+            scope,
+            (streams, fetcher),
+            (regions, &*pages, devices),
+            &results,
+        );
+        let Threads { mut orders, places } = threads.inspect_err(|_| {
+            break_off();
+            devices.end();
+        })?;
         // The threads have theirs: once they have ended, nothing more comes.
         drop(results);
         let mut ended = Ended {
             inbox,
             running: expected,
         };
-        let mender = mends.then(|| Mender::new(&mut door, &mut breakers, places));
-        let gathered = gather(control, (&mut ended, mender), regions, has_fetcher);
+        let mender = Mender::new(&mut door, &mut breakers, places);
+        let gathered = gather(control, (&mut ended, Some(mender)), regions, has_fetcher);
         let result = gathered.and_then(|(sections, later)| {
+            devices.check_whole()?;
             let puller = later.map(|later| Puller {
                 orders: std::mem::take(&mut orders),
                 breakers: breakers.clone(),
@@ -67,10 +78,11 @@ pub(super) fn transfer(
                 linger: door.linger,
                 link: NewLinks::new(door, expected),
             });
-            Takeover::new(control, machine, sections, later).run()
+            Takeover::new(control, (machine, devices), sections, later).run()
         });
         if result.is_err() {
             breakers.iter().for_each(|breaker| breaker.break_off());
+            devices.end();
         }
         result
     })
@@ -85,11 +97,14 @@ struct Threads {
     places: Vec<Sender<Stream>>,
 }
 
+/// Where things go before the machine starts: memory with its regions, and devices.
+type Target<'a> = (&'a [PageRun], &'a dyn PageStore, &'a Devices);
+
 /// A thread per data connection.
 fn start<'scope>(
     scope: &'scope Scope<'scope, '_>,
     (streams, fetcher): (Vec<Stream>, Option<Fetcher>),
-    memory: (&'scope [PageRun], &'scope dyn PageStore),
+    target: Target<'scope>,
     results: &Sender<StreamResult>,
 ) -> std::io::Result<Threads> {
     let mut threads = Threads::default();
@@ -100,7 +115,7 @@ fn start<'scope>(
         threads.places.push(place);
         let (line, results) = (Line { stream, next }, results.clone());
         builder(format!("mig-{index}")).spawn_scoped(scope, move || {
-            carry(line, index, memory, (&results, &later))
+            carry(line, index, target, (&results, &later))
         })?;
     }
     if let Some(fetcher) = fetcher {
@@ -117,7 +132,7 @@ fn start<'scope>(
 fn fetch(fetcher: Fetcher, results: &Sender<StreamResult>, later: &Receiver<Arc<Missing>>) {
     if let Ok(missing) = later.recv() {
         // The one who asked may have given up.
-        let _ = results.send((PRIORITY, fetcher.run(&missing)));
+        let _ = results.send((PRIORITY, fetcher.run(&missing).map_err(Into::into)));
     }
 }
 
@@ -133,10 +148,10 @@ struct Line {
 impl Line {
     /// Takes all pages that come before the machine starts. The decoder knows which pages were
     /// written, over whichever connection.
-    fn drain(&mut self, regions: &[PageRun], pages: &dyn PageStore) -> Result<(), DecodeError> {
+    fn drain(&mut self, (regions, pages, devices): Target<'_>) -> Result<(), StreamError> {
         let mut decoder = Decoder::new(regions);
         loop {
-            match self.stream.drain(&mut decoder, pages) {
+            match self.stream.drain(&mut decoder, pages, Some(devices)) {
                 Err(error) if error.is_broken_link() => {
                     // The source may not have noticed.
                     self.stream.channel.breaker().break_off();
@@ -157,16 +172,18 @@ impl Line {
 fn carry(
     mut line: Line,
     index: u16,
-    (regions, pages): (&[PageRun], &dyn PageStore),
+    target: Target<'_>,
     (results, later): (&Sender<StreamResult>, &Receiver<Arc<Missing>>),
 ) {
-    let result = line.drain(regions, pages);
+    let result = line.drain(target);
     let ended_well = result.is_ok();
     // The one who asked may have given up.
     let _ = results.send((index, result));
+    // Now it is known why, to others that cannot go on because of this.
+    target.2.leave();
     if ended_well && let Ok(missing) = later.recv() {
-        let mut decoder = Decoder::into_used(regions);
-        let result = line.stream.drain(&mut decoder, &*missing);
+        let mut decoder = Decoder::into_used(target.0);
+        let result = line.stream.drain(&mut decoder, &*missing, None);
         let _ = results.send((index, result));
     }
 }
@@ -198,7 +215,7 @@ impl Ended {
             let Ok((index, result)) = self.inbox.recv_timeout(wait) else {
                 return Ok(());
             };
-            result.map_err(|source| DestinationError::Stream { index, source })?;
+            result.map_err(|error| error.on(index))?;
             self.running -= usize::from(index != PRIORITY);
         }
         Ok(())

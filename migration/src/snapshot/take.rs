@@ -122,7 +122,12 @@ pub fn take(
     cancelled: &dyn Fn() -> bool,
     options: &TakeOptions,
 ) -> Result<Taken, TakeError> {
-    let blockers = parts.machine.blockers();
+    let mut blockers = parts.machine.blockers();
+    let streams = parts.machine.device_sources();
+    blockers.extend(streams.iter().map(|device| {
+        let id = device.id();
+        format!("the state of {id} comes as a stream, for which a snapshot has no place")
+    }));
     if !blockers.is_empty() {
         return Err(TakeError::Blocked(blockers));
     }
@@ -203,6 +208,7 @@ fn precopy(
                 ..PageMix::default()
             },
             wire_bytes: writer.written_bytes - before,
+            device_bytes: 0,
             duration_us: micros(round_began.elapsed()),
             dirty_pages: dirty.iter().map(DirtyBitmap::count).sum(),
             cpu_percent,

@@ -1,6 +1,5 @@
 //! Handshake: versions, the machine's description, data connections.
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
@@ -9,7 +8,7 @@ use super::options::{OnTimeout, SourceError, SourceOptions};
 use crate::ports::{Channel, Dial};
 use crate::progress::MigrationHandle;
 use crate::wire::message::{Attach, Hello, MAGIC, Offer, Welcome};
-use crate::wire::{LIVE_PAGES_VERSION, MENDING_VERSION, Message, Versions};
+use crate::wire::{DEVICES_VERSION, Message, Versions, device};
 
 /// Connections to the destination.
 pub(super) struct Links<'d> {
@@ -21,18 +20,19 @@ pub(super) struct Links<'d> {
     pub(super) further: Further<'d>,
     /// The link's delay, there and back.
     pub(super) round_trip: Duration,
-    /// Whether pages may travel straight out of memory.
-    pub(super) takes_live_pages: bool,
 }
 
 /// Introduces this side, describes the machine and opens the data connections.
 pub(super) fn connect<'d>(
     control: &mut Control,
     dial: &'d mut dyn Dial,
-    parts: &Parts<'_>,
+    (parts, devices): (&Parts<'_>, Vec<String>),
     options: &SourceOptions,
     handle: &MigrationHandle,
 ) -> Result<Links<'d>, SourceError> {
+    if let Some(objection) = device::objection(devices.iter().map(String::as_str)) {
+        return Err(SourceError::Blocked(vec![objection]));
+    }
     let wait = |control: &mut Control, time| control.receive(time, || handle.is_cancelled());
     let ours = Versions::OURS;
     let asked = Instant::now();
@@ -55,6 +55,9 @@ pub(super) fn connect<'d>(
             newest: ours.newest,
         });
     }
+    if !devices.is_empty() && welcome.version < DEVICES_VERSION {
+        return Err(SourceError::DevicesUnknown(devices));
+    }
     let postcopy = options.on_timeout == OnTimeout::Postcopy;
     let regions = parts.pages.regions();
     control.tell(&Message::Offer(Offer {
@@ -62,6 +65,7 @@ pub(super) fn connect<'d>(
         regions: regions.iter().map(|run| (run.start.0, run.count)).collect(),
         streams: options.streams,
         postcopy,
+        devices,
     }))?;
     match wait(control, options.prepare_patience)? {
         Message::Accept if !postcopy => {}
@@ -73,7 +77,6 @@ pub(super) fn connect<'d>(
         Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     }
-    let takes_live_pages = welcome.version >= LIVE_PAGES_VERSION;
     let mut further = Further {
         dial,
         welcome,
@@ -86,7 +89,6 @@ pub(super) fn connect<'d>(
         data,
         priority,
         round_trip: further.round_trip,
-        takes_live_pages,
         further,
     })
 }
@@ -127,10 +129,6 @@ impl Further<'_> {
         given_up: &dyn Fn() -> bool,
     ) -> Result<Box<dyn Channel>, SourceError> {
         let index = u16::try_from(index).unwrap_or(u16::MAX);
-        if self.welcome.version < MENDING_VERSION {
-            let source = io::Error::other("the destination does not take it in the middle");
-            return Err(SourceError::Dial { index, source });
-        }
         self.open(index, given_up)
     }
 

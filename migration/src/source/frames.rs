@@ -1,9 +1,9 @@
-//! Pages into a buffer, and frames with raw pages behind them onto a connection.
+//! Runs of pages, pages into a buffer, and frames with raw pages behind them onto a connection.
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
-use crate::page::PageRun;
+use crate::page::{PageIndex, PageRun};
 use crate::ports::{Channel, PageStore, PortError};
 
 /// Reads pages one after the other into `buffer`, which has room for all of them.
@@ -50,4 +50,22 @@ impl<'a> Outgoing<'a> {
         }
         Ok(())
     }
+}
+
+/// Runs of ones in a word whose bit 0 is page `base`.
+pub(super) fn runs_of(base: PageIndex, word: u64) -> impl Iterator<Item = PageRun> {
+    let mut at = 0_u32;
+    std::iter::from_fn(move || {
+        let rest = word.checked_shr(at)?;
+        if rest == 0 {
+            return None;
+        }
+        let start = at + rest.trailing_zeros();
+        let count = (word >> start).trailing_ones();
+        at = start + count;
+        Some(PageRun {
+            start: PageIndex(base.0 + u64::from(start)),
+            count: u64::from(count),
+        })
+    })
 }

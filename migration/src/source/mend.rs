@@ -32,6 +32,7 @@ impl Rounds<'_> {
             match self.workers.next()? {
                 Some((index, Err(error))) => {
                     self.check_wanted()?;
+                    self.shared.devices.check()?;
                     // It may take a while.
                     self.tell_round(control, pages)?;
                     self.reopen(control, (index, error), reopen)?;

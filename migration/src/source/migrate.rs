@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::connect;
 use super::control::Control;
+use super::devices::Devices;
 use super::handover::Handover;
 use super::options::{OnTimeout, SourceError, SourceOptions, SourceReport};
 use super::pacer::Pacer;
@@ -30,10 +31,12 @@ pub struct Parts<'a> {
     pub tracker: &'a dyn DirtyTracker,
 }
 
-/// Breaks connections off when it is dropped, so that no thread waits on one, or to use one.
+/// Breaks connections off when it is dropped and lets devices go, so that no thread waits on one,
+/// or to use one.
 struct Breakers<'a> {
     connections: Vec<Arc<dyn Breaker>>,
     pacer: &'a Pacer<'a>,
+    devices: &'a Devices,
 }
 
 impl Drop for Breakers<'_> {
@@ -42,6 +45,7 @@ impl Drop for Breakers<'_> {
         for breaker in &self.connections {
             breaker.break_off();
         }
+        self.devices.end();
     }
 }
 
@@ -105,6 +109,7 @@ pub fn migrate(
         postcopy: record.postcopy,
         pages,
         wire_bytes: totals.wire_bytes.load(Ordering::Relaxed),
+        device_bytes: totals.device_bytes.load(Ordering::Relaxed),
         streams: options.streams,
         congested_percent: u8::try_from(congested).unwrap_or(100),
         cache_bytes: totals.most_cache_bytes(),
@@ -130,7 +135,9 @@ fn cause(error: &SourceError) -> Cause {
         SourceError::Timeout(_)
         | SourceError::FirstRound { .. }
         | SourceError::Distance { .. }
-        | SourceError::State { .. } => Cause::Deadline,
+        | SourceError::State { .. }
+        | SourceError::DeviceTooLarge { .. }
+        | SourceError::DeviceNotReady { .. } => Cause::Deadline,
         SourceError::Unexpected(_) | SourceError::NotDrover(_) | SourceError::Version { .. } => {
             Cause::Protocol
         }
@@ -140,7 +147,9 @@ fn cause(error: &SourceError) -> Cause {
 
 fn reason(error: &SourceError) -> Reason {
     match error {
-        SourceError::Link(_) | SourceError::Dial { .. } => Reason::LinkLost,
+        SourceError::Link(_) | SourceError::Dial { .. } | SourceError::DeviceCut { .. } => {
+            Reason::LinkLost
+        }
         SourceError::Peer(_) | SourceError::Refused(_) => Reason::Peer(Cause::Cancelled),
         SourceError::Handoff(reason) => *reason,
         _ => Reason::Here(cause(error)),
@@ -159,7 +168,8 @@ fn attempt(
     if !blockers.is_empty() {
         return Err(SourceError::Blocked(blockers));
     }
-    let mut links = connect::connect(control, dial, parts, options, handle)?;
+    let devices = &Devices::new(parts.machine.device_sources(), options.streams);
+    let mut links = connect::connect(control, dial, (parts, devices.ids()), options, handle)?;
     let channels = links.data.iter().chain(&links.priority);
     let handover = Handover::over(links.round_trip, parts.machine.state_time());
     log::debug!(round_trip_us = micros(links.round_trip); "connected");
@@ -167,13 +177,15 @@ fn attempt(
     let breakers = Breakers {
         connections: channels.map(|channel| channel.breaker()).collect(),
         pacer: &pacer,
+        devices,
     };
     let shared = Shared {
         pages: parts.pages,
-        direct: parts.pages.direct().filter(|_| links.takes_live_pages),
+        direct: parts.pages.direct(),
         tracker: parts.tracker,
         handle,
         pacer: &pacer,
+        devices,
         totals: std::mem::take(&mut record.totals),
         streams: u64::from(options.streams),
         encoding: options.encoding,
@@ -184,6 +196,7 @@ fn attempt(
     let result = std::thread::scope(|scope| {
         // Dropped before the threads are awaited.
         let mut breakers = breakers;
+        devices.begin(scope)?;
         let (workers, results) = Workers::start(scope, &shared, links.data)?;
         let mut rounds = Rounds::new(&shared, workers, handover, (options, handle));
         let precopied = rounds.precopy(parts, control, &mut |index| {

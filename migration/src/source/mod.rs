@@ -9,9 +9,10 @@
 //! | [`options`] | what is asked for, what came of it |
 //! | `connect` | handshake and data connections |
 //! | `stream`, `frames` | a data connection's thread; what it reads into and writes from |
+//! | `devices`, `parts` | device states that come as streams |
 //! | `pacer` | the bandwidth limit |
 //! | `plan` | what the connections are told to do in a round |
-//! | `rounds`, `handover` | pre-copy, and what a blackout takes whatever is dirty |
+//! | `rounds`, `judge`, `handover` | pre-copy, what comes after a round, and what a blackout takes whatever is dirty |
 //! | `workers` | the data connections' threads, as their coordinator sees them |
 //! | `mend` | data connections that break in pre-copy are opened again |
 //! | `relink` | post-copy: a new link after the first was cut |
@@ -21,13 +22,16 @@
 
 mod connect;
 mod control;
+mod devices;
 mod frames;
 mod handover;
+mod judge;
 mod mend;
 mod migrate;
 pub mod options;
 mod pace;
 mod pacer;
+mod parts;
 mod plan;
 mod postcopy;
 mod relink;

@@ -86,6 +86,12 @@ pub enum SourceError {
         /// Ours.
         newest: u16,
     },
+    /// The destination's build does not take them.
+    #[error(
+        "the destination's build is older than this one and does not know of devices whose state comes as a \
+         stream: {}", .0.join(", ")
+    )]
+    DevicesUnknown(Vec<String>),
     /// The peer answers something else than was asked.
     #[error("the destination answers with {0}, which has no place here")]
     Unexpected(String),
@@ -152,6 +158,58 @@ pub enum SourceError {
         /// What is expected.
         needed: Duration,
     },
+    /// A device does not do as it is told.
+    #[error("the state of {id}")]
+    Device {
+        /// The device.
+        id: String,
+        /// Its words.
+        #[source]
+        source: PortError,
+    },
+    /// A device's state takes too long, and does not get less.
+    #[error(
+        "a downtime of {} ms cannot be kept: the state of {id} has {bytes} bytes to be sent once the VM is \
+         stopped; over connections that carry {} MB/s the state of all devices takes some {} ms; a larger \
+         --max-downtime, more bandwidth or --on-timeout force help",
+        .max_downtime.as_secs_f64() * 1e3, .bytes_per_s / 1_000_000, .needed.as_millis()
+    )]
+    DeviceTooLarge {
+        /// What was asked for.
+        max_downtime: Duration,
+        /// What is expected, for all devices.
+        needed: Duration,
+        /// What the connections carry.
+        bytes_per_s: u64,
+        /// The device with most state.
+        id: String,
+        /// How much that is.
+        bytes: u64,
+    },
+    /// A device has to send more of its state before it can be stopped.
+    #[error(
+        "{id} was not ready to be stopped within {} s: {bytes} bytes of its state are to be sent first; a longer \
+         --timeout, more bandwidth or --on-timeout force help", .timeout.as_secs_f64()
+    )]
+    DeviceNotReady {
+        /// What was asked for.
+        timeout: Duration,
+        /// The device that has most left.
+        id: String,
+        /// How much that is.
+        bytes: u64,
+    },
+    /// A connection broke, and with it state that cannot be read again.
+    #[error(
+        "data connection {index} broke after it had carried device state, which cannot be read a second time"
+    )]
+    DeviceCut {
+        /// Its number.
+        index: u64,
+        /// How it broke.
+        #[source]
+        source: FrameError,
+    },
     /// A post-copy was cut, and somebody has ended the wait for a new link.
     #[error("its missing pages were given up here: it cannot go on at its destination")]
     PagesGivenUp,
@@ -193,6 +251,8 @@ pub struct SourceReport {
     pub wire_bytes: u64,
     /// Data connections.
     pub streams: u16,
+    /// Of that, device states that come as streams.
+    pub device_bytes: u64,
     /// Share of the batches in percent, of up to 64 pages each, that met a data connection without room.
     pub congested_percent: u8,
     /// Most memory that held pages sent before.

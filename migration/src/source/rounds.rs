@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::handover::Handover;
+use super::judge::{Hold, Trend};
 use super::migrate::Parts;
 use super::options::{OnTimeout, SourceError, SourceOptions};
-use super::pace::Pace;
 use super::plan::{Cut, RoundPlan, Task};
 use super::stream::Shared;
 use super::workers::{Reopen, Workers};
 use crate::bitmap::DirtyBitmap;
-use crate::convergence::{Decision, decide, predicted_blackout};
 use crate::handoff::Mode;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::progress::{MigrationHandle, Observation, PageMix, Phase, RoundReport};
@@ -26,6 +25,9 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// How long a failed stream's peer may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// Rounds with fewer bytes say little about the speed of the link: hosts take as much at once.
+const TELLING_BYTES: u64 = 4 << 20;
+
 /// How often watchers get new figures.
 const REFRESH: Duration = Duration::from_millis(200);
 
@@ -37,6 +39,7 @@ pub(super) type LastPages = (Vec<DirtyBitmap>, Mode);
 struct Tally {
     at: Instant,
     wire_bytes: u64,
+    device_bytes: u64,
     pages: PageMix,
 }
 
@@ -54,13 +57,13 @@ pub(super) struct Rounds<'a> {
     pub(super) reports: Vec<RoundReport>,
     pub(super) predicted: Option<Duration>,
     pub(super) workers: Workers,
-    handover: Handover,
+    pub(super) handover: Handover,
     pub(super) options: &'a SourceOptions,
     pub(super) handle: &'a MigrationHandle,
     pub(super) regions: Vec<PageRun>,
-    began: Instant,
-    cpu_percent: u8,
-    number: u32,
+    pub(super) began: Instant,
+    pub(super) cpu_percent: u8,
+    pub(super) number: u32,
     /// How many connections were opened again.
     pub(super) reopened: usize,
     /// The first report that convergence is judged by: those before are of a round in which a
@@ -68,6 +71,11 @@ pub(super) struct Rounds<'a> {
     pub(super) judged_from: usize,
     /// Whether the connections were found to carry before the round that is being sent.
     pub(super) is_settled: bool,
+    /// What devices mean for the machine's stop, as of the last round.
+    pub(super) hold: Hold,
+    pub(super) trend: Trend,
+    /// Bytes per second that the connections carried when they were last at work for long.
+    pub(super) link_rate: Option<u64>,
     /// For the link's speed as watchers see it.
     refreshed: Tally,
     sign_of_life: Instant,
@@ -104,9 +112,13 @@ impl<'a> Rounds<'a> {
             reopened: 0,
             judged_from: 0,
             is_settled: false,
+            hold: Hold::default(),
+            trend: Trend::default(),
+            link_rate: None,
             refreshed: Tally {
                 at: now,
                 wire_bytes: 0,
+                device_bytes: 0,
                 pages: PageMix::default(),
             },
             sign_of_life: now,
@@ -162,54 +174,9 @@ impl<'a> Rounds<'a> {
                 }
             } else {
                 self.is_settled = false;
+                self.wait_for_devices(control, dirty_pages)?;
             }
             parts.machine.throttle(self.cpu_percent)?;
-        }
-    }
-
-    /// How the machine is to be stopped, if it is time for that.
-    fn after_round(&mut self) -> Result<Option<Mode>, SourceError> {
-        let max_downtime = self.handle.tuning().max_downtime;
-        let limits = self.handover.limits(max_downtime);
-        let judged = self.reports.get(self.judged_from..).unwrap_or_default();
-        let predicted = predicted_blackout(judged, limits.fixed);
-        let mut decision = decide(judged, &limits);
-        self.predicted = Some(predicted);
-        self.publish(predicted);
-        if self.handover.is_beyond(max_downtime) && matches!(decision, Decision::Throttle(_)) {
-            decision = Decision::Diverges;
-        }
-        match (decision, self.options.on_timeout) {
-            (Decision::Switchover, _) => return Ok(Some(Mode::Precopy)),
-            (_, OnTimeout::Force) if self.is_late() => return Ok(Some(Mode::Precopy)),
-            (_, OnTimeout::Postcopy) if self.is_late() => return Ok(Some(Mode::Postcopy)),
-            (Decision::Diverges, OnTimeout::Postcopy) => return Ok(Some(Mode::Postcopy)),
-            // Rounds may be shorter than the time between two looks at the clock.
-            (_, OnTimeout::Cancel) if self.is_late() => return Err(self.too_late()),
-            (Decision::Diverges, OnTimeout::Cancel) if self.handover.is_beyond(max_downtime) => {
-                return Err(self.too_late());
-            }
-            (Decision::Continue | Decision::Diverges, _) => {}
-            (Decision::Throttle(percent), _) => {
-                log::info!(percent; "the guest is slowed down: it writes faster than the link carries");
-                self.cpu_percent = percent;
-            }
-        }
-        Ok(None)
-    }
-
-    /// Why it did not come to a switchover.
-    fn too_late(&self) -> SourceError {
-        let max_downtime = self.handle.tuning().max_downtime;
-        let timeout = self.options.timeout;
-        match (self.handover.is_beyond(max_downtime), self.number) {
-            (true, _) if !self.reports.is_empty() => self.handover.refusal(max_downtime),
-            // The guest has not been asked for anything twice yet.
-            (_, 1) => SourceError::FirstRound {
-                timeout,
-                pace: Pace::since(self.began, self.shared),
-            },
-            _ => SourceError::Timeout(timeout),
         }
     }
 
@@ -243,6 +210,7 @@ impl<'a> Rounds<'a> {
         self.tell_round(control, pages)?;
         self.handle.update(|progress| progress.round = number);
         let begin = self.tally();
+        self.shared.devices.read_on();
         let plan = self.order(RoundPlan {
             number,
             dirty,
@@ -255,9 +223,12 @@ impl<'a> Rounds<'a> {
         let lost = self.await_or_reopen(control, pages, reopen, |rounds| {
             if rounds.is_late() {
                 plan.cut.make();
+                rounds.shared.devices.cut();
             }
         })?;
+        self.shared.devices.check()?;
         let report = self.report_since(begin);
+        self.note_rate(report.wire_bytes);
         Ok(Sent { report, plan, lost })
     }
 
@@ -306,6 +277,7 @@ impl<'a> Rounds<'a> {
 
     fn order(&self, plan: RoundPlan) -> Arc<RoundPlan> {
         self.shared.totals.done_pages.store(0, Ordering::Relaxed);
+        self.shared.totals.sending_us.store(0, Ordering::Relaxed);
         let plan = Arc::new(plan);
         self.workers.order(&Task::Round(Arc::clone(&plan)));
         plan
@@ -319,9 +291,10 @@ impl<'a> Rounds<'a> {
         let mut left = self.workers.count();
         while left > 0 {
             match self.workers.next()? {
-                Some((_, result)) => {
-                    result?;
-                    left -= 1;
+                Some((_, Ok(()))) => left -= 1,
+                // Maybe because of a device.
+                Some((_, Err(error))) => {
+                    return Err(self.shared.devices.check().err().unwrap_or(error));
                 }
                 None => watch(self)?,
             }
@@ -342,6 +315,7 @@ impl<'a> Rounds<'a> {
 
     pub(super) fn watch(&mut self, control: &mut Control, pages: u64) -> Result<(), SourceError> {
         self.check_wanted()?;
+        self.shared.devices.check()?;
         listen(control, Duration::ZERO)?;
         self.show_life(control, pages)?;
         self.show_push(pages);
@@ -376,6 +350,7 @@ impl<'a> Rounds<'a> {
         Tally {
             at: Instant::now(),
             wire_bytes: self.shared.totals.wire_bytes.load(Ordering::Relaxed),
+            device_bytes: self.shared.totals.device_bytes.load(Ordering::Relaxed),
             pages: self.shared.totals.mix(),
         }
     }
@@ -391,8 +366,18 @@ impl<'a> Rounds<'a> {
                 delta: now.pages.delta - begin.pages.delta,
             },
             wire_bytes: now.wire_bytes - begin.wire_bytes,
+            device_bytes: now.device_bytes - begin.device_bytes,
             duration_us: micros(now.at - begin.at),
             ..RoundReport::default()
+        }
+    }
+
+    /// A round of so many bytes is over: how fast they went where they went longest.
+    fn note_rate(&mut self, wire_bytes: u64) {
+        let micros = self.shared.totals.sending_us.load(Ordering::Relaxed);
+        if wire_bytes >= TELLING_BYTES {
+            let rate = u128::from(wire_bytes) * 1_000_000 / u128::from(micros.max(1));
+            self.link_rate = Some(u64::try_from(rate).unwrap_or(u64::MAX));
         }
     }
 
@@ -417,7 +402,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// What a finished round has shown.
-    fn publish(&mut self, predicted: Duration) {
+    pub(super) fn publish(&mut self, predicted: Duration) {
         let Some(last) = self.reports.last().copied() else {
             return;
         };
@@ -440,10 +425,12 @@ impl<'a> Rounds<'a> {
     /// A stream has failed: the peer's own words say more, if there are any.
     pub(super) fn explain(control: &mut Control, error: SourceError) -> SourceError {
         match error {
-            SourceError::Link(_) => match listen(control, LAST_WORDS) {
-                Err(words @ SourceError::Peer(_)) => words,
-                Ok(()) | Err(_) => error,
-            },
+            SourceError::Link(_) | SourceError::DeviceCut { .. } => {
+                match listen(control, LAST_WORDS) {
+                    Err(words @ SourceError::Peer(_)) => words,
+                    Ok(()) | Err(_) => error,
+                }
+            }
             error => error,
         }
     }

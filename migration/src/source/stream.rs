@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use super::frames::{Outgoing, read_runs};
+use super::devices::Devices;
+use super::frames::{Outgoing, read_runs, runs_of};
 use super::options::{EncodingChoice, SourceError};
 use super::pacer::Pacer;
 use super::plan::{RoundPlan, Task};
@@ -33,6 +34,8 @@ const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(5);
 #[derive(Debug, Default)]
 pub(super) struct Totals {
     pub(super) wire_bytes: AtomicU64,
+    /// Of that, device states that come as streams.
+    pub(super) device_bytes: AtomicU64,
     pub(super) zero: AtomicU64,
     pub(super) raw: AtomicU64,
     pub(super) lz4: AtomicU64,
@@ -45,6 +48,8 @@ pub(super) struct Totals {
     pub(super) congested: AtomicU64,
     /// Pages of the round that were looked at.
     pub(super) done_pages: AtomicU64,
+    /// How long the connection that was longest at it has been sending in this round.
+    pub(super) sending_us: AtomicU64,
 }
 
 impl Totals {
@@ -97,6 +102,7 @@ pub(super) struct Shared<'a> {
     pub(super) tracker: &'a dyn DirtyTracker,
     pub(super) handle: &'a MigrationHandle,
     pub(super) pacer: &'a Pacer<'a>,
+    pub(super) devices: &'a Devices,
     pub(super) totals: Totals,
     pub(super) streams: u64,
     pub(super) encoding: EncodingChoice,
@@ -130,19 +136,23 @@ pub(super) type StreamResult = (u64, Result<(), SourceError>);
 
 /// A data connection and what it remembers.
 pub(super) struct Stream<'a> {
-    shared: &'a Shared<'a>,
+    pub(super) shared: &'a Shared<'a>,
     index: u64,
-    channel: Box<dyn Channel>,
+    pub(super) channel: Box<dyn Channel>,
     encoder: Encoder,
     /// Pages that the destination has as something else than zeroes, by region.
     sent: Vec<DirtyBitmap>,
     /// Contents of the batch's pages; never gets shorter, so that it is not cleared each time.
     buffer: Vec<u8>,
     /// Frames that are not written yet.
-    out: Vec<u8>,
+    pub(super) out: Vec<u8>,
     adaptive: Adaptive,
     /// Whether the bandwidth limit held up the last write.
-    was_paced: bool,
+    pub(super) was_paced: bool,
+    /// How long it has been sending in this round.
+    sending: Duration,
+    /// Whether it has carried device state: what of that is lost with it cannot be read again.
+    pub(super) has_carried: bool,
 }
 
 impl<'a> Stream<'a> {
@@ -166,6 +176,8 @@ impl<'a> Stream<'a> {
             out: Vec::with_capacity(2 * FLUSH_BYTES),
             adaptive: Adaptive::default(),
             was_paced: false,
+            sending: Duration::ZERO,
+            has_carried: false,
         }
     }
 
@@ -181,6 +193,7 @@ impl<'a> Stream<'a> {
                 Task::Round(plan) => self.round(plan),
                 Task::Settle(patience) => self.settle(*patience),
             };
+            let result = result.map_err(|error| self.as_lost(error));
             let failed = result.is_err();
             if failed {
                 let totals = &self.shared.totals;
@@ -198,18 +211,23 @@ impl<'a> Stream<'a> {
         let remember = plan.remember && self.shared.encoding != EncodingChoice::Raw;
         self.encoder.begin_round(plan.number, remember);
         self.adaptive.begin_round();
+        self.sending = Duration::ZERO;
         let regions = self.shared.pages.regions();
         for (region, chunk) in self.shared.share_of(self.index, &regions) {
             if let Some(dirty) = plan.dirty.get(region) {
                 self.chunk(plan, region, dirty, chunk)?;
             }
         }
+        self.send_devices()?;
         if plan.last {
             let end = Message::StreamEnd.encode()?;
             self.out.extend_from_slice(&end);
         }
         self.write(&[])?;
         self.channel.flush()?;
+        let sending = u64::try_from(self.sending.as_micros()).unwrap_or(u64::MAX);
+        let longest = &self.shared.totals.sending_us;
+        longest.fetch_max(sending, Ordering::Relaxed);
         Ok(())
     }
 
@@ -282,6 +300,10 @@ impl<'a> Stream<'a> {
                     sent.set_word_at(base, (sent_word | pages) & !zeroes);
                 }
                 self.batch(plan, base, (pages, zeroes))?;
+                // Of both in turn, so that neither waits for the end of the other.
+                if let Some(part) = self.shared.devices.try_take() {
+                    self.send_part(part)?;
+                }
             }
             start += BATCH_PAGES;
         }
@@ -386,9 +408,10 @@ impl<'a> Stream<'a> {
         match self.channel.socket() {
             Some(socket) if !live.is_empty() => {
                 let bytes = self.out.len() + pages.count_ones() as usize * crate::codec::PAGE;
+                let begin = Instant::now();
                 self.was_paced = self.shared.pacer.take(bytes);
                 direct.send(&self.out, &live, socket)?;
-                self.written(bytes);
+                self.written(bytes, begin);
             }
             _ if self.out.len() >= FLUSH_BYTES => self.write(&[])?,
             _ => {}
@@ -418,37 +441,20 @@ impl<'a> Stream<'a> {
     }
 
     /// Writes the collected frames and then these parts of the buffer.
-    fn write(&mut self, raw: &[Range<usize>]) -> io::Result<()> {
+    pub(super) fn write(&mut self, raw: &[Range<usize>]) -> io::Result<()> {
         let outgoing = Outgoing::new(&self.out, &self.buffer, raw);
-        let bytes = outgoing.bytes();
+        let (bytes, begin) = (outgoing.bytes(), Instant::now());
         self.was_paced = self.shared.pacer.take(bytes);
         outgoing.write(&mut *self.channel)?;
-        self.written(bytes);
+        self.written(bytes, begin);
         Ok(())
     }
 
-    /// All collected frames have gone, in so many bytes.
-    fn written(&mut self, bytes: usize) {
+    /// All collected frames have gone, in so many bytes and since then.
+    pub(super) fn written(&mut self, bytes: usize, begin: Instant) {
+        self.sending += begin.elapsed();
         let total = &self.shared.totals.wire_bytes;
         total.fetch_add(bytes as u64, Ordering::Relaxed);
         self.out.clear();
     }
-}
-
-/// Runs of ones in a word whose bit 0 is page `base`.
-fn runs_of(base: PageIndex, word: u64) -> impl Iterator<Item = PageRun> {
-    let mut at = 0_u32;
-    std::iter::from_fn(move || {
-        let rest = word.checked_shr(at)?;
-        if rest == 0 {
-            return None;
-        }
-        let start = at + rest.trailing_zeros();
-        let count = (word >> start).trailing_ones();
-        at = start + count;
-        Some(PageRun {
-            start: PageIndex(base.0 + u64::from(start)),
-            count: u64::from(count),
-        })
-    })
 }

@@ -1,6 +1,7 @@
 //! The time that the VM stands still: last pages, device states, the hand-off.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::connect::Further;
@@ -96,6 +97,7 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
                 Ok(()) => Ok(self.hand_over(parts)),
                 // First the machine; what the peer has to say about it can wait.
                 Err(error) => {
+                    self.rounds.shared.devices.end();
                     resume(parts, error).map_err(|error| Rounds::explain(self.control, error))
                 }
             };
@@ -118,6 +120,9 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
         parts: &mut Parts<'_>,
         mut dirty: Vec<DirtyBitmap>,
     ) -> Result<(), SourceError> {
+        let totals = &self.rounds.shared.totals;
+        let device_bytes = totals.device_bytes.load(Ordering::Relaxed);
+        self.stop_devices()?;
         let begin = Instant::now();
         for (bitmap, last) in dirty.iter_mut().zip(self.rounds.harvest()) {
             bitmap.merge(&last);
@@ -131,7 +136,7 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
         self.blackout.pages = Rounds::bytes_of(&dirty) / crate::PAGE_BYTES;
         let sent = |rounds: &Rounds<'_>| {
             let bytes = &rounds.shared.totals.wire_bytes;
-            bytes.load(std::sync::atomic::Ordering::Relaxed)
+            bytes.load(Ordering::Relaxed)
         };
         let (before, begin) = (sent(self.rounds), Instant::now());
         self.rounds.last_round(dirty);
@@ -149,10 +154,35 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
             if Instant::now() > deadline && !forced {
                 return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
             }
+            rounds.shared.devices.check()?;
             rounds.show_life(control, pages)
         })?;
+        let totals = &self.rounds.shared.totals;
+        self.blackout.device_bytes = totals.device_bytes.load(Ordering::Relaxed) - device_bytes;
         self.blackout.pages_us = micros(begin.elapsed());
         self.blackout.wire_bytes = sent(self.rounds) - before;
+        Ok(())
+    }
+
+    /// Stops devices whose state comes as a stream: only then nobody writes to memory any more.
+    fn stop_devices(&mut self) -> Result<(), SourceError> {
+        let devices = self.rounds.shared.devices;
+        if devices.is_empty() {
+            return Ok(());
+        }
+        let begin = Instant::now();
+        let deadline = begin + self.patience * 10;
+        devices.stop();
+        while !devices.have_stopped(TICK)? {
+            if self.handle.is_cancelled() {
+                return Err(SourceError::Cancelled);
+            }
+            if Instant::now() > deadline && !self.forced {
+                return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
+            }
+            self.rounds.show_life(self.control, 0)?;
+        }
+        self.blackout.devices_us = micros(begin.elapsed());
         Ok(())
     }
 
@@ -210,13 +240,7 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
                         SourceEvent::ReclaimFailed
                     }
                 },
-                SourceAction::Resume => match parts.machine.resume() {
-                    Ok(()) => SourceEvent::Resumed,
-                    Err(error) => {
-                        log::error!(error:% = error; "the VM could not be resumed");
-                        SourceEvent::ResumeFailed
-                    }
-                },
+                SourceAction::Resume => self.resume(parts),
                 SourceAction::Finish(outcome) => break outcome,
             };
             action = match handoff.step(event) {
@@ -233,6 +257,17 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
             self.blackout.commit_us = micros(begin.elapsed());
         }
         self.ending(outcome)
+    }
+
+    fn resume(&self, parts: &mut Parts<'_>) -> SourceEvent {
+        self.rounds.shared.devices.end();
+        match parts.machine.resume() {
+            Ok(()) => SourceEvent::Resumed,
+            Err(error) => {
+                log::error!(error:% = error; "the VM could not be resumed");
+                SourceEvent::ResumeFailed
+            }
+        }
     }
 
     fn ending(&mut self, outcome: Outcome) -> Ending {

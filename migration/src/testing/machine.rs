@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use super::{Copies, FakeDisk, FakeLazy, FakeMemory, FakeTracker, Side};
+use super::{Copies, FakeDevice, FakeDisk, FakeLazy, FakeMemory, FakeTracker, Side};
 use crate::bitmap::DirtyBitmap;
 use crate::handoff::Mark;
 use crate::page::{PageIndex, PageRun};
-use crate::ports::{Host, Incoming, LazyMemory, Machine, PageStore, PortError, Reclaim};
+use crate::ports::{
+    DeviceSink, DeviceSource, Host, Incoming, LazyMemory, Machine, PageStore, PortError, Reclaim,
+};
 use crate::section::Section;
 
 /// What can be made to fail.
@@ -116,6 +118,8 @@ pub struct FakeMachine {
     pub blockers: Vec<String>,
     /// Its devices.
     pub sections: Vec<Section>,
+    /// Those whose states come as streams.
+    pub devices: Vec<Arc<FakeDevice>>,
     /// How long these take, as it says.
     pub state_time: Duration,
     /// Changes of its speed that were asked for.
@@ -139,6 +143,7 @@ impl FakeMachine {
             },
             blockers: Vec::new(),
             sections: Vec::new(),
+            devices: Vec::new(),
             state_time: Duration::ZERO,
             throttled: Vec::new(),
             disk: disk.clone(),
@@ -171,9 +176,20 @@ impl Machine for FakeMachine {
     }
 
     fn resume(&mut self) -> Result<(), PortError> {
+        for device in &self.devices {
+            let record = device.record();
+            assert_eq!(record.begun, record.ended, "a device is still held");
+        }
         self.failures.check(Step::Resume)?;
         self.set_running(true);
         Ok(())
+    }
+
+    fn device_sources(&self) -> Vec<Arc<dyn DeviceSource>> {
+        let devices = self.devices.iter().cloned();
+        devices
+            .map(|device| device as Arc<dyn DeviceSource>)
+            .collect()
     }
 
     fn state_time(&self) -> Duration {
@@ -214,6 +230,8 @@ pub struct FakeHost {
     pub memory: Option<Arc<FakeMemory>>,
     /// Device states that the machine took over.
     pub restored: Arc<Mutex<Vec<Section>>>,
+    /// Devices whose states come as streams.
+    pub devices: Vec<Arc<FakeDevice>>,
     /// Why there can be no post-copy.
     pub postcopy_obstacle: Option<String>,
     /// How a post-copy goes.
@@ -237,6 +255,7 @@ impl FakeHost {
             refusals: Vec::new(),
             memory: None,
             restored: Arc::default(),
+            devices: Vec::new(),
             postcopy_obstacle: None,
             postcopy: Arc::default(),
             regions,
@@ -257,6 +276,7 @@ impl Host for FakeHost {
         Ok(Box::new(FakeIncoming {
             memory,
             restored: Arc::clone(&self.restored),
+            devices: self.devices.clone(),
             obstacle: self.postcopy_obstacle.clone(),
             postcopy: Arc::clone(&self.postcopy),
             disk: self.disk.clone(),
@@ -290,6 +310,7 @@ impl FakePostcopy {
 struct FakeIncoming {
     memory: Arc<FakeMemory>,
     restored: Arc<Mutex<Vec<Section>>>,
+    devices: Vec<Arc<FakeDevice>>,
     obstacle: Option<String>,
     postcopy: Arc<FakePostcopy>,
     disk: FakeDisk,
@@ -304,7 +325,18 @@ impl Incoming for FakeIncoming {
         Arc::clone(&self.memory) as Arc<dyn PageStore>
     }
 
+    fn device_sinks(&self) -> Vec<Arc<dyn DeviceSink>> {
+        self.devices.iter().map(FakeDevice::sink).collect()
+    }
+
     fn restore(&mut self, sections: Vec<Section>) -> Result<(), PortError> {
+        for device in &self.devices {
+            assert_eq!(
+                device.record().finished,
+                1,
+                "a device has not heard the end"
+            );
+        }
         self.failures.check(Step::Restore)?;
         *self.restored.lock().expect("no test thread panicked") = sections;
         Ok(())

@@ -17,6 +17,9 @@ pub const MAX_SMALL_BYTES: u32 = 64 << 10;
 /// Largest payload of a frame of pages: its table, and 64 pages that LZ4 has made a little larger.
 pub const MAX_BATCH_BYTES: u32 = 320 << 10;
 
+/// Largest payload of a frame of device state: its table, and as much state.
+pub const MAX_DEVICE_BYTES: u32 = (256 << 10) + 16;
+
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -61,11 +64,13 @@ pub enum FrameKind {
     Fetch = 19,
     /// Every page has come.
     Complete = 20,
+    /// A part of a device's state that comes as a stream.
+    DeviceData = 21,
 }
 
 impl FrameKind {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Hello,
         Self::Welcome,
         Self::Offer,
@@ -86,6 +91,7 @@ impl FrameKind {
         Self::Missing,
         Self::Fetch,
         Self::Complete,
+        Self::DeviceData,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {
@@ -97,6 +103,7 @@ impl FrameKind {
             Self::Pages => MAX_BATCH_BYTES,
             Self::Offer | Self::Section => MAX_CONTROL_BYTES,
             Self::Missing => MAX_LIST_BYTES,
+            Self::DeviceData => MAX_DEVICE_BYTES,
             Self::Hello
             | Self::Welcome
             | Self::Accept

@@ -53,6 +53,9 @@ pub struct Offer {
     /// opens one more data connection, for pages that are needed at once.
     #[serde(default, skip_serializing_if = "is_false")]
     pub postcopy: bool,
+    /// Devices whose state comes as a stream, by their ids; a device's number is its place here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
@@ -300,8 +303,8 @@ impl Message {
             FrameKind::Missing => Self::Missing(parse(kind, payload)?),
             FrameKind::Fetch => Self::Fetch(parse(kind, payload)?),
             FrameKind::Complete => Self::Complete(parse(kind, payload)?),
-            FrameKind::Pages => {
-                let text = "pages on the control connection".to_owned();
+            FrameKind::Pages | FrameKind::DeviceData => {
+                let text = format!("{kind:?} on the control connection");
                 return Err(FrameError::Invalid(text));
             }
         })

@@ -10,9 +10,11 @@
 //! | [`message`] | the messages of the control connection |
 //! | `missing` | lists of pages that the destination does not have |
 //! | [`batch`] | the table of a frame of pages |
+//! | [`device`] | the table of a frame of device state |
 //! | `version` | which version two builds speak |
 
 pub mod batch;
+pub mod device;
 pub mod frame;
 pub mod message;
 pub(crate) mod missing;
@@ -22,6 +24,4 @@ pub use batch::{Batch, BatchRun, PageKind};
 pub use frame::{FrameError, FrameHeader, FrameKind, FrameReader};
 pub use message::Message;
 pub(crate) use version::REOPENED_MAX;
-pub use version::{
-    LIVE_PAGES_VERSION, MENDING_VERSION, NoCommonVersion, OLDEST_VERSION, VERSION, Versions,
-};
+pub use version::{DEVICES_VERSION, NoCommonVersion, OLDEST_VERSION, VERSION, Versions};

@@ -1,17 +1,14 @@
 //! Which version of the protocol two builds speak with each other.
 
 /// Newest protocol version that this build speaks.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Oldest protocol version that this build speaks: always the one before the newest, once there
 /// is one.
-pub const OLDEST_VERSION: u16 = 1;
+pub const OLDEST_VERSION: u16 = 2;
 
-/// First version in which pages travel as [`super::PageKind::Live`].
-pub const LIVE_PAGES_VERSION: u16 = 2;
-
-/// First version in which a data connection that breaks before the last pages may be opened again.
-pub const MENDING_VERSION: u16 = 2;
+/// First version in which devices' states come as streams.
+pub const DEVICES_VERSION: u16 = 3;
 
 /// How often each data connection may break on average and be opened again.
 pub(crate) const REOPENED_MAX: usize = 2;

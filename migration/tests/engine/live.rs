@@ -15,7 +15,7 @@ use migration::ports::{Accept, Breaker, Channel, Dial};
 use migration::source::{EncodingChoice, Parts, SourceReport, migrate};
 use migration::testing::machine::Guest;
 use migration::testing::pair;
-use migration::wire::{LIVE_PAGES_VERSION, MENDING_VERSION, Versions};
+use migration::wire::Versions;
 
 use crate::good::beside_a_guest;
 use crate::world::{PATIENCE, World, new_handle, run};
@@ -279,36 +279,4 @@ fn sockets_that_break_again_and_again_leave_the_source_running() {
     assert!(matches!(report.outcome, Outcome::Resumed(_)), "{what}");
     assert!(!guest.tracker.is_logging(), "{what}");
     world.retry(&what);
-}
-
-#[test]
-fn sockets_to_an_older_build_are_not_opened_again() {
-    let (mut world, _) = world_of_20_000_pages();
-    let older = Versions {
-        oldest: MENDING_VERSION - 1,
-        newest: MENDING_VERSION - 1,
-    };
-    let (report, _received) = move_over_sockets(&mut world, older, &[100]);
-    let what = format!("{:?}", report.error);
-    assert!(matches!(report.outcome, Outcome::Resumed(_)), "{what}");
-    world.retry(&what);
-}
-
-#[test]
-fn destination_that_does_not_know_of_live_pages_gets_none() {
-    let mut world = World::new(&[run(0, 3000)], true);
-    world.options.encoding = EncodingChoice::Raw;
-    let guest = world.guest();
-    for page in 0..3000 {
-        guest.write(PageIndex(page), |bytes| noise(bytes, page));
-    }
-    let older = Versions {
-        oldest: LIVE_PAGES_VERSION - 1,
-        newest: LIVE_PAGES_VERSION - 1,
-    };
-    let (report, _received) = move_over_sockets(&mut world, older, &[]);
-    assert_eq!(report.outcome, Outcome::Surrendered, "{:?}", report.error);
-    world.check_arrived("to an older build");
-    assert_eq!(guest.memory.live_batches(), 0);
-    assert_eq!(report.pages.raw, 3000);
 }

@@ -1,12 +1,14 @@
 //! Whole migrations, both sides in this process, over fakes of everything else.
 
 mod cancel;
+mod devices;
 mod distance;
 mod failures;
 mod faults;
 mod good;
 mod live;
 mod mend;
+mod parts;
 mod postcopy;
 mod relink;
 mod timeout;

@@ -277,6 +277,7 @@ fn offer_small(control: &mut FakeChannel) {
         regions: vec![(0, 70), (1000, 20)],
         streams: 1,
         postcopy: false,
+        devices: vec![],
     });
     offer.send(control).expect("it is read");
     let accepted = Message::receive(&mut reader, control);

@@ -53,6 +53,8 @@ pub(crate) struct World {
     pub(crate) failures: Failures,
     pub(crate) options: SourceOptions,
     pub(crate) patience: Duration,
+    /// That the destination speaks.
+    pub(crate) versions: Versions,
     pub(crate) handle: Arc<MigrationHandle>,
     pub(crate) destination_cancelled: Arc<AtomicBool>,
     pub(crate) destination_ended: Arc<AtomicBool>,
@@ -114,6 +116,7 @@ impl World {
                 retry: Duration::from_secs(60),
             },
             patience: PATIENCE,
+            versions: Versions::OURS,
             handle: new_handle(Duration::from_millis(300)),
             destination_cancelled: Arc::default(),
             destination_ended: Arc::default(),
@@ -174,7 +177,7 @@ impl World {
         *self.entrance.lock().expect("no panic") = Some(dial.entrance());
         dial.breakers = Arc::clone(&wiring.breakers);
         let options = DestinationOptions {
-            versions: Versions::OURS,
+            versions: self.versions,
             token: b"a token".to_vec(),
             patience: self.patience,
             max_streams: 8,
