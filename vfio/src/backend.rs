@@ -8,6 +8,7 @@ use std::io;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::dma::DmaSpace;
+use crate::dma_log::DmaLog;
 use crate::kernel::RegionMapping;
 use crate::migration::VfioMigration;
 
@@ -170,4 +171,10 @@ pub trait VfioBackend: Send + Sync {
 
     /// The migration interface; `None` when the device has none and so cannot move.
     fn migration(&self) -> Option<&dyn VfioMigration>;
+
+    /// The device's own log of its writes to guest memory; `None` when it keeps none: then all that it can
+    /// reach counts as written.
+    fn dma_log(&self) -> Option<&dyn DmaLog> {
+        None
+    }
 }

@@ -18,6 +18,7 @@
 //! | [`function`] | a PCI function of the guest's over a backend |
 //! | [`migration`] | states of a device that moves |
 //! | [`dma`] | I/O virtual addresses and what is mapped there |
+//! | [`dma_log`] | which pages a device has written |
 //! | [`bdf`] | addresses of PCI functions |
 //! | [`user`] | functions that other processes serve over vfio-user |
 //! | [`gpu`] | a host's GPUs and their partitions |
@@ -25,6 +26,7 @@
 pub mod backend;
 pub mod bdf;
 pub mod dma;
+pub mod dma_log;
 pub mod function;
 pub mod gpu;
 pub mod kernel;
@@ -37,4 +39,5 @@ pub mod testing;
 pub use backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 pub use bdf::{Bdf, InvalidBdf};
 pub use dma::{DmaAccess, DmaError, DmaFile, DmaRange, DmaSpace, Iova, IovaMap};
+pub use dma_log::DmaLog;
 pub use migration::{MigrationFeatures, MigrationState, PreCopyInfo, VfioMigration};

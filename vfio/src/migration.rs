@@ -178,6 +178,12 @@ pub trait VfioMigration: Sync {
     /// What the device can do.
     fn features(&self) -> MigrationFeatures;
 
+    /// Whether it can reach other devices without the machine, so that all have to be calm before the
+    /// first is stopped.
+    fn reaches_peers(&self) -> bool {
+        true
+    }
+
     /// Where it is now; it may be left anywhere by whoever had it before.
     ///
     /// # Errors

@@ -11,13 +11,15 @@ use std::{io, thread};
 
 use vfio::testing::shared_page;
 use vfio::user::protocol::{
-    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, DmaAccess as DmaRequest, FEATURE_MIGRATION,
-    Feature, HEADER_BYTES, Header, IRQ_EVENTFD, IrqInfo, MigData, Payload, REGION_MAPS,
-    REGION_READS, REGION_WRITES, RegionAccess, RegionInfo, Version, encode_region_info,
+    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, DmaAccess as DmaRequest,
+    FEATURE_DMA_LOGGING_REPORT, FEATURE_DMA_LOGGING_START, FEATURE_DMA_LOGGING_STOP,
+    FEATURE_MIGRATION, Feature, HEADER_BYTES, Header, IRQ_EVENTFD, IrqInfo, LoggingReport, MigData,
+    Payload, REGION_MAPS, REGION_READS, REGION_WRITES, RegionAccess, RegionInfo, Version,
+    encode_region_info,
 };
 use vfio::user::{ConnectError, Limits, UserFunction};
 use vfio::{
-    BackendError, DmaAccess, DmaFile, DmaRange, Iova, IrqKind, MigrationState, RegionIndex,
+    BackendError, DmaAccess, DmaFile, DmaLog, DmaRange, Iova, IrqKind, MigrationState, RegionIndex,
     VfioBackend, VfioMigration,
 };
 use vmm_sys_util::eventfd::EventFd;
@@ -150,6 +152,9 @@ fn exchange(function: &UserFunction, memory: &File) -> Result<(), BackendError> 
     if let Some(device) = function.migration() {
         move_state(device)?;
     }
+    if let Some(log) = function.dma_log() {
+        read_log(log)?;
+    }
     goes_on(function.reset())?;
     goes_on(function.dma().unmap(range))
 }
@@ -163,6 +168,41 @@ fn move_state(device: &dyn VfioMigration) -> Result<(), BackendError> {
     goes_on(read.map(|count| assert!(count <= state.len())))?;
     goes_on(device.take_arc(MigrationState::Resuming))?;
     goes_on(device.write_data(&state))
+}
+
+/// Where ranges are logged, the last one by itself, and where reports are asked for.
+const LOGGED: [(u64, u64); 3] = [
+    (0, 64 * PAGE),
+    (80 * PAGE, 80 * PAGE),
+    (1 << 20 << 12, PAGE),
+];
+const REPORTS: [(u64, u64); 3] = [
+    (0, 16 * PAGE),
+    (3 * PAGE, 197 * PAGE),
+    (1 << 20 << 12, PAGE),
+];
+
+/// Bits are set for pages only that were asked for, and none is cleared.
+fn read_log(log: &dyn DmaLog) -> Result<(), BackendError> {
+    const BEFORE: u64 = 0x8000_0000_0000_0001;
+    goes_on(log.start(&LOGGED))?;
+    for (iova, bytes) in REPORTS {
+        let mut bitmap = [BEFORE; 5];
+        goes_on(log.report(iova, bytes, &mut bitmap))?;
+        for (number, word) in (0_u64..).zip(bitmap) {
+            assert_eq!(word & BEFORE, BEFORE);
+            for bit in (0..64).filter(|bit| (word ^ BEFORE) >> bit & 1 == 1) {
+                assert!((number * 64 + bit) * PAGE < bytes, "{iova:#x}");
+            }
+        }
+    }
+    let stopped = log.stop();
+    // A server that refuses to stop still logs.
+    let is_off = stopped.is_ok();
+    goes_on(stopped)?;
+    let report = log.report(0, PAGE, &mut [0]);
+    assert!(!is_off || report.is_err());
+    goes_on(report)
 }
 
 /// Refusals are for this request alone; a loss is for good.
@@ -302,6 +342,12 @@ fn answer(command: Command, payload: &[u8]) -> Vec<u8> {
         Command::DmaUnmap => payload.to_vec(),
         Command::DeviceFeature => {
             let (asked, value) = Feature::decode(payload).expect("the client's are valid");
+            match asked.flags & 0xffff {
+                FEATURE_DMA_LOGGING_REPORT => return report(payload),
+                // The same, and so by the pages that were asked for.
+                FEATURE_DMA_LOGGING_START..=FEATURE_DMA_LOGGING_STOP => return payload.to_vec(),
+                _ => {}
+            }
             // What it can do, and the state RUNNING; or as it was told.
             let value = match value {
                 [] if asked.flags & 0xffff == FEATURE_MIGRATION => &[5, 0, 0, 0, 0, 0, 0, 0],
@@ -318,8 +364,20 @@ fn answer(command: Command, payload: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Requests before the first access to a register: version, device, regions, interrupts, migration.
-const QUESTIONS: usize = 1 + 1 + 8 + 5 + 1;
+/// Every third page was written.
+fn report(payload: &[u8]) -> Vec<u8> {
+    let (asked, _) = LoggingReport::decode(payload).expect("the client's are valid");
+    let pages = asked.length / PAGE;
+    let bit = |page: u64| u64::from(page < pages && page % 3 == 0) << (page % 64);
+    let words =
+        (0..pages.div_ceil(64)).map(|word| (word * 64..(word + 1) * 64).map(bit).sum::<u64>());
+    asked.encode(&words.flat_map(u64::to_ne_bytes).collect::<Vec<_>>())
+}
+
+/// Requests before the first access to a register: version, device, regions, interrupts, migration, log.
+const QUESTIONS: usize = 1 + 1 + 8 + 5 + 1 + 1;
+/// Requests between that and the log: of memory, interrupts, registers, and the state.
+const BEFORE_LOG: usize = 1 + 13 + 4 + 6;
 
 fn sound(steps: usize) -> Script {
     (0..steps).fold(Script::new(), |script, _| script.u8(step::ANSWER))
@@ -331,12 +389,38 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let version = [&[0, 0, 0, 0], &version[..]].concat();
     let reads = |script: Script| script.u8(step::ASK).u8(0).u8(0).u16(16).u8(0).blob(&[0; 9]);
     let writes = |script: Script| script.u8(step::ASK).u8(1).u8(0).u16(12).u8(0).blob(&[7; 9]);
+    let logs = |steps: Script| steps.bytes(&rest).done();
+    let page_size = |log2: u8| {
+        let mut bytes = [0; 8];
+        bytes[usize::from(log2 / 8)] = 1 << (log2 % 8);
+        bytes
+    };
     let asks = (0..10).fold(sound(QUESTIONS + 1), |script, _| {
         let script = writes(script).u16(5).u32(0);
         reads(script).u16(6).u32(0)
     });
     vec![
         sound(60).done(),
+        // The log by larger pages, ones that are too large, and other bits.
+        logs(
+            sound(QUESTIONS + BEFORE_LOG)
+                .u8(step::PATCH)
+                .u8(8)
+                .blob(&page_size(14)),
+        ),
+        logs(
+            sound(QUESTIONS + BEFORE_LOG)
+                .u8(step::PATCH)
+                .u8(8)
+                .blob(&page_size(60)),
+        ),
+        logs(
+            sound(QUESTIONS + BEFORE_LOG + 1)
+                .u8(step::PATCH)
+                .u8(32)
+                .blob(&[255; 8]),
+        ),
+        logs(sound(QUESTIONS + BEFORE_LOG + 2).u8(step::REFUSE).u16(95)),
         asks.bytes(&rest).done(),
         Script::new()
             .u8(step::PAYLOAD)

@@ -1,5 +1,9 @@
 //! An assigned function as the PCI root and the machine see it.
 
+mod moving;
+mod state;
+mod written;
+
 use std::any::Any;
 use std::io;
 use std::sync::Arc;
@@ -18,6 +22,10 @@ use super::intx::Intx;
 use super::notifiers::{NoticeHook, Notifiers};
 use super::peers::Shared;
 use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
+
+pub use moving::MoveError;
+pub use state::{ASSIGNED_FORMAT, FunctionShape};
+use written::WriteLog;
 
 const COMMAND: u16 = 0x04;
 /// Read at once while a device is looked at.
@@ -50,8 +58,8 @@ pub enum FunctionError {
 
 /// A function of the host's, or of another process, as a function of the guest's.
 ///
-/// Its state does not move yet. While the machine is paused, the device goes on: what it has been
-/// asked to do it does, and its interrupts wait.
+/// While the machine is paused, the device stands still if it can (VFIO's STOP). One that has no
+/// migration interface goes on: what it has been asked to do it does, and its interrupts wait.
 pub struct AssignedFunction {
     id: DeviceId,
     backend: Arc<dyn VfioBackend>,
@@ -60,6 +68,11 @@ pub struct AssignedFunction {
     msix: Option<MsixPlace>,
     inner: Mutex<Inner>,
     notifiers: Option<Notifiers>,
+    /// Hears that it does not run.
+    hook: Option<NoticeHook>,
+    /// Held by whoever asks for its migration state, or changes it.
+    turn: Mutex<()>,
+    write_log: Mutex<WriteLog>,
     /// Given up last, when the device is closed.
     _held: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -100,6 +113,9 @@ impl AssignedFunction {
             }),
             backend,
             notifiers: None,
+            hook: None,
+            turn: Mutex::new(()),
+            write_log: Mutex::default(),
             _held: None,
         };
         function.write_command(config::POWER_ON_COMMAND)?;
@@ -138,7 +154,8 @@ impl AssignedFunction {
     /// # Errors
     /// The host's refusal of a descriptor or a thread.
     pub fn with_notices(mut self, hook: NoticeHook) -> io::Result<Self> {
-        self.notifiers = Notifiers::new(&*self.backend, hook)?;
+        self.notifiers = Notifiers::new(&*self.backend, Arc::clone(&hook))?;
+        self.hook = Some(hook);
         Ok(self)
     }
 
@@ -164,6 +181,7 @@ impl AssignedFunction {
         inner.interrupts.silence(&*self.backend);
         let quiet = self.write_command(config::POWER_ON_COMMAND);
         let reset = quiet.and_then(|()| reset_if_it_can(&self.id, &*self.backend));
+        self.lose_log();
         inner.interrupts.reset(&*self.backend);
         // A reset may have switched decoding off.
         reset.and_then(|()| self.write_command(config::POWER_ON_COMMAND))
@@ -356,10 +374,17 @@ impl Device for AssignedFunction {
     }
 
     fn start(&self) -> Result<(), DeviceError> {
+        self.run();
         Ok(())
     }
 
+    fn calm(&self) {
+        self.calm();
+    }
+
     fn pause(&self) -> Result<(), DeviceError> {
+        self.halt();
+        self.lock().interrupts.settle();
         Ok(())
     }
 
@@ -379,26 +404,22 @@ impl Device for AssignedFunction {
     }
 
     fn migratability(&self) -> Migratability {
-        Migratability::Blocked(match self.backend.migration() {
-            Some(_) => "assigned devices cannot move yet".to_owned(),
-            None => "the device's driver cannot save its state".to_owned(),
-        })
+        match self.backend.migration() {
+            Some(_) => Migratability::Supported,
+            None => Migratability::Blocked("the device's driver cannot save its state".to_owned()),
+        }
     }
 
     fn state_formats(&self) -> Vec<StateFormat> {
-        Vec::new()
+        vec![ASSIGNED_FORMAT]
     }
 
     fn save(&self) -> Result<DeviceState, SaveError> {
-        Err(SaveError::Blocked {
-            device: self.id.to_string(),
-            reason: "assigned devices cannot be saved yet".to_owned(),
-        })
+        self.save_programmed()
     }
 
-    fn restore(&self, _state: &DeviceState) -> Result<(), RestoreError> {
-        let why = "assigned devices cannot be restored yet";
-        Err(RestoreError::field("assigned", "device", &self.id, why))
+    fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.restore_programmed(state)
     }
 }
 

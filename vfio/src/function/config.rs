@@ -1,10 +1,15 @@
 //! Configuration space of an assigned function: what of it is the device's, and what is Drover's.
 
+mod state;
+
 use std::ops::Range;
 
 use devices::pci::{BarChange, BarSpec, ConfigSpace, FunctionIdentity};
 
 use super::capabilities::{self, Found};
+
+pub use state::FunctionIds;
+pub(super) use state::VirtualConfigStateV1;
 
 /// Bytes of extended configuration space (PCIe 4.0 section 7.2).
 pub(super) const CONFIG_BYTES: usize = 4096;

@@ -70,6 +70,13 @@ impl Interrupts {
         self.switch_line(backend);
     }
 
+    /// The device stands still: its legacy interrupt, too, is the guest's now, and saved with it.
+    pub(super) fn settle(&self) {
+        if let Some(intx) = &self.intx {
+            intx.settle();
+        }
+    }
+
     /// The line is on while MSI and MSI-X are off: a device has one kind of interrupts at a time.
     fn switch_line(&self, backend: &dyn VfioBackend) {
         let Some(intx) = &self.intx else {
@@ -106,6 +113,17 @@ impl Interrupts {
                 self.switch_line(backend);
             }
             _ => {}
+        }
+    }
+
+    /// The device interrupts as the guest has programmed it elsewhere: MSI-X's table is restored.
+    pub(super) fn follow_restored(&mut self, msi: Option<MsiRegisters>, backend: &dyn VfioBackend) {
+        if self.msix.as_ref().is_some_and(Msix::enabled) {
+            self.switch_line(backend);
+            switch(backend, IrqKind::MsiX, &self.msix_routes);
+        }
+        if let Some(registers) = msi {
+            self.set_msi(registers, backend);
         }
     }
 

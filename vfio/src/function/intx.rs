@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use devices::interrupt::{LineSource, SharedLine};
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::poll::PollContext;
 
@@ -23,7 +24,27 @@ pub(super) struct Intx {
     pub(super) event: Arc<EventFd>,
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
-    _unmasker: Arc<Unmasker>,
+    signals: Arc<Signals>,
+}
+
+/// The device's signals, on their way to the line.
+struct Signals {
+    event: Arc<EventFd>,
+    unmasker: Arc<Unmasker>,
+    line: Arc<dyn SharedLine>,
+    /// Held from taking a signal to raising the line.
+    turn: Mutex<()>,
+}
+
+impl Signals {
+    /// Raises the line, if the device has signalled.
+    fn pass_on(&self) {
+        let _turn = self.turn.lock();
+        if take_events(&self.event) {
+            self.unmasker.has_signalled.store(true, Ordering::Release);
+            self.line.raise();
+        }
+    }
 }
 
 /// Lets the device assert its line again: if it still has something to say it does at once.
@@ -65,20 +86,31 @@ impl Intx {
         let wakes = PollContext::new()?;
         wakes.add(&stop, STOP)?;
         wakes.add(&*event, SIGNAL)?;
-        let follower = (Arc::clone(&event), Arc::clone(&unmasker));
+        let signals = Arc::new(Signals {
+            event: Arc::clone(&event),
+            unmasker,
+            line,
+            turn: Mutex::new(()),
+        });
+        let follower = Arc::clone(&signals);
         let thread = std::thread::Builder::new()
             .name("intx".to_owned())
-            .spawn(move || follow(&wakes, (&follower.0, &follower.1), &*line))?;
+            .spawn(move || follow(&wakes, &follower))?;
         Ok(Self {
             event,
             stop,
             thread: Some(thread),
-            _unmasker: unmasker,
+            signals,
         })
+    }
+
+    /// Once the device stands still, every signal of its has raised the line, and none does any more.
+    pub(super) fn settle(&self) {
+        self.signals.pass_on();
     }
 }
 
-fn follow(wakes: &PollContext<u32>, (event, source): (&EventFd, &Unmasker), line: &dyn SharedLine) {
+fn follow(wakes: &PollContext<u32>, signals: &Signals) {
     loop {
         let is_over = match wakes.wait() {
             Ok(events) => events.iter().any(|event| event.token() == STOP),
@@ -90,10 +122,7 @@ fn follow(wakes: &PollContext<u32>, (event, source): (&EventFd, &Unmasker), line
         if is_over {
             return;
         }
-        if take_events(event) {
-            source.has_signalled.store(true, Ordering::Release);
-            line.raise();
-        }
+        signals.pass_on();
     }
 }
 

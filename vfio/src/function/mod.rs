@@ -25,5 +25,6 @@ mod intx;
 mod notifiers;
 mod peers;
 
-pub use assigned::{AssignedFunction, FunctionError};
+pub use assigned::{ASSIGNED_FORMAT, AssignedFunction, FunctionError, FunctionShape, MoveError};
+pub use config::FunctionIds;
 pub use notifiers::{HostNotice, NoticeHook};

@@ -21,8 +21,8 @@ pub enum HostNotice {
     Request,
 }
 
-/// Who hears; on a thread of the function's own.
-pub type NoticeHook = Box<dyn Fn(HostNotice) + Send>;
+/// Who hears, on any thread.
+pub type NoticeHook = Arc<dyn Fn(HostNotice) + Send + Sync>;
 
 /// After a notice nothing is heard for so long: whoever sends them may send them without end.
 const PAUSE: Duration = Duration::from_secs(1);

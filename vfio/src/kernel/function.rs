@@ -11,6 +11,7 @@ use std::time::Duration;
 use vfio_bindings::bindings::vfio::VFIO_DEVICE_FLAGS_PCI;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::dma_log::KernelDmaLog;
 use super::error::KernelPath;
 use super::group::Group;
 use super::ioctl;
@@ -23,6 +24,7 @@ use super::space::FunctionDma;
 use super::translation::Iommu;
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 use crate::dma::DmaSpace;
+use crate::dma_log::{DmaLog, PagedLog};
 use crate::migration::VfioMigration;
 
 /// Where the command register is, and its bit for bus mastering (PCI Local Bus 3.0, 6.2.2).
@@ -49,6 +51,7 @@ pub struct KernelFunction {
     irqs: Irqs,
     path: KernelPath,
     migration: Option<KernelMigration>,
+    dma_log: Option<PagedLog<KernelDmaLog>>,
     opened: Opened,
 }
 
@@ -79,6 +82,7 @@ impl KernelFunction {
             irqs: irqs.map_err(refused("tell its interrupts"))?,
             path,
             migration: KernelMigration::query(device),
+            dma_log: KernelDmaLog::query(device),
             opened,
         })
     }
@@ -242,6 +246,11 @@ impl VfioBackend for KernelFunction {
     fn migration(&self) -> Option<&dyn VfioMigration> {
         let migration = self.migration.as_ref();
         migration.map(|migration| migration as &dyn VfioMigration)
+    }
+
+    fn dma_log(&self) -> Option<&dyn DmaLog> {
+        let dma_log = self.dma_log.as_ref();
+        dma_log.map(|dma_log| dma_log as &dyn DmaLog)
     }
 }
 

@@ -11,10 +11,12 @@ use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_DEVICE_FEATURE_SET, VFIO_TYPE,
-    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info, vfio_group_status,
-    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_iommu_type1_info, vfio_irq_info,
-    vfio_precopy_info, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
+    VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, VFIO_DEVICE_FEATURE_GET,
+    VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_DEVICE_FEATURE_SET, VFIO_TYPE,
+    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_feature_dma_logging_range,
+    vfio_device_info, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+    vfio_iommu_type1_info, vfio_irq_info, vfio_precopy_info, vfio_region_info,
 };
 use vmm_sys_util::ioctl::{
     ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val,
@@ -265,4 +267,78 @@ pub(super) fn precopy_info(session: BorrowedFd<'_>) -> io::Result<vfio_precopy_i
     // SAFETY: the structure has the size that it begins with.
     done(unsafe { ioctl_with_mut_ref(&session, VFIO_MIG_GET_PRECOPY_INFO(), &mut info) })?;
     Ok(info)
+}
+
+/// A page of memory with a part of a bitmap, and with nothing else.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+pub(super) struct BitmapPage(pub(super) [u64; Self::WORDS]);
+
+impl BitmapPage {
+    const WORDS: usize = 512;
+
+    /// Room for so many words, all of them 0.
+    pub(super) fn of_words(words: usize) -> Vec<Self> {
+        vec![Self([0; Self::WORDS]); words.div_ceil(Self::WORDS)]
+    }
+}
+
+/// Has a device log its writes to these ranges by pages of `page_bytes`; returns the bytes of those that it
+/// logs by.
+pub(super) fn start_dma_log(
+    device: BorrowedFd<'_>,
+    page_bytes: u64,
+    ranges: &[vfio_device_feature_dma_logging_range],
+) -> io::Result<u64> {
+    const START: u32 = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_START;
+    const BYTES: u64 = 32;
+    let count = u32::try_from(ranges.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut words = [
+        u64::from(START) << 32 | BYTES,
+        page_bytes,
+        u64::from(count),
+        ranges.as_ptr().expose_provenance() as u64,
+    ];
+    let at = words.as_mut_ptr();
+    // SAFETY: there are as many bytes as the structure says in its beginning, and as many ranges, which are
+    // borrowed and only read.
+    done(unsafe { ioctl_with_mut_ptr(&device, VFIO_DEVICE_FEATURE(), at) })?;
+    Ok(words[1])
+}
+
+/// Ends that.
+pub(super) fn stop_dma_log(device: BorrowedFd<'_>) -> io::Result<()> {
+    const STOP: u32 = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP;
+    const BYTES: u64 = 8;
+    let mut words = [u64::from(STOP) << 32 | BYTES];
+    let at = words.as_mut_ptr();
+    // SAFETY: there are as many bytes as the structure says in its beginning.
+    done(unsafe { ioctl_with_mut_ptr(&device, VFIO_DEVICE_FEATURE(), at) })
+}
+
+/// Sets the bits of the pages of a range (first address, bytes) that the device has written, and has it
+/// forget them. The bitmap has room for all of them.
+pub(super) fn report_dma_log(
+    device: BorrowedFd<'_>,
+    (iova, bytes): (u64, u64),
+    page_bytes: u64,
+    bitmap: &mut [BitmapPage],
+) -> io::Result<()> {
+    const REPORT: u32 = VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT;
+    const BYTES: u64 = 40;
+    let room = size_of_val(bitmap) as u64 * 8;
+    if page_bytes == 0 || bytes.div_ceil(page_bytes) > room {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut words = [
+        u64::from(REPORT) << 32 | BYTES,
+        iova,
+        bytes,
+        page_bytes,
+        bitmap.as_mut_ptr().expose_provenance() as u64,
+    ];
+    let at = words.as_mut_ptr();
+    // SAFETY: there are as many bytes as the structure says in its beginning. The kernel sets bits only on
+    // pages of memory that have a bit of the range; all of these are the bitmap's, which is borrowed for it.
+    done(unsafe { ioctl_with_mut_ptr(&device, VFIO_DEVICE_FEATURE(), at) })
 }

@@ -15,11 +15,13 @@
 //! | `kvm` | what KVM is told |
 //! | `events` | event descriptors that others have, too |
 //! | `migration` | a device's state, taken and given |
+//! | `dma_log` | a device's log of its writes to memory |
 //! | `bind` | giving a function to vfio-pci and back |
 //! | `memory_lock`, `support` | what a process may lock, what a host has |
 //! | `ioctl` | the system calls |
 
 mod bind;
+mod dma_log;
 mod error;
 mod events;
 mod function;

@@ -12,12 +12,13 @@ use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::ModelMigration;
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 #[cfg(test)]
 use crate::dma::Iova;
 use crate::dma::{DmaAccess, DmaFile, DmaRange, DmaSpace, IovaMap};
 use crate::kernel::RegionMapping;
-use crate::migration::VfioMigration;
+use crate::migration::{MigrationFeatures, VfioMigration};
 
 /// Of BAR 2, which has four pages, the middle two can be mapped in a model that has such.
 const MAPPABLE: (u64, u64) = (0x1000, 0x2000);
@@ -37,6 +38,7 @@ pub struct ModelBackend {
     unmasked: Mutex<u32>,
     line: Mutex<Line>,
     server: Arc<ModelServer>,
+    migration: Option<ModelMigration>,
 }
 
 /// The legacy line.
@@ -96,6 +98,7 @@ impl ModelBackend {
             unmasked: Mutex::default(),
             line: Mutex::default(),
             server,
+            migration: None,
         }
     }
 
@@ -116,6 +119,19 @@ impl ModelBackend {
     pub fn without_reset(mut self) -> Self {
         self.has_reset = false;
         self
+    }
+
+    /// One whose state can be taken and given: `bytes`.
+    #[must_use]
+    pub fn with_migration(mut self, features: MigrationFeatures, bytes: &[u8]) -> Self {
+        self.migration = Some(ModelMigration::new(features, bytes));
+        self
+    }
+
+    /// That interface, if it has one.
+    #[must_use]
+    pub fn model_migration(&self) -> Option<&ModelMigration> {
+        self.migration.as_ref()
     }
 
     /// From now on everything fails that is asked of it: its server is gone.
@@ -313,6 +329,9 @@ impl VfioBackend for ModelBackend {
         }
         self.server.check()?;
         *self.resets.lock() += 1;
+        if let Some(migration) = &self.migration {
+            migration.reset();
+        }
         let is_hosts = |kind: &IrqKind| matches!(kind, IrqKind::Error | IrqKind::Request);
         self.interrupts.lock().retain(|kind, _| is_hosts(kind));
         for (index, bytes) in self.regions.lock().iter_mut() {
@@ -328,7 +347,8 @@ impl VfioBackend for ModelBackend {
     }
 
     fn migration(&self) -> Option<&dyn VfioMigration> {
-        None
+        let migration = self.migration.as_ref()?;
+        Some(migration)
     }
 }
 

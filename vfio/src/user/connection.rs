@@ -20,8 +20,8 @@ use parking_lot::Mutex;
 pub use super::memory::DmaWriteHook;
 use super::memory::ServedMemory;
 use super::protocol::{
-    Command, DEFAULT_DATA_BYTES, DmaAccess, FEATURE_SET, Feature, HEADER_BYTES, Header,
-    MAX_MESSAGE_BYTES, Malformed, Payload, flags,
+    Command, DEFAULT_DATA_BYTES, DmaAccess, FEATURE_PROBE, FEATURE_SET, Feature, HEADER_BYTES,
+    Header, MAX_MESSAGE_BYTES, Malformed, Payload, flags,
 };
 use super::wire;
 use crate::backend::BackendError;
@@ -111,13 +111,13 @@ fn is_trusted(stream: &UnixStream) -> io::Result<bool> {
     Ok(server.is_root() || server == rustix::process::geteuid())
 }
 
-/// Whether the device itself must come to an end with something: a reset, or a change of its migration
-/// state.
+/// Whether the device itself must come to an end with something: a reset, a change of its migration
+/// state, or the beginning or end of a log.
 fn is_lengthy(request: &Request<'_>) -> bool {
     match request.command {
         Command::DeviceReset => true,
         Command::DeviceFeature => Feature::decode(&request.payload)
-            .is_ok_and(|(feature, _)| feature.flags & FEATURE_SET != 0),
+            .is_ok_and(|(feature, _)| feature.flags & (FEATURE_SET | FEATURE_PROBE) == FEATURE_SET),
         _ => false,
     }
 }

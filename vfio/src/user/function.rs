@@ -22,6 +22,7 @@ use super::protocol::{
 };
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 use crate::dma::DmaSpace;
+use crate::dma_log::DmaLog;
 use crate::kernel::RegionMapping;
 use crate::migration::VfioMigration;
 
@@ -381,6 +382,11 @@ impl VfioBackend for UserFunction {
     fn migration(&self) -> Option<&dyn VfioMigration> {
         let migration = self.offer.migration.as_ref();
         migration.map(|migration| migration as &dyn VfioMigration)
+    }
+
+    fn dma_log(&self) -> Option<&dyn DmaLog> {
+        let dma_log = self.offer.dma_log.as_ref();
+        dma_log.map(|dma_log| dma_log as &dyn DmaLog)
     }
 }
 

@@ -70,6 +70,11 @@ impl VfioMigration for UserMigration {
         self.features
     }
 
+    /// It has been shown guest memory only.
+    fn reaches_peers(&self) -> bool {
+        false
+    }
+
     fn state(&self) -> Result<MigrationState, BackendError> {
         let value = get(&self.connection, FEATURE_MIG_DEVICE_STATE)?;
         // The other half is a descriptor's number, which is not used.

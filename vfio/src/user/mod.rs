@@ -15,10 +15,12 @@
 //! | `dma` | what is mapped for a server |
 //! | `memory` | what a server reads and writes of guest memory by message |
 //! | `migration` | a device's state, taken and given |
+//! | `dma_log` | a device's log of its writes to memory |
 //! | `function` | [`UserFunction`], the backend |
 
 mod connection;
 mod dma;
+mod dma_log;
 mod function;
 mod memory;
 mod migration;

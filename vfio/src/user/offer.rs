@@ -5,6 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::connection::{Connection, Reply, Request};
+use super::dma_log::UserDmaLog;
 use super::migration::UserMigration;
 use super::protocol::{
     Command, DEFAULT_DATA_BYTES, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, HEADER_BYTES,
@@ -14,6 +15,7 @@ use super::protocol::{
 };
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex};
 use crate::dma::PAGE_BYTES;
+use crate::dma_log::PagedLog;
 
 /// Configuration space: at least the header, at most what PCI Express has.
 const CONFIG_BYTES: std::ops::RangeInclusive<u64> = 64..=4096;
@@ -34,6 +36,8 @@ const IRQS: [(IrqKind, u32); 5] = [
 pub(super) struct Offer {
     /// If its state can be taken and given.
     pub(super) migration: Option<UserMigration>,
+    /// If it logs what it writes to memory.
+    pub(super) dma_log: Option<PagedLog<UserDmaLog>>,
     pub(super) resettable: bool,
     /// Descriptors that it takes in a message.
     pub(super) max_descriptors: usize,
@@ -114,8 +118,14 @@ impl Offer {
             0 => None,
             _ => UserMigration::query(connection, max_data)?,
         };
+        // A log is of no use to a device that does not move.
+        let dma_log = match migration {
+            None => None,
+            Some(_) => UserDmaLog::query(connection, max_data)?,
+        };
         Ok(Self {
             migration,
+            dma_log,
             resettable: device.flags & DEVICE_RESETS != 0,
             max_descriptors: bounded(capabilities.max_msg_fds, MAX_DESCRIPTORS),
             max_data,

@@ -1,3 +1,5 @@
+mod moving;
+
 use std::sync::{Weak, mpsc};
 use std::time::{Duration, Instant};
 
@@ -296,13 +298,16 @@ fn impossible_devices_are_refused() {
 }
 
 #[test]
-fn assigned_devices_do_not_move() {
+fn devices_without_a_migration_interface_do_not_move() {
     let f = fixture(&config()).unwrap();
     assert!(matches!(
         f.function.migratability(),
         Migratability::Blocked(_)
     ));
-    assert!(f.function.save().is_err());
+    assert!(matches!(f.function.begin_copy(), Err(MoveError::Absent)));
+    assert!(!f.function.must_be_alone(), "nobody moves it");
+    f.function.start().unwrap();
+    f.function.pause().unwrap();
 }
 
 #[test]
@@ -312,7 +317,7 @@ fn notices_of_the_host_are_heard_through_resets_and_not_too_often() {
     } = fixture(&config()).unwrap();
     let (hear, heard) = mpsc::channel();
     let hook = move |notice| hear.send(notice).unwrap();
-    let function = function.with_notices(Box::new(hook)).unwrap();
+    let function = function.with_notices(Arc::new(hook)).unwrap();
     Device::reset(&function).unwrap();
     let soon = Duration::from_secs(10);
     let begin = Instant::now();

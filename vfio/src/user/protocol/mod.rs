@@ -265,6 +265,44 @@ payloads! {
         value: u64,
     }
 
+    /// `VFIO_USER_DEVICE_FEATURE` with [`FEATURE_DMA_LOGGING_START`], and its reply; as many [`LoggedRange`]s
+    /// behind it.
+    LoggingControl {
+        /// Bytes of the reply.
+        argsz: u32,
+        /// As in [`Feature`].
+        flags: u32,
+        /// Bytes of the pages to log by; in the reply, of those that are logged by.
+        page_size: u64,
+        /// How many ranges.
+        num_ranges: u32,
+        /// Nothing.
+        reserved: u32,
+    }
+
+    /// A range that writes are logged to.
+    LoggedRange {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        length: u64,
+    }
+
+    /// `VFIO_USER_DEVICE_FEATURE` with [`FEATURE_DMA_LOGGING_REPORT`], and its reply, which has the bitmap
+    /// behind it in words of 64 bits.
+    LoggingReport {
+        /// Bytes of the reply.
+        argsz: u32,
+        /// As in [`Feature`].
+        flags: u32,
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        length: u64,
+        /// Bytes that a bit stands for.
+        page_size: u64,
+    }
+
     /// `VFIO_USER_MIG_DATA_READ`, its reply, and `VFIO_USER_MIG_DATA_WRITE`.
     MigData {
         /// Bytes of the reply.
@@ -310,11 +348,19 @@ pub const DEVICE_IS_PCI: u32 = 1 << 1;
 pub const FEATURE_GET: u32 = 1 << 16;
 /// `VFIO_DEVICE_FEATURE_SET`.
 pub const FEATURE_SET: u32 = 1 << 17;
+/// `VFIO_DEVICE_FEATURE_PROBE`: whether there is the feature, and what else these flags say.
+pub const FEATURE_PROBE: u32 = 1 << 18;
 /// `VFIO_DEVICE_FEATURE_MIGRATION`: what the device can do, [`MIGRATION_STOP_COPY`] and
 /// [`MIGRATION_PRE_COPY`].
 pub const FEATURE_MIGRATION: u32 = 1;
 /// `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`: its migration state.
 pub const FEATURE_MIG_DEVICE_STATE: u32 = 2;
+/// `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`: logs what the device writes to memory.
+pub const FEATURE_DMA_LOGGING_START: u32 = 6;
+/// `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`: ends that; without data.
+pub const FEATURE_DMA_LOGGING_STOP: u32 = 7;
+/// `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`: tells what was written.
+pub const FEATURE_DMA_LOGGING_REPORT: u32 = 8;
 /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`: bytes of its state. The specification does not have it;
 /// servers that do not either refuse it.
 pub const FEATURE_MIG_DATA_SIZE: u32 = 9;
@@ -434,6 +480,9 @@ mod tests {
         assert_eq!(size_of::<IrqSet>(), 20);
         assert_eq!(size_of::<RegionAccess>(), 16);
         assert_eq!(size_of::<DmaAccess>(), 16);
+        assert_eq!(size_of::<LoggingControl>(), 8 + 16);
+        assert_eq!(size_of::<LoggedRange>(), 16);
+        assert_eq!(size_of::<LoggingReport>(), 8 + 24);
     }
 
     #[test]

@@ -95,7 +95,7 @@ fn servers_of_older_versions_are_not_asked() {
 
 #[test]
 fn a_state_that_is_refused_is_told_with_where_the_device_is() {
-    let refuse = Some((Command::DeviceFeature, 2, Fault::Refuse(5)));
+    let refuse = Some((Command::DeviceFeature, 3, Fault::Refuse(5)));
     let function = connect(Script {
         fault: refuse,
         ..script(MIGRATION_STOP_COPY)
@@ -138,14 +138,14 @@ fn nonsense_ends_the_connection() {
         Fault::Payload(MigData { argsz, size }.encode(&vec![0; bytes]))
     };
     let state = FEATURE_GET | FEATURE_MIG_DEVICE_STATE;
-    // The first question is what the device can do.
+    // The first questions are what the device can do, and whether it logs its writes.
     for (command, at, fault, expected) in [
-        (Command::DeviceFeature, 1, value(state, 8), "state is 0x8"),
-        (Command::DeviceFeature, 1, value(state, 5), "state is 0x5"),
-        (Command::DeviceFeature, 1, value(0, 2), "answers for is 0x0"),
+        (Command::DeviceFeature, 2, value(state, 8), "state is 0x8"),
+        (Command::DeviceFeature, 2, value(state, 5), "state is 0x5"),
+        (Command::DeviceFeature, 2, value(0, 2), "answers for is 0x0"),
         (
             Command::DeviceFeature,
-            2,
+            3,
             Fault::Payload(vec![0; 15]),
             "it has 15 bytes",
         ),
@@ -220,7 +220,7 @@ fn silent_servers_have_their_time_and_no_more() {
         reset: IMPATIENCE,
         ..limits
     };
-    let (stream, _server) = silent_at(1).start();
+    let (stream, _server) = silent_at(2).start();
     let function = UserFunction::from_stream(stream, NAME, limits).unwrap();
     let begin = Instant::now();
     let stopped = function.migration().unwrap().take_arc(MigrationState::Stop);

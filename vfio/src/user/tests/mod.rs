@@ -1,6 +1,7 @@
 //! Servers: somebody else's, one that follows the protocol by hand, and those that do not.
 
 mod answers;
+mod dma_log;
 mod hostile;
 mod memory;
 mod migration;

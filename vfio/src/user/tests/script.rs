@@ -1,5 +1,6 @@
 //! A vfio-user server, written out by hand, that does one thing wrong.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -8,9 +9,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::super::protocol::{
-    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, FEATURE_MIG_DEVICE_STATE, FEATURE_MIGRATION,
-    FEATURE_SET, Feature, FeatureValue, Header, IRQ_EVENTFD, IrqInfo, MAX_MESSAGE_BYTES, MigData,
-    Payload, REGION_MAPS, REGION_READS, REGION_WRITES, RegionAccess, RegionInfo, Version,
+    Command, DEVICE_IS_PCI, DEVICE_RESETS, DeviceInfo, FEATURE_DMA_LOGGING_REPORT,
+    FEATURE_DMA_LOGGING_START, FEATURE_DMA_LOGGING_STOP, FEATURE_MIG_DEVICE_STATE,
+    FEATURE_MIGRATION, FEATURE_PROBE, FEATURE_SET, Feature, FeatureValue, Header, IRQ_EVENTFD,
+    IrqInfo, LoggedRange, LoggingControl, LoggingReport, MAX_MESSAGE_BYTES, MigData, Payload,
+    REGION_MAPS, REGION_READS, REGION_WRITES, RegionAccess, RegionInfo, Version,
     encode_region_info,
 };
 use super::super::wire;
@@ -59,6 +62,8 @@ pub(super) struct Script {
     pub(super) asks: Vec<(Command, Vec<u8>)>,
     /// Its migration interface, if it has one.
     pub(super) migration: Option<Migration>,
+    /// Its log of what it writes to memory, if it keeps one.
+    pub(super) dma_log: Option<DmaLogging>,
     /// Whether it waits for the answers before it gives its own.
     pub(super) waits: bool,
 }
@@ -73,10 +78,25 @@ pub(super) struct Migration {
     pub(super) data: Vec<u8>,
 }
 
+/// A log of a device that has written these pages before it is asked.
+#[derive(Clone, Debug)]
+pub(super) struct DmaLogging {
+    /// Bytes of the pages that it says it logs by.
+    pub(super) page_size: u64,
+    /// Ranges that it takes.
+    pub(super) ranges_max: usize,
+    /// Addresses of pages of 4 KiB; each is reported once.
+    pub(super) written: BTreeSet<u64>,
+}
+
 /// What the server has seen.
 #[derive(Default)]
 pub(super) struct Seen {
     pub(super) requests: Vec<Command>,
+    /// Ranges that it was to log, each time.
+    pub(super) logged: Vec<Vec<(u64, u64)>>,
+    /// Ranges that it was asked to report.
+    pub(super) reported: Vec<(u64, u64)>,
     /// Answers to its own requests.
     pub(super) replies: Vec<(Header, Vec<u8>)>,
     /// What its descriptors lead to.
@@ -196,6 +216,10 @@ impl Server {
     /// What a sound server answers with; `None` for what it does not have.
     fn answer(&mut self, command: Command, payload: &[u8]) -> Option<(Vec<u8>, bool)> {
         match command {
+            Command::DeviceFeature if is_of_log(payload) => {
+                let log = self.script.dma_log.as_mut()?;
+                Some((log.answer(&mut self.seen, payload)?, false))
+            }
             Command::DeviceFeature | Command::MigDataRead | Command::MigDataWrite => {
                 let migration = self.script.migration.as_mut()?;
                 Some((migration.answer(command, payload)?, false))
@@ -305,6 +329,56 @@ fn answer(command: Command, payload: &[u8]) -> (Vec<u8>, bool) {
         Command::RegionWrite => (payload[..16].to_vec(), false),
         Command::DmaUnmap => (payload.to_vec(), false),
         _ => (Vec::new(), false),
+    }
+}
+
+fn is_of_log(payload: &[u8]) -> bool {
+    let (asked, _) = Feature::decode(payload).unwrap();
+    (FEATURE_DMA_LOGGING_START..=FEATURE_DMA_LOGGING_REPORT).contains(&(asked.flags & 0xffff))
+}
+
+impl DmaLogging {
+    fn answer(&mut self, seen: &mut Seen, payload: &[u8]) -> Option<Vec<u8>> {
+        let (asked, _) = Feature::decode(payload).unwrap();
+        if asked.flags & FEATURE_PROBE != 0 {
+            return Some(payload.to_vec());
+        }
+        match asked.flags & 0xffff {
+            FEATURE_DMA_LOGGING_START => {
+                let (control, ranges) = LoggingControl::decode(payload).unwrap();
+                let ranges = ranges.as_chunks::<16>().0.iter();
+                let ranges = ranges.map(|range| LoggedRange::decode(range).unwrap().0);
+                let ranges: Vec<_> = ranges.map(|range| (range.iova, range.length)).collect();
+                assert_eq!(control.num_ranges as usize, ranges.len());
+                let fits = ranges.len() <= self.ranges_max;
+                seen.logged.push(ranges);
+                let page_size = self.page_size;
+                let chosen = LoggingControl {
+                    page_size,
+                    ..control
+                };
+                fits.then(|| chosen.encode(&payload[24..]))
+            }
+            FEATURE_DMA_LOGGING_STOP => Some(payload.to_vec()),
+            _ => {
+                let (report, rest) = LoggingReport::decode(payload).unwrap();
+                assert!(rest.is_empty() && report.page_size == 4096);
+                seen.reported.push((report.iova, report.length));
+                Some(report.encode(&self.bitmap(report.iova, report.length)))
+            }
+        }
+    }
+
+    fn bitmap(&mut self, iova: u64, length: u64) -> Vec<u8> {
+        let words = usize::try_from((length / 4096).div_ceil(64)).unwrap();
+        let mut bytes = vec![0; words * 8];
+        for page in self.written.range(iova..iova + length) {
+            let number = usize::try_from((page - iova) / 4096).unwrap();
+            bytes[number / 8] |= 1 << (number % 8);
+        }
+        self.written
+            .retain(|page| !(iova..iova + length).contains(page));
+        bytes
     }
 }
 
