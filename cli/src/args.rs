@@ -354,6 +354,14 @@ pub(crate) struct ArrivalArgs {
     /// The socket of a device's vhost-user server here: disk1=/run/vub.sock.
     #[arg(long, value_name = "ID=SOCKET", value_parser = values::server_here)]
     pub(crate) vhost_user: Vec<(String, PathBuf)>,
+    /// Which assigned device it is here: device0=vfio=0000:41:00.4 or device0=vfio-user=/run/gpu.sock,
+    /// with the other keys of --device.
+    #[arg(long, value_name = "ID=LIST", value_parser = values::device_here)]
+    pub(crate) device: Vec<(String, DeviceConfig)>,
+    /// Which GPU, or part of one, it is here: device0=auto or device0=pci=0000:41:00.4, with the other
+    /// keys of --gpu [default: as the VM has it, where that is for this host to choose].
+    #[arg(long, value_name = "ID=LIST", value_parser = values::gpu_here)]
+    pub(crate) gpu: Vec<(String, DeviceConfig)>,
     /// Socket of vsock here.
     #[arg(long, value_name = "PATH")]
     pub(crate) vsock: Option<PathBuf>,

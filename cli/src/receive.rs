@@ -71,6 +71,7 @@ pub(crate) fn arrival(args: ArrivalArgs, allowed: Option<Vec<PathBuf>>) -> Arriv
         disks: args.disk,
         taps: args.tap,
         served: args.vhost_user,
+        assigned: [args.device, args.gpu].concat(),
         vsock: args.vsock,
         allowed_paths: allowed,
     }

@@ -198,6 +198,32 @@ pub(crate) fn server_here(text: &str) -> Result<(String, PathBuf), String> {
     Ok((id, socket.into()))
 }
 
+/// `--device` of a VM that comes.
+pub(crate) fn device_here(text: &str) -> Result<(String, DeviceConfig), String> {
+    let expected = "ID=LIST, such as device0=vfio=0000:41:00.4";
+    let (id, list) = pair(text, expected)?;
+    named_here(id, device(&list)?)
+}
+
+/// `--gpu` of a VM that comes.
+pub(crate) fn gpu_here(text: &str) -> Result<(String, DeviceConfig), String> {
+    let (id, list) = pair(text, "ID=LIST, such as device0=auto")?;
+    let mut devices = gpus_from_key_values(&list)?;
+    match (devices.pop(), devices.is_empty()) {
+        (Some(device), true) => named_here(id, device),
+        _ => Err("one device has one GPU: count is not for this".to_owned()),
+    }
+}
+
+fn named_here(id: String, device: DeviceConfig) -> Result<(String, DeviceConfig), String> {
+    match device.id {
+        None => Ok((id, device)),
+        Some(other) => Err(format!(
+            "the device is called {id} already, id={other} is too much"
+        )),
+    }
+}
+
 fn pair(text: &str, expected: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((id, value)) if !id.is_empty() && !value.is_empty() => {

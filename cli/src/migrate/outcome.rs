@@ -50,12 +50,20 @@ pub(crate) fn print_report(report: &MigrationReport) {
 fn lines(report: &MigrationReport) -> Vec<String> {
     let mut lines = vec![verdict(report)];
     if let Some(blackout) = report.blackout {
+        let last = match blackout.device_bytes {
+            0 => several(blackout.pages, "page"),
+            bytes => format!(
+                "{} and {} of devices",
+                several(blackout.pages, "page"),
+                size(bytes)
+            ),
+        };
         lines.push(format!(
             "blackout {}: stopping {}, last dirty log {}, last {} {}, restoring {}, handing over {}",
             time(blackout.total_us),
-            time(blackout.pause_us),
+            time(blackout.pause_us.saturating_add(blackout.devices_us)),
             time(blackout.harvest_us),
-            several(blackout.pages, "page"),
+            last,
             time(blackout.pages_us),
             time(blackout.prepare_us),
             time(blackout.commit_us),

@@ -131,6 +131,7 @@ mod tests {
                 ..PageMix::default()
             },
             wire_bytes: 4096,
+            device_bytes: 0,
             duration_us: 1_000_000,
             dirty_pages: 2,
             cpu_percent: 100,

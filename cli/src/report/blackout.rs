@@ -22,7 +22,12 @@ fn parts(blackout: &Blackout) -> Vec<Part> {
         what,
     };
     let mut parts = vec![
-        part("pause", "blue", blackout.pause_us, "vCPUs and devices stop"),
+        part(
+            "pause",
+            "blue",
+            blackout.pause_us.saturating_add(blackout.devices_us),
+            "vCPUs and devices stop",
+        ),
         part(
             "harvest",
             "yellow",

@@ -9,8 +9,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use devices::virtio::vhost_user::VhostUserStateV1;
+use devices::{Device, Migratability};
 use migration::handoff::Mark;
-use migration::ports::{Host, Incoming, LazyMemory, PageStore, PortError};
+use migration::ports::{DeviceSink, Host, Incoming, LazyMemory, PageStore, PortError};
 use migration::{DirtyBitmap, Section};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -25,12 +26,12 @@ use super::receive::ReceiveError;
 use super::resources::Resources;
 use super::restore::check_lazy;
 use super::runtime::{Machine, MachineError};
-use crate::config::{CharTarget, MemoryConfig, VmConfig, VmName};
+use crate::config::{CharTarget, DeviceConfig, MemoryConfig, VmConfig, VmName};
 use crate::control::errors::chain;
 use crate::host::meminfo::HostMemory;
 use crate::kvm::is_same_frequency;
 use crate::memory::check_userfault;
-use crate::migrate::{LazyRam, RamPages, Skeleton, unreadable};
+use crate::migrate::{LazyRam, RamPages, Skeleton, sinks, unreadable};
 
 /// What is different here from the host that the machine comes from.
 #[derive(Clone, Debug, Default)]
@@ -45,6 +46,8 @@ pub struct ArrivalOptions {
     pub taps: Vec<(String, String)>,
     /// vhost-user devices by id and their servers' sockets here.
     pub served: Vec<(String, PathBuf)>,
+    /// Assigned devices by id and what they are here.
+    pub assigned: Vec<(String, DeviceConfig)>,
     /// The socket of vsock, if the machine has one.
     pub vsock: Option<PathBuf>,
     /// Directories below which the source may name files, and then no TAP; `None`: anywhere, unless
@@ -135,7 +138,10 @@ impl ArrivalSite {
             reasons
         })?;
         let terminals = resources.terminals();
-        let origin = Origin::Arrival { cpuid: &cpuid };
+        let origin = Origin::Arrival {
+            cpuid: &cpuid,
+            assigned: &skeleton.assigned,
+        };
         let machine = Machine::build(&config, resources, &self.notices, placement, origin);
         let machine = machine.map_err(|error| match error {
             BuildError::Incompatible(reasons) => reasons,
@@ -186,6 +192,7 @@ fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
         }
     }
     reasons.extend(unfit_servers(skeleton, machine));
+    reasons.extend(unfit_functions(skeleton, machine));
     if let (Some(wanted), Some(found)) = (skeleton.tsc_khz, machine.tsc_khz)
         && !machine.vm.can_scale_tsc()
         && !is_same_frequency(wanted, found)
@@ -210,6 +217,28 @@ fn unfit_servers(skeleton: &Skeleton, machine: &Machine) -> Vec<String> {
         Some(format!("{id}: {error}"))
     };
     skeleton.served.iter().filter_map(reason).collect()
+}
+
+/// Assigned devices here that cannot take the state of the source's.
+fn unfit_functions(skeleton: &Skeleton, machine: &Machine) -> Vec<String> {
+    let mut reasons = Vec::new();
+    for (id, function) in machine.assigned() {
+        if let Migratability::Blocked(reason) = function.migratability() {
+            reasons.push(format!("{id}: {reason}"));
+        }
+        let mut parts = skeleton.assigned.iter();
+        let Some(part) = parts.find(|part| part.id == id.as_str()) else {
+            reasons.push(format!("{id}: the source does not say what it is"));
+            continue;
+        };
+        let differences = part.shape.differences(&function.shape());
+        reasons.extend(
+            differences
+                .into_iter()
+                .map(|words| format!("{id}: {words}")),
+        );
+    }
+    reasons
 }
 
 impl Host for ArrivalHost {
@@ -299,6 +328,12 @@ impl Incoming for Arrival {
         Arc::clone(&self.pages) as Arc<dyn PageStore>
     }
 
+    fn device_sinks(&self) -> Vec<Arc<dyn DeviceSink>> {
+        let slot = self.slot.lock();
+        let machine = slot.as_ref().map(|arrived| &arrived.machine);
+        sinks(machine.map(Machine::assigned_functions).unwrap_or_default())
+    }
+
     fn restore(&mut self, sections: Vec<Section>) -> Result<(), PortError> {
         self.with("the state does not fit", |arrived| {
             arrived.machine.restore(sections)
@@ -335,6 +370,9 @@ impl Incoming for Arrival {
         if let Some(arrived) = self.slot.lock().as_ref() {
             if arrived.config.memory.hugepages.is_some() {
                 return Some("its memory is of huge pages, which cannot come in pieces".to_owned());
+            }
+            if !arrived.config.device.is_empty() {
+                return Some("its assigned devices cannot wait for pages".to_owned());
             }
             if let Err(error) = check_lazy(&arrived.config) {
                 return Some(chain(&error));

@@ -31,6 +31,7 @@ use crate::host::chardev::{CharPump, Endpoint};
 use crate::host::disk::DiskHandover;
 use crate::kvm::{KvmError, System, Vcpu, VcpuSet, Vm};
 use crate::memory::{Layout, LayoutError, MemoryError, allocate};
+use crate::migrate::AssignedPart;
 
 /// Start of the firmware tables; the area ends at 1 MiB.
 const ACPI_TABLES_ADDRESS: u64 = 0xe_0000;
@@ -142,7 +143,23 @@ pub(super) enum Origin<'a> {
     Arrival {
         /// See [`CpuidTemplate::entries`].
         cpuid: &'a [kvm_cpuid_entry2],
+        /// Where it saw assigned devices.
+        assigned: &'a [AssignedPart],
     },
+}
+
+impl Origin<'_> {
+    /// The number on the bus of the assigned device called `id`, if it has had one.
+    fn place_of(&self, id: &DeviceId) -> Option<u8> {
+        match self {
+            Self::Boot => None,
+            Self::Arrival { assigned, .. } => {
+                let mut parts = assigned.iter();
+                let part = parts.find(|part| part.id == id.as_str())?;
+                Some(part.number)
+            }
+        }
+    }
 }
 
 pub(super) fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BuildError {
@@ -235,12 +252,12 @@ impl Machine {
             announce_due: false,
             has_run: false,
         };
-        machine.plug_assigned(config)?;
+        machine.plug_assigned(config, &origin)?;
         Ok(machine)
     }
 
     /// Devices that are there from the start, and may go.
-    fn plug_assigned(&mut self, config: &VmConfig) -> Result<(), BuildError> {
+    fn plug_assigned(&mut self, config: &VmConfig, origin: &Origin<'_>) -> Result<(), BuildError> {
         let ids: Vec<_> = config
             .device_ids()
             .into_iter()
@@ -255,7 +272,7 @@ impl Machine {
         for ((device, id), claim) in config.device.iter().zip(ids).zip(claims) {
             let opened = self.opener.open_claimed(&id, device, claim);
             let opened = opened.map_err(|source| error(&id, source))?;
-            let plugged = self.plug(opened);
+            let plugged = self.plug(opened, origin.place_of(&id));
             plugged.map_err(|source| BuildError::Plug { id, source })?;
         }
         Ok(())
@@ -304,7 +321,7 @@ fn create_vcpus(
     let template = match origin {
         Origin::Boot => CpuidTemplate::new(supported, &options),
         // The guest goes on with the CPU that it knows, if this host can offer as much.
-        Origin::Arrival { cpuid } => {
+        Origin::Arrival { cpuid, .. } => {
             let masked = Vec::new();
             let host = CpuidTemplate::new(supported, &CpuidOptions { masked, ..options });
             let reasons = incompatibilities(cpuid, &host);

@@ -16,8 +16,10 @@ use vfio::kernel::{
 };
 use vfio::user::{ConnectError, UserFunction};
 use vfio::{BackendError, VfioBackend};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{
-    Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
 };
 
 use super::claims::{Claim, Claimer, Unclaimed};
@@ -186,7 +188,7 @@ impl Opener {
     /// Passes on what the host says about a device.
     fn notice_hook(&self, id: &DeviceId) -> NoticeHook {
         let (id, events) = (id.clone(), Arc::clone(&self.events));
-        Box::new(move |notice| {
+        Arc::new(move |notice| {
             let event = match notice {
                 HostNotice::Error => DeviceEvent::Failed,
                 HostNotice::Request => DeviceEvent::Requested,
@@ -245,6 +247,10 @@ impl Opener {
 
     fn user(&self, id: &DeviceId, socket: &Path, host: String) -> Result<Device, AssignError> {
         let function = UserFunction::connect(socket)?;
+        let memory = Arc::clone(&self.memory);
+        function.set_dma_write_hook(Some(Arc::new(move |iova: Iova, bytes| {
+            note_write(&memory, iova, bytes);
+        })));
         let (id, events) = (id.clone(), Arc::clone(&self.events));
         function.on_loss(Box::new(move |reason| {
             let reason = reason.to_owned();
@@ -258,6 +264,19 @@ impl Opener {
     }
 }
 
+/// A server has had Drover write to guest memory, past the access that notes it.
+fn note_write(memory: &GuestRam, iova: Iova, bytes: u64) {
+    let address = GuestAddress(iova.0);
+    let Some(region) = memory.find_region(address) else {
+        return;
+    };
+    let offset = iova.0 - region.start_addr().raw_value();
+    let (Ok(offset), Ok(bytes)) = (usize::try_from(offset), usize::try_from(bytes)) else {
+        return;
+    };
+    region.get_mmap().bitmap().mark_dirty(offset, bytes);
+}
+
 /// The way that a device is to go; the one on which devices reach each other, if they shall.
 fn path_of(config: &DeviceConfig) -> PathChoice {
     match config.iommufd {
@@ -268,7 +287,7 @@ fn path_of(config: &DeviceConfig) -> PathChoice {
     }
 }
 
-fn show<B: vm_memory::bitmap::Bitmap>(
+fn show<B: Bitmap>(
     backend: &dyn VfioBackend,
     region: &GuestRegionMmap<B>,
 ) -> Result<(), BackendError> {

@@ -83,7 +83,7 @@ impl Board {
             device,
             kind,
             address: None,
-            host: None,
+            assigned: None,
             counters: None,
             interrupt: None,
         });
@@ -118,7 +118,7 @@ impl Board {
             device: function,
             kind,
             address: Some(bdf),
-            host: None,
+            assigned: None,
             counters: Some(counters),
             interrupt: Some(interrupt),
         });

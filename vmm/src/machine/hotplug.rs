@@ -6,7 +6,7 @@ use std::sync::Arc;
 use devices::pci::{Bdf, PciRoot, PciRootError};
 
 use super::assigned::Opened;
-use super::runtime::{DeviceEntry, Machine};
+use super::runtime::{Assigned, DeviceEntry, Machine};
 use crate::arch::x86_64::platform::interrupt_line;
 
 /// A function has no place.
@@ -15,6 +15,9 @@ pub enum PlugError {
     /// On the bus.
     #[error(transparent)]
     Bus(#[from] PciRootError),
+    /// The bus has no such slot for it.
+    #[error("its slot on the source's bus, {0}, is none here that devices come to")]
+    NoSlot(u8),
     /// The host has no descriptor or thread for its interrupt line.
     #[error("interrupt line")]
     Line(#[source] io::Error),
@@ -30,12 +33,16 @@ pub(super) fn removable_slots(pci: &PciRoot) -> u32 {
 }
 
 impl Machine {
-    /// Puts a function into the next free slot. The guest is not told.
+    /// Puts a function into the slot of this number, or into the next free one. The guest is not
+    /// told.
     ///
     /// # Errors
     /// [`PlugError`] when there is no slot, or no room for its BARs.
-    pub(super) fn plug(&mut self, opened: Opened) -> Result<Bdf, PlugError> {
-        let bdf = self.pci.next_free()?;
+    pub(super) fn plug(&mut self, opened: Opened, number: Option<u8>) -> Result<Bdf, PlugError> {
+        let bdf = match number {
+            Some(number) => self.slot(number)?,
+            None => self.pci.next_free()?,
+        };
         let function = Arc::new(opened.function);
         self.pci.add(bdf, function.clone())?;
         let line = self.ioapic.pin(interrupt_line(bdf.device()));
@@ -45,14 +52,24 @@ impl Machine {
         }
         self.acpi.set_removable(bdf.device());
         self.devices.push(DeviceEntry {
-            device: function,
+            device: function.clone(),
             kind: opened.kind,
             address: Some(bdf),
-            host: Some(opened.host),
+            assigned: Some(Assigned {
+                function,
+                host: opened.host,
+            }),
             counters: None,
             interrupt: None,
         });
         Ok(bdf)
+    }
+
+    /// The slot of this number, if devices come and go there.
+    fn slot(&self, number: u8) -> Result<Bdf, PlugError> {
+        let is_one = number < 32 && self.slots & 1 << number != 0;
+        let bdf = Bdf::new(0, number, 0).ok().filter(|_| is_one);
+        bdf.ok_or(PlugError::NoSlot(number))
     }
 
     /// Where the removable device called `id` is.

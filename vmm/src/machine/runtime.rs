@@ -11,7 +11,8 @@ use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::console::ConsolePort;
 use devices::virtio::net::NetHandle;
 use devices::virtio::vhost_user::VhostUserHandle;
-use devices::{Device, DeviceError, GuestRam, Migratability};
+use devices::{Device, DeviceError, DeviceId, GuestRam, Migratability};
+use vfio::function::AssignedFunction;
 
 use super::assembly::{self, BuildError};
 use super::assigned::Opener;
@@ -23,7 +24,7 @@ use crate::host::chardev::CharPump;
 use crate::host::disk::DiskHandover;
 use crate::kvm::{ClockState, GuestGate, HostTsc, KvmError, VcpuSet, Vm};
 use crate::memory::Layout;
-use crate::migrate::LazyMemory;
+use crate::migrate::{AssignedPart, LazyMemory};
 
 /// The machine could not follow.
 #[derive(Debug, thiserror::Error)]
@@ -46,17 +47,24 @@ pub(super) struct DeviceEntry {
     pub(super) kind: &'static str,
     /// PCI address, if it has one.
     pub(super) address: Option<Bdf>,
-    /// What of the host it is, if it is assigned; it may then go while the machine stays.
-    pub(super) host: Option<String>,
+    /// Of one that is assigned; it may go while the machine stays.
+    pub(super) assigned: Option<Assigned>,
     pub(super) counters: Option<Arc<dyn Counters>>,
     /// Of a virtio device.
     pub(super) interrupt: Option<Arc<VirtioInterrupt>>,
 }
 
+/// An assigned device.
+pub(super) struct Assigned {
+    pub(super) function: Arc<AssignedFunction>,
+    /// What of the host it is.
+    pub(super) host: String,
+}
+
 impl DeviceEntry {
     /// Whether it may go while the machine stays.
     pub(super) fn is_removable(&self) -> bool {
-        self.host.is_some()
+        self.assigned.is_some()
     }
 }
 
@@ -172,6 +180,9 @@ impl Machine {
             self.stopped = Some(StoppedTime::now(&self.vm)?);
         }
         for entry in &self.devices {
+            entry.device.calm();
+        }
+        for entry in &self.devices {
             entry.device.pause()?;
         }
         Ok(())
@@ -227,7 +238,10 @@ impl Machine {
         let info = |entry: &DeviceEntry| DeviceInfo {
             id: entry.device.id().to_string(),
             kind: entry.kind.to_owned(),
-            host: entry.host.clone(),
+            host: entry
+                .assigned
+                .as_ref()
+                .map(|assigned| assigned.host.clone()),
             address: entry.address.map(|bdf| bdf.to_string()),
             migration_blocked: match entry.device.migratability() {
                 Migratability::Supported => None,
@@ -235,6 +249,50 @@ impl Machine {
             },
         };
         self.devices.iter().map(info).collect()
+    }
+
+    /// Assigned devices, by name.
+    pub(super) fn assigned(&self) -> impl Iterator<Item = (&DeviceId, &Arc<AssignedFunction>)> {
+        self.devices.iter().filter_map(|entry| {
+            let assigned = entry.assigned.as_ref()?;
+            Some((entry.device.id(), &assigned.function))
+        })
+    }
+
+    /// The same, for whoever works with them on another thread.
+    pub(super) fn assigned_functions(&self) -> Vec<(String, Arc<AssignedFunction>)> {
+        let assigned = self.assigned();
+        assigned
+            .map(|(id, function)| (id.to_string(), Arc::clone(function)))
+            .collect()
+    }
+
+    /// Those among several that can be stopped only while others still write to them.
+    pub(super) fn restless_devices(&self) -> Vec<String> {
+        if self.assigned().count() < 2 {
+            return Vec::new();
+        }
+        let restless = self
+            .assigned()
+            .filter(|(_, function)| function.must_be_alone());
+        let reason = |(id, _)| {
+            format!(
+                "{id}: its driver has no P2P states, which several devices need to move together"
+            )
+        };
+        restless.map(reason).collect()
+    }
+
+    /// What others in their place must be.
+    pub(super) fn assigned_parts(&self) -> Vec<AssignedPart> {
+        let parts = self.devices.iter().filter_map(|entry| {
+            Some(AssignedPart {
+                id: entry.device.id().to_string(),
+                number: entry.address?.device(),
+                shape: entry.assigned.as_ref()?.function.shape(),
+            })
+        });
+        parts.collect()
     }
 
     /// All counters of vCPUs and devices.

@@ -10,6 +10,7 @@ use migration::{DirtyBitmap, PAGE_BYTES, PageIndex, PageRun};
 use parking_lot::Mutex;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::device_stream::{DeviceLog, Named};
 use super::{ServerLogTracker, WriteLogTracker};
 use crate::kvm::{DirtyLog, KvmError};
 
@@ -165,6 +166,16 @@ impl UnionTracker {
             Box::new(WriteLogTracker::new(Arc::clone(memory))),
             Box::new(ServerLogTracker::new(Arc::clone(memory), servers)),
         ])
+    }
+
+    /// The same with what assigned devices write.
+    #[must_use]
+    pub(super) fn with_devices(mut self, devices: &[Named], memory: &GuestRam) -> Self {
+        for device in devices {
+            let log = DeviceLog::new(device.clone(), memory);
+            self.trackers.push(Box::new(log));
+        }
+        self
     }
 
     /// The union of `trackers`.

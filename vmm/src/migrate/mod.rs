@@ -3,6 +3,7 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `page_store` | guest RAM by pages |
+//! | `device_stream` | states of assigned devices, and what these write to memory |
 //! | `kvm_log`, `write_log`, `server_log` | who has written to it |
 //! | `skeleton` | what a destination needs to build the machine |
 //! | `states` | versions of the states that will come, and whether this build reads them |
@@ -10,6 +11,7 @@
 //! | `dialer` | its connections, over several ways |
 //! | `report` | what operators ask for and are told |
 
+mod device_stream;
 mod dialer;
 mod kvm_log;
 mod lazy_ram;
@@ -22,6 +24,7 @@ mod snapshot;
 mod states;
 mod write_log;
 
+pub(crate) use device_stream::sinks;
 pub use kvm_log::{KvmLogTracker, UnionTracker};
 pub(crate) use lazy_ram::LazyRam;
 pub use migration::progress;
@@ -33,7 +36,7 @@ pub use report::{
 };
 pub use server_log::ServerLogTracker;
 pub(crate) use session::Session;
-pub use skeleton::Skeleton;
+pub use skeleton::{AssignedPart, Skeleton};
 pub(crate) use snapshot::{LazyMemory, SnapshotMemory, SnapshotSession, open as open_snapshot};
 pub use snapshot::{SnapshotError, SnapshotReadError, SnapshotReport, SnapshotRequest};
 pub use states::{StateVersion, unreadable};

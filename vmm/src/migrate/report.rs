@@ -151,6 +151,9 @@ pub struct MigrationReport {
     pub pages: PageMix,
     /// All bytes sent.
     pub wire_bytes: u64,
+    /// Of these, the states of assigned devices.
+    #[serde(default)]
+    pub device_bytes: u64,
     /// The guest's memory.
     pub memory_bytes: u64,
     /// Most memory used for pages sent before.
@@ -197,6 +200,7 @@ impl MigrationReport {
             rounds: report.rounds,
             pages: report.pages,
             wire_bytes: report.wire_bytes,
+            device_bytes: report.device_bytes,
             memory_bytes,
             cache_bytes: report.cache_bytes,
             streams: report.streams,
@@ -222,6 +226,7 @@ impl MigrationReport {
             rounds: Vec::new(),
             pages: PageMix::default(),
             wire_bytes: 0,
+            device_bytes: 0,
             memory_bytes,
             cache_bytes: 0,
             streams: 0,
@@ -303,6 +308,7 @@ mod tests {
                 ..PageMix::default()
             },
             wire_bytes: 0,
+            device_bytes: 0,
             streams: 1,
             congested_percent: 0,
             cache_bytes: 0,

@@ -7,18 +7,19 @@ use devices::GuestRam;
 use devices::virtio::vhost_user::VhostUserHandle;
 use migration::Section;
 use migration::handoff::Mark;
-use migration::ports::{Machine, PortError, Reclaim};
+use migration::ports::{DeviceSource, Machine, PortError, Reclaim};
 use migration::progress::MigrationHandle;
 use migration::source::{Parts, SourceError, SourceOptions, migrate};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::device_stream::{Named, sources};
 use super::dialer::{CONNECT_TIME, Dialer};
 use super::report::{MigrationReport, MigrationRequest};
 use super::{RamPages, UnionTracker};
 use crate::control::errors::chain;
 use crate::host::link::connect;
 use crate::kvm::DirtyLog;
-use crate::machine::{MachineLink, MigrationMachineError};
+use crate::machine::{Controller, MachineLink, MigrationMachineError};
 
 /// How long a peer may be silent.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -45,6 +46,8 @@ pub(crate) struct Session {
     pub(crate) log: DirtyLog,
     /// vhost-user servers that share the memory.
     pub(crate) servers: Vec<VhostUserHandle>,
+    /// Assigned devices, which write to it, too.
+    pub(crate) assigned: Vec<Named>,
 }
 
 impl Session {
@@ -67,9 +70,14 @@ impl Session {
             memory,
             log,
             servers,
+            assigned,
         } = self;
         let memory_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
-        let mut machine = LinkedMachine(machine);
+        let mut machine = LinkedMachine {
+            link: machine,
+            blockers: Controller::migration_blockers,
+            devices: sources(&assigned),
+        };
         let blockers = machine.blockers();
         if !blockers.is_empty() {
             // The destination is not bothered, and goes on waiting for one that can be moved.
@@ -90,7 +98,8 @@ impl Session {
             }
         };
         let mut dialer = Dialer::new(&request, &connected.url);
-        let tracker = UnionTracker::of_machine(log, &memory, servers);
+        let tracker =
+            UnionTracker::of_machine(log, &memory, servers).with_devices(&assigned, &memory);
         let mut parts = Parts {
             machine: &mut machine,
             pages: &RamPages::new(memory),
@@ -121,7 +130,13 @@ fn options(request: &MigrationRequest, memory_bytes: u64) -> SourceOptions {
 }
 
 /// The machine through its controller.
-pub(super) struct LinkedMachine(pub(super) MachineLink);
+pub(super) struct LinkedMachine {
+    pub(super) link: MachineLink,
+    /// What keeps it from doing what it is linked for.
+    pub(super) blockers: fn(&Controller) -> Vec<String>,
+    /// Those whose state is a stream.
+    pub(super) devices: Vec<Arc<dyn DeviceSource>>,
+}
 
 impl LinkedMachine {
     fn flat<T>(
@@ -139,52 +154,60 @@ impl LinkedMachine {
 
 impl Machine for LinkedMachine {
     fn blockers(&self) -> Vec<String> {
-        let blockers = self.0.call(|controller| controller.migration_blockers());
+        let find = self.blockers;
+        let blockers = self.link.call(move |controller| find(controller));
         blockers.unwrap_or_else(|error| vec![error.to_string()])
     }
 
+    fn device_sources(&self) -> Vec<Arc<dyn DeviceSource>> {
+        self.devices.clone()
+    }
+
     fn skeleton(&self) -> Result<Vec<u8>, PortError> {
-        let skeleton = self.0.call(|controller| Ok(controller.skeleton().encode()));
+        let skeleton = self
+            .link
+            .call(|controller| Ok(controller.skeleton().encode()));
         Self::flat("the VM cannot be described", skeleton)
     }
 
     fn pause(&mut self) -> Result<(), PortError> {
-        let paused = self.0.call(|controller| controller.pause_for_migration());
+        let paused = self
+            .link
+            .call(|controller| controller.pause_for_migration());
         Self::flat("the VM cannot be stopped", paused)
     }
 
     fn resume(&mut self) -> Result<(), PortError> {
         let resumed = self
-            .0
+            .link
             .call(|controller| controller.resume_after_migration());
         Self::flat("the VM cannot be resumed", resumed)
     }
 
     fn state_time(&self) -> Duration {
-        let found = self.0.call(|controller| controller.state_time());
+        let found = self.link.call(|controller| controller.state_time());
         // A controller that is gone is noticed by the next call.
         found.unwrap_or_default()
     }
 
     fn save(&self) -> Result<Vec<Section>, PortError> {
-        let saved = self.0.call(|controller| controller.save_for_migration());
+        let saved = self.link.call(|controller| controller.save_for_migration());
         Self::flat("the VM's state cannot be saved", saved)
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), PortError> {
-        let throttle = move |controller: &mut crate::machine::Controller| {
-            controller.throttle_for_migration(percent)
-        };
-        Self::flat("vCPUs cannot be slowed down", self.0.call(throttle))
+        let throttle =
+            move |controller: &mut Controller| controller.throttle_for_migration(percent);
+        Self::flat("vCPUs cannot be slowed down", self.link.call(throttle))
     }
 
     fn release(&mut self) -> Result<Mark, PortError> {
-        let released = self.0.call(|controller| controller.release_disks());
+        let released = self.link.call(|controller| controller.release_disks());
         Self::flat("the VM's disks cannot be let go", released)
     }
 
     fn reclaim(&mut self) -> Result<Reclaim, PortError> {
-        let taken = self.0.call(|controller| controller.take_back_disks());
+        let taken = self.link.call(|controller| controller.take_back_disks());
         Self::flat("the VM's disks cannot be taken back", taken)
     }
 }

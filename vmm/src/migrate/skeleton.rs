@@ -3,6 +3,7 @@
 use devices::virtio::vhost_user::VhostUserStateV1;
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
+use vfio::function::FunctionShape;
 
 use super::states::{StateVersion, check_states};
 use crate::config::VmConfig;
@@ -15,6 +16,17 @@ const OLDEST_VERSION: u16 = 1;
 
 /// CPUID leaves at most, as KVM has it (`KVM_MAX_CPUID_ENTRIES`).
 const MAX_CPUID_ENTRIES: usize = 256;
+
+/// An assigned device of the source's, as another in its place must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AssignedPart {
+    /// Its name.
+    pub id: String,
+    /// Its number on the bus.
+    pub number: u8,
+    /// What can be told of it from outside.
+    pub shape: FunctionShape,
+}
 
 /// Description of a machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +49,9 @@ pub struct Skeleton {
     /// none, or the source does not say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub served: Vec<(String, VhostUserStateV1)>,
+    /// Assigned devices. Empty: there are none, or the source does not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub assigned: Vec<AssignedPart>,
 }
 
 impl Skeleton {
@@ -71,6 +86,7 @@ impl Skeleton {
             paused,
             states,
             served: Vec::new(),
+            assigned: Vec::new(),
         }
     }
 
@@ -78,6 +94,12 @@ impl Skeleton {
     #[must_use]
     pub fn with_served(self, served: Vec<(String, VhostUserStateV1)>) -> Self {
         Self { served, ..self }
+    }
+
+    /// The same with what assigned devices are like.
+    #[must_use]
+    pub fn with_assigned(self, assigned: Vec<AssignedPart>) -> Self {
+        Self { assigned, ..self }
     }
 
     /// As sent.

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use devices::{FORMATS, StateFormat};
 use migration::Section;
 use serde::{Deserialize, Serialize};
+use vfio::function::ASSIGNED_FORMAT;
 
 use crate::kvm::{CLOCK_FORMAT, VCPU_FORMAT};
 
@@ -64,8 +65,13 @@ fn is_name(name: &str) -> bool {
 /// Why this build cannot read all of `states`: each reason once, none if it can.
 #[must_use]
 pub fn unreadable(states: &[StateVersion]) -> Vec<String> {
-    let known = FORMATS.iter().copied().chain([VCPU_FORMAT, CLOCK_FORMAT]);
-    reasons(states, &known.collect::<Vec<_>>())
+    reasons(states, &known().collect::<Vec<_>>())
+}
+
+/// All that this build reads.
+fn known() -> impl Iterator<Item = StateFormat> {
+    let others = [VCPU_FORMAT, CLOCK_FORMAT, ASSIGNED_FORMAT];
+    FORMATS.iter().copied().chain(others)
 }
 
 fn reasons(states: &[StateVersion], known: &[StateFormat]) -> Vec<String> {
@@ -146,8 +152,7 @@ mod tests {
 
     #[test]
     fn what_this_build_writes_it_reads() {
-        let known = FORMATS.iter().chain([&VCPU_FORMAT, &CLOCK_FORMAT]);
-        let states: Vec<_> = known
+        let states: Vec<_> = known()
             .map(|format| state("part", format.kind, format.newest))
             .collect();
         assert_eq!(unreadable(&states), Vec::<String>::new());

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::ArrivalOptions;
-use crate::config::{NetConfig, RngConfig, VmConfig, VmName};
+use crate::config::{DeviceConfig, NetConfig, RngConfig, VmConfig, VmName};
 use crate::control::errors::chain;
 
 /// Makes `config` what it is here, for a VM called `name`; every reason why it cannot be.
@@ -19,6 +19,10 @@ pub(super) fn adapt(config: &mut VmConfig, name: &VmName, options: &ArrivalOptio
     for (net, id) in config.net.iter_mut().zip(net_ids) {
         net.id = Some(id);
     }
+    let device_ids = config.device_ids();
+    for (device, id) in config.device.iter_mut().zip(device_ids) {
+        device.id = Some(id);
+    }
     let mut reasons = Vec::new();
     if let Some(allowed) = &options.allowed_paths {
         reasons.extend(forbidden_files(config, options, allowed));
@@ -26,7 +30,8 @@ pub(super) fn adapt(config: &mut VmConfig, name: &VmName, options: &ArrivalOptio
     }
     reasons.extend(redirect(config, options));
     reasons.extend(config.net.iter().filter_map(foreign_descriptors));
-    reasons.extend(assigned(config));
+    reasons.extend(foreign_devices(config, options));
+    reasons.extend(redirect_devices(config, options));
     if let Err(error) = config.validate() {
         reasons.push(chain(&error));
     }
@@ -108,10 +113,45 @@ fn foreign_descriptors(net: &NetConfig) -> Option<String> {
     })
 }
 
-/// Devices of this host are nobody's to name from afar, and their state does not move yet.
-fn assigned(config: &VmConfig) -> Option<String> {
+/// Devices of this host are nobody's to name from afar: only which GPU it is may be left to this
+/// host, and only by a source that is known.
+fn foreign_devices(config: &VmConfig, options: &ArrivalOptions) -> Vec<String> {
+    let may_choose = options.allowed_paths.is_none();
+    let is_open = |device: &DeviceConfig| {
+        let gpu = device.gpu.as_ref();
+        gpu.is_some_and(|gpu| may_choose && gpu.pci.is_none() && gpu.sysfs_root.is_none())
+    };
+    let is_told = |id: &str| options.assigned.iter().any(|(own, _)| own == id);
+    let foreign = config.device.iter().filter_map(|device| {
+        let id = device.id.as_deref()?;
+        (!is_open(device) && !is_told(id)).then(|| {
+            format!(
+                "{id}: which device it is here has to be said: --device {id}=vfio=BDF, \
+                 --device {id}=vfio-user=SOCKET or --gpu {id}=auto"
+            )
+        })
+    });
+    foreign.collect()
+}
+
+/// Puts the operator's devices in place of the source's.
+fn redirect_devices(config: &mut VmConfig, options: &ArrivalOptions) -> Vec<String> {
     let ids = config.device_ids();
-    (!ids.is_empty()).then(|| format!("assigned devices cannot move yet, the VM has {ids:?}"))
+    let mut reasons = Vec::new();
+    for (id, device) in &options.assigned {
+        match ids.iter().position(|known| known == id) {
+            Some(index) => {
+                config.device[index] = DeviceConfig {
+                    id: Some(id.clone()),
+                    ..device.clone()
+                };
+            }
+            None => reasons.push(format!(
+                "the VM has no assigned device {id} (it has {ids:?})"
+            )),
+        }
+    }
+    reasons
 }
 
 /// TAPs that the source names and no option here.

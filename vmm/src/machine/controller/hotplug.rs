@@ -106,7 +106,7 @@ impl Controller {
         opened: Result<Opened, AssignError>,
     ) -> Result<DeviceInfo, CommandError> {
         let opened = opened.map_err(CommandError::Assign)?;
-        let bdf = self.machine.plug(opened).map_err(CommandError::Bus)?;
+        let bdf = self.machine.plug(opened, None).map_err(CommandError::Bus)?;
         self.machine.acpi.add_device(bdf.device());
         // Others may have gone while it was opened.
         let mut config = self.config_with_ids();

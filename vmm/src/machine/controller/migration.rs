@@ -160,6 +160,7 @@ impl Controller {
             memory: Arc::clone(self.machine.memory()),
             log: self.machine.vm.dirty_log().map_err(MachineError::from)?,
             servers: self.machine.served.clone(),
+            assigned: self.machine.assigned_functions(),
         };
         let thread = std::thread::Builder::new()
             .name("mig".to_owned())
@@ -294,6 +295,7 @@ impl Controller {
             self.state == VmState::Paused,
         )
         .with_served(served.collect())
+        .with_assigned(self.machine.assigned_parts())
     }
 
     /// How long saving the machine's state and restoring it takes, about.
@@ -319,10 +321,22 @@ impl Controller {
         };
         let infos = self.machine.device_infos();
         let mut blockers: Vec<_> = infos.into_iter().filter_map(blocked).collect();
+        blockers.extend(self.machine.restless_devices());
         if self.is_loading() {
             blockers.push("memory: it is still being loaded from a snapshot".to_owned());
         }
         blockers
+    }
+
+    /// Devices that a snapshot cannot have, with their reasons.
+    pub(crate) fn snapshot_blockers(&self) -> Vec<String> {
+        let assigned = self.machine.assigned();
+        let assigned =
+            assigned.map(|(id, _)| format!("{id}: assigned devices cannot be saved yet"));
+        self.migration_blockers()
+            .into_iter()
+            .chain(assigned)
+            .collect()
     }
 
     /// Stops the machine for the switchover. What the guest has asked for last comes first: it

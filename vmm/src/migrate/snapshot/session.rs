@@ -20,7 +20,7 @@ use super::directory::{SnapshotError, Staging};
 use super::{SnapshotReport, SnapshotRequest};
 use crate::control::errors::chain;
 use crate::kvm::DirtyLog;
-use crate::machine::{MachineLink, MigrationMachineError};
+use crate::machine::{Controller, MachineLink, MigrationMachineError};
 use crate::migrate::session::LinkedMachine;
 use crate::migrate::{RamPages, UnionTracker};
 
@@ -97,7 +97,11 @@ impl SnapshotSession {
         self.sync_disks()?;
         let tracker = UnionTracker::of_machine(self.log, &self.memory, self.servers);
         let mut parts = Parts {
-            machine: &mut LinkedMachine(self.machine.clone()),
+            machine: &mut LinkedMachine {
+                link: self.machine.clone(),
+                blockers: Controller::snapshot_blockers,
+                devices: Vec::new(),
+            },
             pages: &RamPages::new(Arc::clone(&self.memory)),
             tracker: &tracker,
         };
