@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::config::{Bar, Effect};
 use super::dma::Dma;
+use super::dma_log::DmaLogging;
 use super::engine;
 use super::migration::Migration;
 use super::state::{MSIX_BYTES, MSIX_TABLE, State};
@@ -25,6 +26,24 @@ pub struct Shape {
     pub partition: u32,
     /// Of how many.
     pub partitions: u32,
+}
+
+/// What a virtual function can do beyond computing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Whether its state can be taken and given.
+    pub migration: bool,
+    /// How well it keeps the log of its writes.
+    pub dma_log: DmaLogging,
+}
+
+impl Default for Abilities {
+    fn default() -> Self {
+        Self {
+            migration: true,
+            dma_log: DmaLogging::On,
+        }
+    }
 }
 
 /// Vectors, and the two notices.
@@ -54,6 +73,7 @@ pub(super) struct Device {
     pub(super) shape: Shape,
     pub(super) state: State,
     pub(super) vram: Vram,
+    pub(super) abilities: Abilities,
     pub(super) dma: Dma,
     pub(super) migration: Migration,
     /// Who is told of an interrupt, by vector; then of an error, and of the host's request.
@@ -63,12 +83,13 @@ pub(super) struct Device {
 }
 
 impl Device {
-    pub(super) fn new(shape: Shape) -> io::Result<Self> {
+    pub(super) fn new(shape: Shape, abilities: Abilities) -> io::Result<Self> {
         Ok(Self {
             shape,
             state: State::new(&shape.bars()),
             vram: Vram::new(shape.vram_bytes)?,
-            dma: Dma::default(),
+            abilities,
+            dma: Dma::new(abilities.dma_log),
             migration: Migration::default(),
             interrupts: [const { None }; LINES],
             buffer: vec![0; engine::STEP_BYTES],
@@ -85,11 +106,12 @@ impl Device {
     /// Forgets a client and all that it has left.
     pub(super) fn forget(&mut self) -> io::Result<()> {
         self.dma.clear();
+        self.dma.log.forget();
         self.interrupts = [const { None }; LINES];
         self.reset()
     }
 
-    /// Resets the device; the client's mappings and interrupts stay.
+    /// Resets the device; the client's mappings, interrupts and log stay.
     pub(super) fn reset(&mut self) -> io::Result<()> {
         self.state = State::new(&self.shape.bars());
         self.migration = Migration::default();

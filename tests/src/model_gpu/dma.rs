@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
+use super::dma_log::{DmaLogging, Log};
+
 /// Mappings that a client may have at once: each holds a descriptor.
 pub(super) const MAPPINGS_MAX: usize = 256;
 
@@ -17,9 +19,11 @@ pub(super) const READ: u32 = 1 << 0;
 pub(super) const WRITE: u32 = 1 << 1;
 
 /// The device's view of guest memory, by guest-physical address.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Dma {
     mappings: BTreeMap<u64, Mapping>,
+    /// What was written.
+    pub(super) log: Log,
 }
 
 #[derive(Debug)]
@@ -38,6 +42,13 @@ pub(super) struct Unreachable {
 }
 
 impl Dma {
+    pub(super) fn new(logging: DmaLogging) -> Self {
+        Self {
+            mappings: BTreeMap::new(),
+            log: Log::new(logging),
+        }
+    }
+
     /// Adds a mapping.
     pub(super) fn map(
         &mut self,
@@ -122,14 +133,15 @@ impl Dma {
     }
 
     /// Writes guest memory. All that the device ever writes goes through here.
-    pub(super) fn write(&self, address: u64, data: &[u8]) -> Result<(), Unreachable> {
+    pub(super) fn write(&mut self, address: u64, data: &[u8]) -> Result<(), Unreachable> {
         let mut done = 0;
         while done < data.len() {
             let rest = &data[done..];
             let (file, offset, len) = self.piece(address, done, rest.len(), WRITE)?;
-            let unreachable = |_| Unreachable { address };
-            file.write_all_at(&rest[..len], offset)
-                .map_err(unreachable)?;
+            let written = file.write_all_at(&rest[..len], offset);
+            // A write that has failed may have changed something all the same.
+            self.log.note(address.saturating_add(done as u64), len);
+            written.map_err(|_| Unreachable { address })?;
             done += len;
         }
         Ok(())

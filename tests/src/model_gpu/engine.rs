@@ -140,7 +140,12 @@ fn advance(device: &mut Device, mut job: Job) -> Result<(), Refusal> {
 }
 
 /// Does the next steps of a command; returns how many.
-fn work(device: &Device, command: Command, done: u64, buffer: &mut [u8]) -> Result<u64, Refusal> {
+fn work(
+    device: &mut Device,
+    command: Command,
+    done: u64,
+    buffer: &mut [u8],
+) -> Result<u64, Refusal> {
     match command {
         Command::Nop => Ok(0),
         Command::Fill { offset, len, word } => {

@@ -19,10 +19,10 @@ const HEAD_BYTES: usize = 24;
 const REST_MAX: u64 = 256 << 10;
 
 // `struct vfio_device_feature`, what can be asked with it, and `enum vfio_device_mig_state`.
-const GET: u32 = 1 << 16;
-const SET: u32 = 1 << 17;
+pub(super) const GET: u32 = 1 << 16;
+pub(super) const SET: u32 = 1 << 17;
 const PROBE: u32 = 1 << 18;
-const FEATURE_MASK: u32 = 0xffff;
+pub(super) const FEATURE_MASK: u32 = 0xffff;
 const MIGRATION: u32 = 1;
 const DEVICE_STATE: u32 = 2;
 const DATA_SIZE: u32 = 9;
@@ -217,13 +217,17 @@ impl Device {
 
     /// Answers `VFIO_USER_DEVICE_FEATURE`.
     pub(super) fn feature(&mut self, mut fields: Fields<'_>) -> Result<Vec<u8>, Errno> {
-        let (_size, flags) = (fields.u32()?, fields.u32()?);
+        let (room, flags) = (fields.u32()?, fields.u32()?);
         let feature = flags & FEATURE_MASK;
         let can = match feature {
+            MIGRATION | DATA_SIZE | DEVICE_STATE if !self.abilities.migration => 0,
             MIGRATION | DATA_SIZE => GET,
             DEVICE_STATE => GET | SET,
-            _ => return Err(Errno::NOTTY),
+            _ => self.dma.log.can(feature),
         };
+        if can == 0 {
+            return Err(Errno::NOTTY);
+        }
         let asked = flags & (GET | SET);
         if asked & !can != 0 {
             return Err(Errno::INVAL);
@@ -243,6 +247,7 @@ impl Device {
                 self.change(to).map_err(|error| errno(&error))?;
                 to.into()
             }
+            (GET | SET, _) => return self.dma.log.answer(room, flags, fields),
             _ => return Err(Errno::INVAL),
         };
         Ok(reply(flags, &value.to_le_bytes()))
@@ -267,7 +272,7 @@ impl Device {
     }
 }
 
-fn reply(flags: u32, data: &[u8]) -> Vec<u8> {
+pub(super) fn reply(flags: u32, data: &[u8]) -> Vec<u8> {
     let size = u32::try_from(8 + data.len()).unwrap_or(u32::MAX);
     [&size.to_le_bytes()[..], &flags.to_le_bytes(), data].concat()
 }

@@ -13,13 +13,15 @@
 //! the *tree* is the copy of `/sys` that tells of a parent and its partitions.
 //!
 //! - The device: `state` (all that a guest can have changed), `device` (registers), `engine` (commands),
-//!   `config` (configuration space), `vram`, `dma` (guest memory), `migration` (its state, taken and given).
+//!   `config` (configuration space), `vram`, `dma` (guest memory), `dma_log` (what was
+//!   written there), `migration` (its state, taken and given).
 //! - The server: [`Server`], `session` (messages), `wire` (their form).
 //! - The parent: [`Tree`]; the program: [`Options`] and [`run`].
 
 mod config;
 mod device;
 mod dma;
+mod dma_log;
 mod engine;
 mod migration;
 mod options;
@@ -34,7 +36,9 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+pub use device::Abilities;
 pub use device::Shape;
+pub use dma_log::DmaLogging;
 pub use options::{ADDRESS, Mode, Options, USAGE};
 pub use program::run;
 pub use server::{Server, ServerError};

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 
+use super::device::Abilities;
+use super::dma_log::DmaLogging;
 use super::tree::TreeOptions;
 
 /// How the program is called.
@@ -16,6 +18,12 @@ model-gpu: a virtual function of a made-up GPU, served over vfio-user; a model f
 
     model-gpu --root FOLDER [--partitions-max 4] [--vram 256M] [--address 0000:c1:00.0]
         a GPU that is divided by writing to sriov_numvfs; FOLDER gets a copy of /sys that tells of it
+
+    --dma-log on|off|lossy
+        whether a function logs which pages of guest memory it writes; or does, and loses every second one
+
+    --migration on|off
+        whether the state of a function can be taken and given
 ";
 
 /// Where the GPU of a tree is, if nothing else is said.
@@ -35,6 +43,8 @@ pub struct Options {
     pub mode: Mode,
     /// Bytes of video memory, of all partitions together.
     pub vram_bytes: u64,
+    /// How the functions log their writes to guest memory.
+    pub abilities: Abilities,
 }
 
 /// What is served.
@@ -54,6 +64,7 @@ impl Options {
     pub fn parse(words: impl IntoIterator<Item = String>) -> anyhow::Result<Option<Self>> {
         let (mut socket, mut root) = (None, None);
         let (mut vram, mut partitions, mut address) = (None, None, None);
+        let (mut dma_log, mut migration) = (None, None);
         let mut words = words.into_iter();
         while let Some(word) = words.next() {
             let slot = match word.as_str() {
@@ -63,6 +74,8 @@ impl Options {
                 "--vram" => &mut vram,
                 "--partitions-max" => &mut partitions,
                 "--address" => &mut address,
+                "--dma-log" => &mut dma_log,
+                "--migration" => &mut migration,
                 _ => bail!("unknown option {word:?}"),
             };
             let value = words
@@ -86,7 +99,22 @@ impl Options {
             }
             _ => bail!("it takes --socket or --root, and not both"),
         };
-        Ok(Some(Self { mode, vram_bytes }))
+        let dma_log = match dma_log.as_deref() {
+            None | Some("on") => DmaLogging::On,
+            Some("off") => DmaLogging::Off,
+            Some("lossy") => DmaLogging::Lossy,
+            Some(other) => bail!("--dma-log is on, off or lossy, and not {other:?}"),
+        };
+        let migration = match migration.as_deref() {
+            None | Some("on") => true,
+            Some("off") => false,
+            Some(other) => bail!("--migration is on or off, and not {other:?}"),
+        };
+        Ok(Some(Self {
+            mode,
+            vram_bytes,
+            abilities: Abilities { migration, dma_log },
+        }))
     }
 }
 

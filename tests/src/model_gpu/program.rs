@@ -14,6 +14,7 @@ use super::tree::Tree;
 /// # Errors
 /// When it cannot.
 pub fn run(options: Options) -> anyhow::Result<Infallible> {
+    let abilities = options.abilities;
     match options.mode {
         Mode::Socket(path) => {
             let shape = Shape {
@@ -21,7 +22,7 @@ pub fn run(options: Options) -> anyhow::Result<Infallible> {
                 partition: 0,
                 partitions: 1,
             };
-            let server = Server::start(&path, shape)?;
+            let server = Server::start_with(&path, shape, abilities)?;
             say(&format!("serving on {}", path.display()))?;
             obey(&server)?;
             loop {
@@ -29,7 +30,7 @@ pub fn run(options: Options) -> anyhow::Result<Infallible> {
             }
         }
         Mode::Tree(options) => {
-            let mut tree = Tree::create(&options)?;
+            let mut tree = Tree::create(&options)?.with_abilities(abilities);
             say(&format!(
                 "GPU {} in {}",
                 options.address,

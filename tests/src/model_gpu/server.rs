@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 
+use super::device::Abilities;
 use super::device::{Device, Shape};
 use super::engine;
 use super::session::{Session, lines};
@@ -75,7 +76,19 @@ impl Server {
     /// # Errors
     /// [`ServerError`] when there can be no such socket, or no device.
     pub fn start(path: &Path, shape: Shape) -> Result<Self, ServerError> {
-        let device = Device::new(shape).map_err(ServerError::Start)?;
+        Self::start_with(path, shape, Abilities::default())
+    }
+
+    /// The same with a device that logs its writes to guest memory so.
+    ///
+    /// # Errors
+    /// [`ServerError`] when there can be no such socket, or no device.
+    pub fn start_with(
+        path: &Path,
+        shape: Shape,
+        abilities: Abilities,
+    ) -> Result<Self, ServerError> {
+        let device = Device::new(shape, abilities).map_err(ServerError::Start)?;
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let shared = Arc::new(Shared {
             shape,

@@ -1,6 +1,7 @@
 //! The model GPU, as a client and a driver see it.
 
 mod conformance;
+mod dma_log;
 mod driver;
 mod hostile;
 mod life;

@@ -19,6 +19,7 @@ use drover_guest::gpu::{CLASS, DEVICE, VENDOR};
 use rustix::fs::inotify;
 
 use super::config::Config;
+use super::device::Abilities;
 use super::device::Shape;
 use super::server::{Server, ServerError};
 
@@ -86,6 +87,7 @@ pub struct Tree {
     address: Address,
     partitions_max: u32,
     vram_bytes: u64,
+    abilities: Abilities,
     partitions: Vec<Server>,
     watch: OwnedFd,
 }
@@ -115,12 +117,20 @@ impl Tree {
             address,
             partitions_max: options.partitions_max,
             vram_bytes: options.vram_bytes,
+            abilities: Abilities::default(),
             partitions: Vec::new(),
         };
         tree.clear_old(address)?;
         tree.write_parent()?;
         tree.start_watch()?;
         Ok(tree)
+    }
+
+    /// With functions that log their writes to guest memory so.
+    #[must_use]
+    pub fn with_abilities(mut self, abilities: Abilities) -> Self {
+        self.abilities = abilities;
+        self
     }
 
     /// How many partitions there are.
@@ -189,7 +199,8 @@ impl Tree {
                 partition,
                 partitions: count,
             };
-            let server = Server::start(&self.root.join(format!("vf{partition}.sock")), shape)?;
+            let socket = self.root.join(format!("vf{partition}.sock"));
+            let server = Server::start_with(&socket, shape, self.abilities)?;
             self.partitions.push(server);
         }
         // The links come last, in their order: who sees the last one sees all.

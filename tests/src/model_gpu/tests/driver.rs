@@ -15,7 +15,7 @@ use rustix::fs::MemfdFlags;
 use vfio_user::Client;
 
 use crate::harness::scratch::Scratch;
-use crate::model_gpu::{Server, Shape};
+use crate::model_gpu::{Abilities, DmaLogging, Server, Shape};
 
 pub(super) const MIB: u64 = 1 << 20;
 
@@ -44,6 +44,10 @@ impl Stand {
     }
 
     pub(super) fn with_vram(vram_bytes: u64) -> Self {
+        Self::with(vram_bytes, DmaLogging::On)
+    }
+
+    pub(super) fn with(vram_bytes: u64, dma_log: DmaLogging) -> Self {
         let scratch = Scratch::new().unwrap();
         let path = scratch.join("gpu");
         let shape = Shape {
@@ -51,8 +55,12 @@ impl Stand {
             partition: 0,
             partitions: 1,
         };
+        let abilities = Abilities {
+            dma_log,
+            ..Abilities::default()
+        };
         Self {
-            server: Server::start(&path, shape).unwrap(),
+            server: Server::start_with(&path, shape, abilities).unwrap(),
             vram_bytes,
             path,
             _scratch: scratch,

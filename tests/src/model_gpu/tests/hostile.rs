@@ -358,7 +358,11 @@ fn migration_that_cannot_be_is_refused(raw: &mut Raw) {
     // Features that there are not, or that are not set, or neither.
     for (flags, errno) in [
         (GET, ENOTTY),
-        (GET | 6, ENOTTY),
+        (GET | 5, ENOTTY),
+        (GET | 6, EINVAL),
+        (SET | 7, EINVAL),
+        (SET | 8, EINVAL),
+        (GET | 8, EINVAL),
         (SET | 1, EINVAL),
         (GET | SET | 1, EINVAL),
         (1, EINVAL),

@@ -25,7 +25,7 @@ const REGISTERS: RegionIndex = RegionIndex::Bar(BAR_REGISTERS);
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A client of Drover's that has given the device this memory.
-fn connect(stand: &Stand, memory: &File) -> UserFunction {
+pub(super) fn connect(stand: &Stand, memory: &File) -> UserFunction {
     let function = UserFunction::connect(stand.server.path()).unwrap();
     let range = DmaRange {
         iova: Iova(MEMORY),
@@ -41,7 +41,7 @@ fn connect(stand: &Stand, memory: &File) -> UserFunction {
     function
 }
 
-fn guest_memory() -> File {
+pub(super) fn guest_memory() -> File {
     let memory = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
     let memory = File::from(memory);
     memory.set_len(MEMORY_BYTES).unwrap();

@@ -1,6 +1,6 @@
 //! The program's command line.
 
-use crate::model_gpu::{Mode, Options};
+use crate::model_gpu::{DmaLogging, Mode, Options};
 
 fn parse(text: &str) -> anyhow::Result<Option<Options>> {
     Options::parse(text.split_whitespace().map(str::to_owned))
@@ -22,6 +22,24 @@ fn one_function_or_a_tree_is_served() {
 }
 
 #[test]
+fn writes_are_logged_as_asked_for() {
+    for (text, expected) in [
+        ("", DmaLogging::On),
+        (" --dma-log on", DmaLogging::On),
+        (" --dma-log off", DmaLogging::Off),
+        (" --dma-log lossy", DmaLogging::Lossy),
+    ] {
+        for mode in ["--socket /a", "--root /r"] {
+            let options = parse(&format!("{mode}{text}")).unwrap().unwrap();
+            assert_eq!(options.abilities.dma_log, expected, "{text}");
+            assert!(options.abilities.migration);
+        }
+    }
+    let options = parse("--socket /a --migration off").unwrap().unwrap();
+    assert!(!options.abilities.migration);
+}
+
+#[test]
 fn what_is_not_understood_is_refused() {
     for text in [
         "",
@@ -35,6 +53,9 @@ fn what_is_not_understood_is_refused() {
         "--root /r --partitions-max 129 --vram 1G",
         "--root /r --partitions-max 4 --vram 3M",
         "--other",
+        "--socket /a --dma-log",
+        "--socket /a --dma-log sometimes",
+        "--socket /a --migration sometimes",
     ] {
         assert!(parse(text).is_err(), "{text:?}");
     }
