@@ -20,8 +20,8 @@ type Outcome = anyhow::Result<()>;
 
 const MIB: u64 = 1 << 20;
 
-/// Why a device of the model's cannot move: its state could be taken, and nobody does.
-const BLOCKED: &str = "assigned devices cannot move yet";
+/// Why a device cannot move whose state cannot be taken.
+const BLOCKED: &str = "the device's driver cannot save its state";
 
 fn mmio_exits(vm: &Vm) -> anyhow::Result<u64> {
     let samples = vm.control().json("metrics")?;
@@ -151,7 +151,7 @@ fn assigned_device_is_listed_with_why_it_cannot_move_and_its_vm_stays() -> Outco
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
+    let gpu = ModelGpu::with(&ground, "gpu", &["--migration", "off"])?;
     let mut vm = at_work(&ground, &gpu, "gpu.progress_ms=10")?;
     let name = "device0";
     let seen = vm.control().device(name)?;

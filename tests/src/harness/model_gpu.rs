@@ -41,6 +41,14 @@ impl ModelGpu {
         Self::start("--socket", path, &["--vram", vram])
     }
 
+    /// The same with further options of the program, on a socket of this name in the test's folder.
+    ///
+    /// # Errors
+    /// As [`ModelGpu::socket`].
+    pub fn with(ground: &Ground, name: &str, options: &[&str]) -> anyhow::Result<Self> {
+        Self::start("--socket", &ground.scratch().join(name), options)
+    }
+
     /// The same on a socket of this name in the test's folder.
     ///
     /// # Errors

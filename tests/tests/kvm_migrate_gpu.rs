@@ -1,0 +1,198 @@
+//! Live migration of VMs with assigned GPUs (`docs/gpu-migration.md`): the guest computes on, on
+//! another device, with what the first one had.
+//!
+//! `DROVER_GPU_MIGRATIONS=50` makes the chain longer.
+
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use tests::harness::ground::Ground;
+use tests::harness::model_gpu::ModelGpu;
+use tests::harness::moving::{Place, migrate, reason_not_moved, repetitions, try_migrate};
+use tests::harness::process;
+use tests::harness::vm::{LATER, SOON, Vm};
+
+type Outcome = anyhow::Result<()>;
+
+/// Video memory has to come over while the VM stands still.
+const LONG: [&str; 2] = ["--max-downtime", "5s"];
+
+/// Of guests that are given no other memory.
+const MEMORY_PAGES: u64 = (64 << 20) / 4096;
+
+/// A VM whose guest computes on all of `gpus`, each result checked, after the first.
+fn at_work(ground: &Ground, name: &str, gpus: &[&ModelGpu]) -> anyhow::Result<Vm> {
+    let cmdline = "run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0";
+    let devices = gpus.iter();
+    let devices: Vec<_> = devices
+        .flat_map(|gpu| ["--device".to_owned(), gpu.device()])
+        .collect();
+    let spec = ground.vm(cmdline).name(name).args(&devices);
+    let vm = spec.start_controlled()?;
+    works_on(&vm)?;
+    Ok(vm)
+}
+
+/// Waits for further results.
+fn works_on(vm: &Vm) -> Outcome {
+    let ram = vm.memory()?;
+    let jobs = ram.heartbeat()?.progress;
+    ram.wait_heartbeat(SOON, |beat| beat.command == 1 && beat.progress > jobs + 1)?;
+    Ok(())
+}
+
+/// Ends the computations, which must all have been right, and the machine.
+fn finish(mut vm: Vm) -> Outcome {
+    vm.type_text("s")?;
+    let result = vm.result("gpu")?;
+    assert_eq!(result.number("bad")?, 0, "{result:?}");
+    vm.type_text("s")?;
+    vm.wait_end(LATER)?.check()
+}
+
+/// A place where devices are these GPUs.
+fn place<'a>(ground: &'a Ground, name: &str, gpus: &[&ModelGpu]) -> Place<'a> {
+    let devices = (0..).zip(gpus);
+    let devices: Vec<_> = devices
+        .flat_map(|(number, gpu)| {
+            let device = format!("device{number}={}", gpu.device());
+            ["--device".to_owned(), device]
+        })
+        .collect();
+    Place::new(ground, name).args(&devices)
+}
+
+fn hop(place: &Place<'_>, mut vm: Vm) -> anyhow::Result<(Vm, Value)> {
+    let place = place.start()?;
+    let report = migrate(vm.control(), &place.url, &LONG)?;
+    let status = vm.wait_exit(SOON)?;
+    ensure!(status.code() == Some(0), "the source ended with {status}");
+    Ok((place.vm, report))
+}
+
+#[test]
+fn computations_go_on_through_many_moves() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let first = ModelGpu::on(&ground, "gpu", "64M")?;
+    let mut vm = at_work(&ground, "vm", &[&first])?;
+    // Those before serve nobody any more.
+    let mut gpus = vec![first];
+    for number in 1..=repetitions("DROVER_GPU_MIGRATIONS", 5)? {
+        let next = ModelGpu::on(&ground, &format!("gpu{number}"), "64M")?;
+        let place = place(&ground, &format!("vm{number}"), &[&next]);
+        let (moved, report) = hop(&place, vm).with_context(|| format!("move {number}"))?;
+        let pages = report["blackout"]["pages"].as_u64();
+        // The device says which it has written.
+        ensure!(
+            pages.is_some_and(|pages| pages < MEMORY_PAGES / 4),
+            "{report}"
+        );
+        ensure!(report["device_bytes"].as_u64() > Some(64 << 20), "{report}");
+        vm = moved;
+        works_on(&vm).with_context(|| format!("after move {number}"))?;
+        gpus.push(next);
+    }
+    finish(vm)
+}
+
+#[test]
+fn gpus_of_one_vm_move_together() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = |name: &str, vram: &str| ModelGpu::on(&ground, name, vram);
+    let (small, large) = (gpu("small", "64M")?, gpu("large", "256M")?);
+    let there = (gpu("small-there", "64M")?, gpu("large-there", "256M")?);
+    let vm = at_work(&ground, "vm", &[&small, &large])?;
+    let place = place(&ground, "there", &[&there.0, &there.1]);
+    let (moved, _) = hop(&place, vm)?;
+    works_on(&moved)?;
+    finish(moved)
+}
+
+#[test]
+fn devices_that_do_not_fit_are_refused_before_anything_moves() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
+    let other = ModelGpu::on(&ground, "other", "128M")?;
+    let vm = at_work(&ground, "vm", &[&gpu])?;
+    let nowhere = "device0: which device it is here has to be said: --device device0=vfio=BDF, \
+                   --device device0=vfio-user=SOCKET or --gpu device0=auto";
+    let smaller = "device0: the source's is BAR 0 of 0x1000 bytes, BAR 2 of 0x2000 bytes, BAR 4 of \
+                   0x4000000 bytes, the one here BAR 0 of 0x1000 bytes, BAR 2 of 0x2000 bytes, BAR 4 \
+                   of 0x8000000 bytes";
+    let still = ModelGpu::with(&ground, "still", &["--migration", "off"])?;
+    let places = [
+        (Place::new(&ground, "nowhere"), nowhere),
+        (place(&ground, "larger", &[&other]), smaller),
+        (
+            place(&ground, "immobile", &[&still]),
+            "device0: the device's driver cannot save its state",
+        ),
+    ];
+    for (place, expected) in places {
+        let place = place.start()?;
+        let finished = try_migrate(vm.control(), &place.url, &LONG)?;
+        let reason = reason_not_moved(&finished, "vm")?;
+        ensure!(reason.contains(expected), "{reason}");
+        works_on(&vm)?;
+    }
+    finish(vm)
+}
+
+#[test]
+fn a_device_without_a_log_has_written_all_of_memory() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = ModelGpu::with(&ground, "gpu", &["--dma-log", "off"])?;
+    let there = ModelGpu::on(&ground, "gpu-there", "64M")?;
+    let vm = at_work(&ground, "vm", &[&gpu])?;
+    let (moved, report) = hop(&place(&ground, "there", &[&there]), vm)?;
+    let pages = report["blackout"]["pages"].as_u64();
+    ensure!(
+        pages.is_some_and(|pages| pages > MEMORY_PAGES * 3 / 4),
+        "{report}"
+    );
+    works_on(&moved)?;
+    finish(moved)
+}
+
+#[test]
+fn a_gpu_that_dies_there_leaves_the_vm_computing_here() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = ModelGpu::on(&ground, "gpu", "64M")?;
+    let there = ModelGpu::on(&ground, "gpu-there", "64M")?;
+    let vm = at_work(&ground, "vm", &[&gpu])?;
+    let place = place(&ground, "there", &[&there]).start()?;
+    // So slow that its state is under way for long.
+    let arguments = ["--max-downtime", "60s", "--bandwidth", "4M"];
+    let finished = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| try_migrate(vm.control(), &place.url, &arguments));
+        let begun = || (phase(&vm).ok()? == "switchover").then_some(());
+        process::wait_until(Instant::now() + SOON, begun).context("it did not begin")?;
+        there.signal(libc::SIGKILL)?;
+        moving.join().map_err(|_| anyhow::anyhow!("panicked"))?
+    })?;
+    let reason = reason_not_moved(&finished, "vm")?;
+    ensure!(reason.contains("device0"), "{reason}");
+    works_on(&vm)?;
+    // And it can be tried again.
+    let again = ModelGpu::on(&ground, "again", "64M")?;
+    let (moved, _) = hop(&self::place(&ground, "second", &[&again]), vm)?;
+    works_on(&moved)?;
+    finish(moved)
+}
+
+/// Where the migration under way is.
+fn phase(vm: &Vm) -> anyhow::Result<Value> {
+    let status = vm.control().curl("GET", "/v1/migration")?.json()?;
+    Ok(status["progress"]["phase"].clone())
+}
