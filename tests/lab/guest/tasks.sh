@@ -267,15 +267,20 @@ task_picture() {
         driver="$(basename "$(readlink $fb/device/driver)")" result=ok
 }
 
+# serial_ports: the WCH CH352 serial card, which must be there, and its ports.
+serial_ports() {
+    card=$(grep -l 0x3253 /sys/bus/pci/devices/*/device) || return 1
+    card=${card%/device}
+    ports=$(find "$card/" -type d -name 'ttyS[0-9]*' | sed 's,.*/,,')
+    [ -n "$ports" ]
+}
+
 # serial: lab.lines lines of 15 random bytes through each port of a WCH CH352 serial card, which sends back what
 # it is given: through all ports at once, each line when the one before it is back. The sample that is this
 # card takes 16 bytes in its FIFO for none.
 task_serial() {
     lines=$(arg lines 200)
-    card=$(grep -l 0x3253 /sys/bus/pci/devices/*/device) || return 1
-    card=${card%/device}
-    ports=$(find "$card/" -type d -name 'ttyS[0-9]*' | sed 's,.*/,,')
-    [ -n "$ports" ] || return 1
+    serial_ports || return 1
     line=/sys/kernel/irq/$(cat "$card/irq")
     interrupts() { echo $(($(tr , + < "$line/per_cpu_count"))); }
     before=$(interrupts)
@@ -302,6 +307,71 @@ task_serial() {
     say task=serial ports="$(echo $ports | tr ' ' ,)" lines="$lines" arrived=$arrived bad=$bad \
         interrupts=$(($(interrupts) - before)) chip="$(cat "$line/chip_name")" trigger="$(cat "$line/type")" \
         driver="$(basename "$(readlink "$card/driver")")" complaints="$complaints" result=ok
+}
+
+# stream: in the background, lines of 14 digits through each port of the serial card at once: the line's number and
+# one that follows from it. The next is sent when the one before it has come back, and is what was sent. It ends at
+# the first line that is not, or that does not come.
+# streams: how many have come back through each port, once there are lab.more more.
+# streamed: ends it; nothing must be left in the card.
+task_stream() {
+    serial_ports || return 1
+    rm -f /tmp/stream.*
+    for port in $ports; do
+        (stream_through "$port"; touch /tmp/stream.end.$port) 2> /tmp/stream.log.$port &
+    done
+    stream_grows stream
+}
+stream_through() {
+    exec 3<> "/dev/$1" 4> "/tmp/stream.back.$1"
+    stty raw -echo <&3
+    n=0
+    # No program is started in here: each line takes about as long as its interrupts.
+    until [ -e /tmp/stream.stop ]; do
+        sent=$((100000 + n))$(((n * 48271 + 7919) % 90000000 + 10000000))
+        echo "$sent" >&3
+        back=; read -r -t 20 back <&3
+        if [ "$back" != "$sent" ]; then echo "sent:$sent,back:$back" > "/tmp/stream.bad.$1"; return; fi
+        n=$((n + 1)); echo "$back" >&4
+    done
+    back=; read -r -t 1 back <&3
+    [ -z "$back" ] || echo "after_the_last:$back" > "/tmp/stream.bad.$1"
+}
+stream_count() { wc -l < "/tmp/stream.back.$1"; }
+# stream_grows TASK: reports as this task when all have gone on.
+stream_grows() {
+    serial_ports || return 1
+    counts=
+    for port in $ports; do
+        n=0; begin=$(stream_count $port 2> /dev/null || echo 0)
+        until [ "$(stream_count $port 2> /dev/null || echo 0)" -ge $((begin + $(arg more 10))) ]; do
+            if [ -e /tmp/stream.end.$port ]; then
+                say task="$1" port=$port said="$(cat /tmp/stream.bad.$port /tmp/stream.log.$port | tr ' ' _)" result=fail
+                return
+            fi
+            sleep 0.1; n=$((n + 1)); [ $n -lt 300 ] || return 1
+        done
+        counts=$counts${counts:+,}$(stream_count $port)
+    done
+    say task="$1" lines=$counts result=ok
+}
+task_streams() { stream_grows streams; }
+task_streamed() {
+    stream_grows last || return 1
+    touch /tmp/stream.stop
+    for port in $ports; do until [ -e /tmp/stream.end.$port ]; do sleep 0.1; done; done
+    bad=$(cat /tmp/stream.bad.* 2> /dev/null | tr ' \n' '_+')
+    # Sent again from here, it is the same.
+    wrong=0; counts=
+    for port in $ports; do
+        counts=$counts${counts:+,}$(stream_count $port)
+        awk '$0 != (100000 + NR - 1) "" ((NR - 1) * 48271 + 7919) % 90000000 + 10000000 { exit 1 }' \
+            /tmp/stream.back.$port || wrong=$((wrong + 1))
+    done
+    complaints=$(dmesg | grep -c -e 'nobody cared' -e 'Disabling IRQ' -e 'too much work' -e 'WARNING: CPU' -e 'BUG:' \
+        -e 'Oops' -e 'lockup' -e 'LOCKUP' -e 'stalls on CPU' -e 'input overrun' -e 'blocked for more than')
+    [ -z "$bad" ] && [ $wrong = 0 ] || { say task=streamed bad="$bad" wrong=$wrong result=fail; return; }
+    say task=streamed lines=$counts complaints="$complaints" result=ok
 }
 
 # diskread: the checksum of the first lab.mib MiB of lab.disk.

@@ -22,6 +22,7 @@ pub struct Ctx {
     artefacts: BTreeMap<String, PathBuf>,
     scratch: PathBuf,
     logs: PathBuf,
+    moves: Option<u32>,
     started: Instant,
 }
 
@@ -44,6 +45,7 @@ impl Ctx {
             artefacts: request.artefacts.clone(),
             scratch,
             logs,
+            moves: request.moves,
             started: Instant::now(),
         })
     }
@@ -51,6 +53,12 @@ impl Ctx {
     /// Notes a step in the scenario's log.
     pub fn say(&self, step: impl std::fmt::Display) {
         println!("{:7.2} {step}", self.started.elapsed().as_secs_f64());
+    }
+
+    /// How often a guest is to move, where somebody has said so (`lab --moves`).
+    #[must_use]
+    pub fn moves(&self) -> Option<u32> {
+        self.moves
     }
 
     /// The error with which a scenario ends that cannot run here.

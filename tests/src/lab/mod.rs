@@ -18,7 +18,7 @@
 //!   [`l1`] (one QEMU), [`boot`] (its progress), [`runner`] (all boots), [`report`],
 //!   [`crate::harness::process`].
 //! - L1: [`agent`], [`ctx`] (what a scenario gets), [`vm_spec`] and [`vmm`] (a Drover
-//!   process before and after its start), [`console`], [`network`], [`memory`],
+//!   process before and after its start), [`console`], [`network`], [`memory`], [`kernel_log`],
 //!   [`sriov`] and [`nvme`] (devices to assign), [`image`], [`hosts`] and [`migration`] (a VM that moves), [`scenarios`].
 //! - L1 and L2: [`witness`].
 
@@ -30,6 +30,7 @@ pub mod console;
 pub mod ctx;
 pub mod hosts;
 pub mod image;
+pub mod kernel_log;
 pub mod l1;
 pub mod memory;
 pub mod migration;

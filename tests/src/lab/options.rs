@@ -17,6 +17,7 @@ Runs scenarios in the nested lab (see docs/testing-lab.md).
   --only GLOB       run scenarios whose name matches (* and ?); may be repeated
   --group NAME      run only the scenarios of this group: lab or drover
   --timeout S       time limit of each scenario in seconds, instead of its own
+  --moves N         moves of a guest in scenarios that go back and forth (migrate-assigned)
   --jobs N          L1 machines at a time (default: one a CPU, up to 4)
   --keep            keep each boot's share and scratch disk in target/lab
   --build-only      build and cache kernels and images, and stop
@@ -36,6 +37,8 @@ pub struct Options {
     pub group: Option<Group>,
     /// Time limits in seconds that replace the table's.
     pub limit_s: Option<u64>,
+    /// How often a guest moves in scenarios that go back and forth, in place of theirs.
+    pub moves: Option<u32>,
     /// L1 machines at a time.
     pub jobs: usize,
     /// Keep what a boot leaves.
@@ -77,6 +80,7 @@ impl Options {
             only: Vec::new(),
             group: None,
             limit_s: None,
+            moves: None,
             jobs: default_jobs(),
             keep: false,
             shape: Shape::Small,
@@ -95,6 +99,7 @@ impl Options {
                 "--group" => options.group = Some(group(&value()?)?),
                 "--shape" => options.shape = shape(&value()?)?,
                 "--timeout" => options.limit_s = Some(positive(&arg, &value()?)?),
+                "--moves" => options.moves = Some(moves(&arg, &value()?)?),
                 "--jobs" => options.jobs = usize::try_from(positive(&arg, &value()?)?)?,
                 _ => bail!("unknown argument '{arg}'"),
             }
@@ -126,6 +131,11 @@ fn shape(name: &str) -> anyhow::Result<Shape> {
     Shape::from_name(name).with_context(|| format!("--shape: '{name}' is no shape of an L1"))
 }
 
+fn moves(option: &str, text: &str) -> anyhow::Result<u32> {
+    let moves = u32::try_from(positive(option, text)?);
+    moves.with_context(|| format!("{option}: '{text}' are too many"))
+}
+
 fn positive(option: &str, text: &str) -> anyhow::Result<u64> {
     match text.parse() {
         Ok(number) if number > 0 => Ok(number),
@@ -145,11 +155,12 @@ mod tests {
     #[test]
     fn options_are_read() {
         let options =
-            parse("--only boot-* --only l1-* --timeout 9 --jobs 2 --keep --group lab").unwrap();
+            parse("--only boot-* --only l1-* --timeout 9 --jobs 2 --moves 20 --keep --group lab")
+                .unwrap();
         assert_eq!(options.only, ["boot-*", "l1-*"]);
         assert_eq!(
-            (options.limit_s, options.jobs, options.keep),
-            (Some(9), 2, true)
+            (options.limit_s, options.moves, options.jobs, options.keep),
+            (Some(9), Some(20), 2, true)
         );
         assert_eq!(options.group, Some(Group::Lab));
         assert_eq!(
@@ -163,6 +174,7 @@ mod tests {
         for (line, word) in [
             ("--only", "--only needs a value"),
             ("--timeout 0", "'0'"),
+            ("--moves 4294967296", "4294967296"),
             ("--jobs two", "'two'"),
             ("--group l1", "'l1'"),
             ("--shape tiny", "'tiny'"),

@@ -25,6 +25,8 @@ pub struct Request {
     pub scenarios: Vec<String>,
     /// Time limits in seconds that replace those of the table.
     pub limit_s: Option<u64>,
+    /// How often a guest moves in scenarios that go back and forth, if another number than theirs.
+    pub moves: Option<u32>,
     /// Artefact name to its path in L1.
     pub artefacts: BTreeMap<String, PathBuf>,
 }

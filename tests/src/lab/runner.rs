@@ -26,6 +26,7 @@ pub struct Runner {
     programs: Programs,
     folder: PathBuf,
     limit_s: Option<u64>,
+    moves: Option<u32>,
     keep: bool,
     boots: AtomicUsize,
 }
@@ -47,6 +48,7 @@ impl Runner {
             programs,
             folder,
             limit_s: options.limit_s,
+            moves: options.moves,
             keep: options.keep,
             boots: AtomicUsize::new(0),
         }
@@ -101,6 +103,7 @@ impl Runner {
         let request = Request {
             scenarios: scenarios.iter().map(|s| s.name.to_owned()).collect(),
             limit_s: self.limit_s,
+            moves: self.moves,
             artefacts: self.artefacts.in_l1.clone(),
         };
         fs::write(

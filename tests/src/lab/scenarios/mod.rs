@@ -14,6 +14,7 @@ mod gpu_race;
 mod l1;
 mod life;
 mod migrate;
+mod migrate_assigned;
 mod migrate_devices;
 mod migrate_links;
 mod migrate_neighbours;
@@ -250,6 +251,12 @@ pub const TABLE: &[Scenario] = &[
         migrate_devices::debian,
     ),
     drover(
+        "migrate-assigned",
+        240,
+        "a serial card that the guest streams through moves with it, by both of the kernel's ways; another is refused",
+        migrate_assigned::serial,
+    ),
+    drover(
         "snapshot",
         420,
         "of a guest at work, restored at once, lazily, and paused with its disk",
@@ -296,6 +303,12 @@ pub const TABLE: &[Scenario] = &[
         120,
         "a sample card's state moves to another one; states that it does not take, or that were left",
         vfio_migration::states,
+    ),
+    vfio(
+        "vfio-dma-log",
+        120,
+        "a device's log of what it writes to memory is started, read and ended; ranges that are none",
+        vfio_migration::dma_log,
     ),
     vfio(
         "vfio-rights",

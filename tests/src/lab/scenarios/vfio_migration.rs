@@ -1,10 +1,10 @@
-//! A device's state, taken from one and given to another: the kernel's sample serial card, which has VFIO's
-//! migration interface.
+//! A device's state, taken from one and given to another, and its log of what it writes to memory: the
+//! kernel's sample serial card, which has VFIO's interfaces for both.
 
 use anyhow::{Context, ensure};
 use vfio::kernel::{KernelFunction, KernelVfio, PathChoice};
 use vfio::migration::{MigrationState, TransitionError, VfioMigration, go_to};
-use vfio::{MigrationFeatures, RegionIndex, VfioBackend};
+use vfio::{BackendError, DmaLog, MigrationFeatures, RegionIndex, VfioBackend};
 
 use super::vfio::BOTH;
 use super::vfio_mediated::Mediated;
@@ -87,6 +87,71 @@ pub(super) fn states(ctx: &mut Ctx) -> anyhow::Result<()> {
     let display = Mediated::create(DISPLAY, &uuid(4))?;
     let display = KernelVfio::new(PathChoice::Auto).open(display.path())?;
     ensure!(display.migration().is_none(), "it has no such interface");
+    Ok(())
+}
+
+fn log(card: &KernelFunction) -> anyhow::Result<&dyn DmaLog> {
+    card.dma_log().context("it has no log of its writes")
+}
+
+/// The log of a card that writes nothing to memory.
+pub(super) fn dma_log(ctx: &mut Ctx) -> anyhow::Result<()> {
+    const PAGE: u64 = 4096;
+    let card = Mediated::create(TWO_PORTS, &uuid(5))?;
+    let display = Mediated::create(DISPLAY, &uuid(6))?;
+    let vfs = super::vfio::assigned_vfs()?;
+    for (choice, path) in BOTH {
+        ctx.say(path);
+        for folder in [display.path(), &super::vfio::folder(&vfs[0])] {
+            let other = KernelVfio::new(choice).open(folder)?;
+            ensure!(other.dma_log().is_none(), "{} keeps no log", other.name());
+        }
+        let card = KernelVfio::new(choice).open(card.path())?;
+        let log = log(&card)?;
+        let off = log.report(0, PAGE, &mut [0]);
+        ensure!(matches!(off, Err(BackendError::Absent(_))), "{off:?}");
+        // More than the kernel takes, which is 256 of them; and as far apart as memory may be.
+        let many: Vec<_> = (0..300).map(|n| (n << 34, 0x10_0000)).collect();
+        for ranges in [&many[..], &[(0, PAGE)], &[(0, 3 << 30), (4 << 30, 1 << 38)]] {
+            log.start(ranges)?;
+            ensure!(log.start(ranges).is_err(), "it is on");
+            untouched(log, (0, 64 * PAGE))?;
+            let (last, bytes) = ranges[ranges.len() - 1];
+            untouched(log, (0, last + bytes))?;
+            untouched(log, (last + bytes - PAGE, PAGE))?;
+            card.reset()?;
+            log.stop()?;
+            log.stop()?;
+        }
+        ctx.say("what is no range");
+        for ranges in [
+            &[][..],
+            &[(0, 0)],
+            &[(PAGE / 2, PAGE)],
+            &[(0, PAGE / 2)],
+            &[(0, PAGE), (u64::MAX - PAGE + 1, PAGE)],
+        ] {
+            let error = log.start(ranges).err();
+            ctx.say(error.with_context(|| format!("{ranges:x?} are logged"))?);
+        }
+        ensure!(log.report(0, PAGE, &mut [0]).is_err(), "it logs");
+        ctx.say("while it moves");
+        log.start(&[(0, 1 << 30)])?;
+        saved(ctx, &card)?;
+        untouched(log, (0, 1 << 30))?;
+        go_to(interface(&card)?, MigrationState::Running)?;
+        // Closed with the log on, it begins anew with whoever opens it next.
+    }
+    Ok(())
+}
+
+/// A report sets no bit, and clears none.
+fn untouched(log: &dyn DmaLog, (iova, bytes): (u64, u64)) -> anyhow::Result<()> {
+    let words = usize::try_from((bytes / 4096).div_ceil(64))?;
+    let mut bitmap = vec![0x8000_0000_0000_0001; words + 1];
+    log.report(iova, bytes, &mut bitmap)?;
+    let is_as_before = |word: &u64| *word == 0x8000_0000_0000_0001;
+    ensure!(bitmap.iter().all(is_as_before), "the card writes nothing");
     Ok(())
 }
 
