@@ -242,3 +242,31 @@ fn a_stopped_device_has_no_interrupt_on_its_way() {
         guest.handled();
     }
 }
+
+/// A peer may send anything: what is restored of it is checked, and nothing of it ends the process.
+#[test]
+fn damaged_states_are_refused_or_harmless() {
+    let from = moving(ALONE, BYTES);
+    from.program_vector(1, 0x42);
+    from.function.write_config(0x42, &[0x01, 0x80]);
+    let good = from.function.save().unwrap();
+    let mut refused = 0;
+    for at in 0..good.bytes.len() {
+        for change in [0x01, 0x10, 0x80, 0xff] {
+            let mut state = good.clone();
+            state.bytes[at] ^= change;
+            let to = moving(ALONE, BYTES);
+            refused += usize::from(to.function.restore(&state).is_err());
+        }
+        let mut cut = good.clone();
+        cut.bytes.truncate(at);
+        assert!(from.function.restore(&cut).is_err(), "{at} bytes");
+    }
+    // Addresses and data of vectors may be anything.
+    assert!(
+        refused > good.bytes.len(),
+        "{refused} of {}",
+        good.bytes.len() * 4
+    );
+    from.function.restore(&good).unwrap();
+}
