@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use tests::harness::ground::Ground;
-use tests::harness::model_gpu::ModelGpu;
+use tests::harness::model_gpu::{GPU, ModelGpu};
 use tests::harness::moving::{Place, migrate, reason_not_moved, repetitions, try_migrate};
 use tests::harness::process;
 use tests::harness::vm::{LATER, SOON, Vm};
@@ -18,17 +18,19 @@ type Outcome = anyhow::Result<()>;
 /// Video memory has to come over while the VM stands still.
 const LONG: [&str; 2] = ["--max-downtime", "5s"];
 
+/// A guest that computes until it is told to stop.
+const LONG_JOB: &str = "run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0";
+
 /// Of guests that are given no other memory.
 const MEMORY_PAGES: u64 = (64 << 20) / 4096;
 
 /// A VM whose guest computes on all of `gpus`, each result checked, after the first.
 fn at_work(ground: &Ground, name: &str, gpus: &[&ModelGpu]) -> anyhow::Result<Vm> {
-    let cmdline = "run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0";
     let devices = gpus.iter();
     let devices: Vec<_> = devices
         .flat_map(|gpu| ["--device".to_owned(), gpu.device()])
         .collect();
-    let spec = ground.vm(cmdline).name(name).args(&devices);
+    let spec = ground.vm(LONG_JOB).name(name).args(&devices);
     let vm = spec.start_controlled()?;
     works_on(&vm)?;
     Ok(vm)
@@ -143,6 +145,46 @@ fn devices_that_do_not_fit_are_refused_before_anything_moves() -> Outcome {
         works_on(&vm)?;
     }
     finish(vm)
+}
+
+/// A host's only GPU, in two parts.
+fn divided(ground: &Ground, name: &str) -> anyhow::Result<ModelGpu> {
+    let model = ModelGpu::tree(&ground.scratch().join(name), "128M")?;
+    let root = model.place().display().to_string();
+    let words = ["gpu", "partition", GPU, "2", "--sysfs-root", &root];
+    ground.run_drover(&words)?.success()?;
+    Ok(model)
+}
+
+/// Which VMs have the parts of that host's GPU.
+fn owners(ground: &Ground, model: &ModelGpu) -> anyhow::Result<Vec<String>> {
+    let root = model.place().display().to_string();
+    let words = ["gpu", "list", "--json", "--sysfs-root", &root];
+    let gpus: Value = serde_json::from_str(&ground.run_drover(&words)?.success()?)?;
+    let parts = gpus[0]["partitions"].as_array().context("no partitions")?;
+    let owners = parts.iter().filter_map(|part| part["owner"].as_str());
+    let names = owners.map(|owner| owner.split(' ').next().unwrap_or_default().to_owned());
+    Ok(names.collect())
+}
+
+#[test]
+fn a_part_that_is_free_there_is_taken_and_the_one_here_given_back() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let (here, there) = (divided(&ground, "here")?, divided(&ground, "there")?);
+    let free = |model: &ModelGpu| format!("auto,sysfs-root={}", model.place().display());
+    let spec = ground.vm(LONG_JOB).name("vm");
+    let vm = spec.args(&["--gpu", &free(&here)]).start_controlled()?;
+    works_on(&vm)?;
+    assert_eq!(owners(&ground, &here)?, ["vm"]);
+    let device = format!("device0={}", free(&there));
+    let place = Place::new(&ground, "moved").args(&["--gpu", &device]);
+    let (moved, _) = hop(&place, vm)?;
+    works_on(&moved)?;
+    assert_eq!(owners(&ground, &here)?, [""; 0]);
+    assert_eq!(owners(&ground, &there)?, ["moved"]);
+    finish(moved)
 }
 
 #[test]
