@@ -65,9 +65,13 @@ fn place<'a>(ground: &'a Ground, name: &str, gpus: &[&ModelGpu]) -> Place<'a> {
     Place::new(ground, name).args(&devices)
 }
 
-fn hop(place: &Place<'_>, mut vm: Vm) -> anyhow::Result<(Vm, Value)> {
+fn hop(place: &Place<'_>, vm: Vm) -> anyhow::Result<(Vm, Value)> {
+    hop_with(place, vm, &LONG)
+}
+
+fn hop_with(place: &Place<'_>, mut vm: Vm, arguments: &[&str]) -> anyhow::Result<(Vm, Value)> {
     let place = place.start()?;
-    let report = migrate(vm.control(), &place.url, &LONG)?;
+    let report = migrate(vm.control(), &place.url, arguments)?;
     let status = vm.wait_exit(SOON)?;
     ensure!(status.code() == Some(0), "the source ended with {status}");
     Ok((place.vm, report))
@@ -144,6 +148,14 @@ fn devices_that_do_not_fit_are_refused_before_anything_moves() -> Outcome {
         ensure!(reason.contains(expected), "{reason}");
         works_on(&vm)?;
     }
+    let folder = ground.scratch().join("snapshot").display().to_string();
+    let refused = vm.control().try_drover("snapshot", &[&folder])?;
+    let expected = "device0: assigned devices cannot be saved yet";
+    ensure!(
+        refused.code() == Some(1) && refused.stderr.contains(expected),
+        "{refused:?}"
+    );
+    works_on(&vm)?;
     finish(vm)
 }
 
@@ -203,6 +215,51 @@ fn a_device_without_a_log_has_written_all_of_memory() -> Outcome {
     );
     works_on(&moved)?;
     finish(moved)
+}
+
+/// Moves a VM several times whose results wait in memory most of the time, written by the device alone;
+/// whether all came over.
+fn results_survive(ground: &Ground, dma_log: &str) -> anyhow::Result<bool> {
+    let gpu = |number: u32| {
+        let options = ["--vram", "2M", "--dma-log", dma_log];
+        ModelGpu::with(ground, &format!("{dma_log}{number}"), &options)
+    };
+    let mut gpus = vec![gpu(0)?];
+    let cmdline = "run=gpu,heartbeat gpu.job=long gpu.words=64K gpu.rounds=1 gpu.poll_ms=50 \
+                   gpu.progress_ms=0";
+    let spec = ground.vm(cmdline).name(&format!("{dma_log}0"));
+    let mut vm = spec
+        .args(&["--device", &gpus[0].device()])
+        .start_controlled()?;
+    works_on(&vm)?;
+    for number in 1..=5 {
+        let next = gpu(number)?;
+        let place = place(ground, &format!("{dma_log}{number}"), &[&next]);
+        // So slow that the device writes each page again after it was sent.
+        vm = hop_with(&place, vm, &[&LONG[..], &["--bandwidth", "2M"]].concat())?.0;
+        gpus.push(next);
+        let ram = vm.memory()?;
+        let jobs = ram.heartbeat()?.progress;
+        let end = ram.wait_heartbeat(SOON, |beat| beat.command != 1 || beat.progress > jobs + 1);
+        if end.is_err() || ram.heartbeat()?.command != 1 {
+            return Ok(false);
+        }
+    }
+    finish(vm)?;
+    Ok(true)
+}
+
+#[test]
+fn writes_that_a_device_keeps_to_itself_are_lost_and_no_others() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    ensure!(results_survive(&ground, "on")?, "a write was lost");
+    ensure!(
+        !results_survive(&ground, "lossy")?,
+        "nobody has missed them"
+    );
+    Ok(())
 }
 
 #[test]
