@@ -29,7 +29,7 @@ build: deps-build ## Build the drover binary, target/release/drover
 demo: build ## Boot the built-in guest and move it to a second process, live
 	target/release/drover demo
 
-demo-gpu: build ## Divide a model GPU, give the parts to a running VM, compute, take them back
+demo-gpu: build ## Divide a model GPU, give its parts to a running VM, compute; move a VM with one
 	$(CARGO) build --locked --package tests --bins
 	target/debug/demo_gpu
 

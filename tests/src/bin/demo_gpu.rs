@@ -1,11 +1,12 @@
-//! Divides a model GPU, gives both parts to a running VM, has them compute, and takes them back; see
-//! `docs/model-gpu.md`.
+//! Divides a model GPU, gives both parts to a running VM, has them compute, and takes them back; then a VM
+//! moves to another process with the part that it computes on. See `docs/model-gpu.md`.
 
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
 use tests::harness::ground::Ground;
 use tests::harness::model_gpu::{GPU, ModelGpu};
+use tests::harness::moving::{Place, Waiting};
 use tests::harness::process;
 use tests::harness::vm::{Ended, LATER, SOON, Vm};
 
@@ -16,6 +17,10 @@ const NAME: &str = "demo-gpu";
 /// What the guest does: it waits, computes on each part that it has then (1 MiB of words, mixed a hundred times),
 /// lets both go, and waits.
 const CMDLINE: &str = "run=heartbeat,gpu,unplug,heartbeat words=128K rounds=100 count=2";
+
+/// What the guest does that moves: it computes until it is told to stop, and compares each result.
+const LONG: &str = "run=gpu job=long words=1K rounds=2000 progress_ms=500";
+const MOVED: &str = "demo-gpu-moved";
 
 fn main() -> ExitCode {
     match demo() {
@@ -53,10 +58,40 @@ fn demo() -> anyhow::Result<()> {
     let ended = vm.wait_end(SOON)?;
     print!("\nThe guest has said:\n{}", ended.console);
     judge(&ended)?;
-    host.gpu(&["list"])?;
-    host.gpu(&["partition", GPU, "off"])?;
     println!("\nBoth parts have computed what the guest's CPU has computed.");
-    Ok(())
+    travel(&host)?;
+    host.gpu(&["partition", GPU, "off"])
+}
+
+/// A VM moves in the middle of its computations.
+fn travel(host: &Host) -> anyhow::Result<()> {
+    println!("\nAnother process plays another host's GPU. A VM moves there while it computes.");
+    let there = ModelGpu::tree(&host.ground.scratch().join("sys-there"), VRAM)?;
+    let there_root = there.place().display().to_string();
+    host.drover(&["gpu", "partition", GPU, "2", "--sysfs-root", &there_root])?;
+    let part = format!("auto,sysfs-root={}", host.place());
+    let mut vm = host.start(LONG, &["--gpu", &part])?;
+    vm.console
+        .wait_for("event=progress", SOON)
+        .context("the guest does not compute")?;
+    let part = format!("device0=auto,sysfs-root={there_root}");
+    let place = Place::new(&host.ground, MOVED).args(&["--gpu", &part]);
+    show(&place.command(), " &");
+    let Waiting { vm: mut moved, url } = place.start()?;
+    host.drover(&["migrate", NAME, &url, "--max-downtime", "5s"])?;
+    vm.wait_exit(SOON)?;
+    host.drover(&["gpu", "list", "--sysfs-root", &there_root])?;
+    moved.type_text("s")?;
+    let result = moved.result("gpu")?;
+    let (jobs, bad) = (result.number("jobs")?, result.number("bad")?);
+    moved.wait_end(LATER)?.check()?;
+    println!(
+        "\nThe guest has computed {jobs} times, here and there, and {bad} results were wrong."
+    );
+    match bad {
+        0 => Ok(()),
+        _ => bail!("{bad} results were wrong"),
+    }
 }
 
 impl Host {
@@ -82,7 +117,12 @@ impl Host {
 
     /// A VM without a GPU, in the background.
     fn start_vm(&self) -> anyhow::Result<Vm> {
-        let spec = self.ground.vm(CMDLINE).name(NAME).memory("256M");
+        self.start(CMDLINE, &[])
+    }
+
+    fn start(&self, cmdline: &str, arguments: &[&str]) -> anyhow::Result<Vm> {
+        let spec = self.ground.vm(cmdline).name(NAME).memory("256M");
+        let spec = spec.args(arguments);
         let mut command = self.ground.drover();
         command.args(spec.arguments());
         show(&command, " &");
