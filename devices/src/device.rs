@@ -88,7 +88,7 @@ pub enum DeviceError {
 /// The controller thread calls these; vCPUs reach the device through [`crate::IoHandler`] or
 /// [`crate::pci::PciFunction`]. Implementations guard their state with one lock of their own.
 ///
-/// Lifecycle: created or restored -> `start` -> (`calm` -> `pause` -> `start`)* -> dropped. `save` is called
+/// Lifecycle: created or restored -> `wake` -> `start` -> (`calm` -> `pause` -> `wake` -> `start`)* -> dropped. `save` is called
 /// only while paused and `restore` only before the first `start`.
 pub trait Device: Send + Sync {
     /// The device's name.
@@ -99,6 +99,10 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError`] when the host refuses a resource. The device stays paused.
     fn start(&self) -> Result<(), DeviceError>;
+
+    /// Answers others again, but begins no work of its own yet: the first half of a start, which all
+    /// devices go through before the first does the second.
+    fn wake(&self) {}
 
     /// Begins no work of its own any more, but still answers others: the first half of a pause, which
     /// all devices go through before the first does the second. For devices that reach each other

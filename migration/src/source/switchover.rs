@@ -157,6 +157,8 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
             rounds.shared.devices.check()?;
             rounds.show_life(control, pages)
         })?;
+        // Also one that failed right before the end.
+        self.rounds.shared.devices.check()?;
         let totals = &self.rounds.shared.totals;
         self.blackout.device_bytes = totals.device_bytes.load(Ordering::Relaxed) - device_bytes;
         self.blackout.pages_us = micros(begin.elapsed());

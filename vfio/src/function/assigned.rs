@@ -24,6 +24,7 @@ use super::peers::Shared;
 use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
 
 pub use moving::MoveError;
+use moving::Turn;
 pub use state::{ASSIGNED_FORMAT, FunctionShape};
 use written::WriteLog;
 
@@ -71,7 +72,7 @@ pub struct AssignedFunction {
     /// Hears that it does not run.
     hook: Option<NoticeHook>,
     /// Held by whoever asks for its migration state, or changes it.
-    turn: Mutex<()>,
+    turn: Mutex<Turn>,
     write_log: Mutex<WriteLog>,
     /// Given up last, when the device is closed.
     _held: Option<Box<dyn Any + Send + Sync>>,
@@ -114,7 +115,7 @@ impl AssignedFunction {
             backend,
             notifiers: None,
             hook: None,
-            turn: Mutex::new(()),
+            turn: Mutex::default(),
             write_log: Mutex::default(),
             _held: None,
         };
@@ -376,6 +377,10 @@ impl Device for AssignedFunction {
     fn start(&self) -> Result<(), DeviceError> {
         self.run();
         Ok(())
+    }
+
+    fn wake(&self) {
+        self.rouse();
     }
 
     fn calm(&self) {

@@ -8,6 +8,7 @@ use devices::pci::Msix;
 use devices::warn_limited;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::FunctionError;
 use super::config::MsiRegisters;
 use super::intx::Intx;
 use crate::backend::{BackendError, IrqKind, VfioBackend};
@@ -116,37 +117,55 @@ impl Interrupts {
         }
     }
 
-    /// The device interrupts as the guest has programmed it elsewhere: MSI-X's table is restored.
-    pub(super) fn follow_restored(&mut self, msi: Option<MsiRegisters>, backend: &dyn VfioBackend) {
+    /// The device interrupts as the guest has programmed it elsewhere: MSI-X's table is restored. One
+    /// that cannot is of no use to its guest, which would wait for ever.
+    pub(super) fn follow_restored(
+        &mut self,
+        msi: Option<MsiRegisters>,
+        backend: &dyn VfioBackend,
+    ) -> Result<(), FunctionError> {
         if self.msix.as_ref().is_some_and(Msix::enabled) {
             self.switch_line(backend);
-            switch(backend, IrqKind::MsiX, &self.msix_routes);
+            try_switch(backend, IrqKind::MsiX, &self.msix_routes)?;
         }
         if let Some(registers) = msi {
-            self.set_msi(registers, backend);
+            self.try_set_msi(registers, backend)?;
+            self.route_msi(registers);
         }
+        Ok(())
     }
 
     /// Follows a write to the MSI capability.
     pub(super) fn set_msi(&mut self, registers: MsiRegisters, backend: &dyn VfioBackend) {
+        match self.try_set_msi(registers, backend) {
+            Ok(()) => {}
+            Err(FunctionError::Backend(error)) => told(
+                &error,
+                "interrupts of an assigned device could not be switched",
+            ),
+            Err(error) => warn_limited!(error:% = error; "no interrupt routes for MSI"),
+        }
+        self.route_msi(registers);
+    }
+
+    fn try_set_msi(
+        &mut self,
+        registers: MsiRegisters,
+        backend: &dyn VfioBackend,
+    ) -> Result<(), FunctionError> {
         let on = !self.msi_routes.is_empty();
         if registers.enabled && !on {
             let routes = (0..registers.vectors).map(|_| self.router.allocate());
-            match routes.collect::<Result<Vec<_>, _>>() {
-                Ok(routes) => self.msi_routes = routes,
-                Err(error) => {
-                    warn_limited!(error:% = error; "no interrupt routes for MSI");
-                    return;
-                }
-            }
+            self.msi_routes = routes.collect::<Result<Vec<_>, _>>()?;
             self.switch_line(backend);
-            switch(backend, IrqKind::Msi, &self.msi_routes);
+            try_switch(backend, IrqKind::Msi, &self.msi_routes)?;
         } else if !registers.enabled && on {
-            switch(backend, IrqKind::Msi, &[]);
+            let switched = try_switch(backend, IrqKind::Msi, &[]);
             self.msi_routes.clear();
             self.switch_line(backend);
+            switched?;
         }
-        self.route_msi(registers);
+        Ok(())
     }
 
     /// The vector's number is in the low bits of the data (PCI 3.0 section 6.8.1.6).
@@ -187,9 +206,17 @@ impl Interrupts {
     }
 }
 
-fn switch(backend: &dyn VfioBackend, kind: IrqKind, routes: &[Arc<dyn MsiRoute>]) {
+fn try_switch(
+    backend: &dyn VfioBackend,
+    kind: IrqKind,
+    routes: &[Arc<dyn MsiRoute>],
+) -> Result<(), BackendError> {
     let events: Vec<_> = routes.iter().map(|route| route.eventfd()).collect();
-    if let Err(error) = backend.set_irqs(kind, &events) {
+    backend.set_irqs(kind, &events)
+}
+
+fn switch(backend: &dyn VfioBackend, kind: IrqKind, routes: &[Arc<dyn MsiRoute>]) {
+    if let Err(error) = try_switch(backend, kind, routes) {
         told(
             &error,
             "interrupts of an assigned device could not be switched",

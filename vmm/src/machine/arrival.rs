@@ -193,6 +193,7 @@ fn check(skeleton: &Skeleton, machine: &Machine) -> Result<(), Vec<String>> {
     }
     reasons.extend(unfit_servers(skeleton, machine));
     reasons.extend(unfit_functions(skeleton, machine));
+    reasons.extend(machine.restless_devices());
     if let (Some(wanted), Some(found)) = (skeleton.tsc_khz, machine.tsc_khz)
         && !machine.vm.can_scale_tsc()
         && !is_same_frequency(wanted, found)

@@ -133,6 +133,9 @@ impl Machine {
     /// # Errors
     /// [`MachineError`]; what was started is stopped again.
     pub fn start(&mut self) -> Result<(), MachineError> {
+        for entry in &self.devices {
+            entry.device.wake();
+        }
         for (entry, started) in self.devices.iter().zip(0..) {
             if let Err(error) = entry.device.start() {
                 self.undo_start(started);

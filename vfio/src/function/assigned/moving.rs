@@ -13,6 +13,13 @@ use crate::backend::BackendError;
 use crate::function::HostNotice;
 use crate::migration::{MigrationState, PreCopyInfo, TransitionError, VfioMigration, go_to};
 
+/// What whoever asks for the device's migration state, or changes it, must know of those before.
+#[derive(Default)]
+pub(super) struct Turn {
+    /// Its state was begun to be read while it ran.
+    has_begun: bool,
+}
+
 /// A device's state could not be taken or given.
 #[derive(Debug, thiserror::Error)]
 pub enum MoveError {
@@ -22,6 +29,9 @@ pub enum MoveError {
     /// It does not change its state.
     #[error(transparent)]
     Transition(#[from] TransitionError),
+    /// A part of its state was read, and what comes now is not the rest.
+    #[error("the device was reset while its state was read")]
+    Reset,
     /// It was read or written.
     #[error("the device's state")]
     Data(#[from] BackendError),
@@ -55,10 +65,16 @@ impl AssignedFunction {
         }
     }
 
+    /// It answers others again, and starts nothing of its own yet: the first half of a start.
+    pub(super) fn rouse(&self) {
+        use MigrationState::{RunningP2p, Stop};
+        self.go_if(|state, has_p2p| (has_p2p && state == Stop).then_some(RunningP2p));
+    }
+
     /// It starts nothing of its own any more, but still answers: the first half of a pause.
     pub(super) fn calm(&self) {
         use MigrationState::{PreCopy, PreCopyP2p, Running, RunningP2p};
-        self.stand_still(|state, has_p2p| match state {
+        self.go_if(|state, has_p2p| match state {
             PreCopy if has_p2p => Some(PreCopyP2p),
             Running if has_p2p => Some(RunningP2p),
             _ => None,
@@ -70,11 +86,11 @@ impl AssignedFunction {
     /// [`stop_and_copy`]: Self::stop_and_copy
     pub(super) fn halt(&self) {
         use MigrationState::{Running, RunningP2p, Stop};
-        self.stand_still(|state, _| matches!(state, Running | RunningP2p).then_some(Stop));
+        self.go_if(|state, _| matches!(state, Running | RunningP2p).then_some(Stop));
     }
 
-    /// A device that does not stand still goes on, as those do that have no such states.
-    fn stand_still(&self, goal: impl FnOnce(MigrationState, bool) -> Option<MigrationState>) {
+    /// A device that does not follow stays as it is, as those do that have no such states.
+    fn go_if(&self, goal: impl FnOnce(MigrationState, bool) -> Option<MigrationState>) {
         let Some(device) = self.backend.migration() else {
             return;
         };
@@ -86,7 +102,7 @@ impl AssignedFunction {
         });
         if let Err(error) = stopped {
             let error = chain(&error);
-            log::warn!(device:% = self.id, error = error.as_str(); "an assigned device does not stand still");
+            log::warn!(device:% = self.id, error = error.as_str(); "an assigned device does not follow its machine");
         }
     }
 
@@ -104,14 +120,16 @@ impl AssignedFunction {
     /// # Errors
     /// [`MoveError`].
     pub fn begin_copy(&self) -> Result<bool, MoveError> {
-        let _turn = self.turn.lock();
+        let mut turn = self.turn.lock();
         let device = self.migration()?;
+        // What is left of a state that nobody wanted any more.
+        close_session(device)?;
         let state = device.state().map_err(TransitionError::State)?;
-        let can = state == MigrationState::Running && device.features().pre_copy;
-        if can {
+        turn.has_begun = state == MigrationState::Running && device.features().pre_copy;
+        if turn.has_begun {
             go_to(device, MigrationState::PreCopy)?;
         }
-        Ok(can)
+        Ok(turn.has_begun)
     }
 
     /// What is left to be read before it should be stopped, where it runs and tells.
@@ -150,10 +168,22 @@ impl AssignedFunction {
     /// # Errors
     /// [`MoveError`].
     pub fn stop_and_copy(&self) -> Result<(), MoveError> {
-        self.go(MigrationState::StopCopy)?;
+        self.stop_reading()?;
         // Between the device and the line an interrupt would be lost: vCPUs are saved next.
         self.lock().interrupts.settle();
         Ok(())
+    }
+
+    /// A device that was reset since has a state of which nothing was read.
+    fn stop_reading(&self) -> Result<(), MoveError> {
+        use MigrationState::{PreCopy, PreCopyP2p, StopCopy};
+        let turn = self.turn.lock();
+        let device = self.migration()?;
+        let state = device.state().map_err(TransitionError::State)?;
+        if turn.has_begun && !matches!(state, PreCopy | PreCopyP2p) {
+            return Err(MoveError::Reset);
+        }
+        Ok(go_to(device, StopCopy)?)
     }
 
     /// Reads the next part of its state. 0: nothing at present while it runs, the end when it is
@@ -171,14 +201,9 @@ impl AssignedFunction {
     /// # Errors
     /// [`MoveError`].
     pub fn end_copy(&self) -> Result<(), MoveError> {
-        use MigrationState::{PreCopy, PreCopyP2p, Running, Stop, StopCopy};
-        let _turn = self.turn.lock();
-        let device = self.migration()?;
-        match device.state().map_err(TransitionError::State)? {
-            PreCopy => Ok(go_to(device, Running)?),
-            PreCopyP2p | StopCopy => Ok(go_to(device, Stop)?),
-            _ => Ok(()),
-        }
+        let mut turn = self.turn.lock();
+        turn.has_begun = false;
+        Ok(close_session(self.migration()?)?)
     }
 
     /// Gives it the next part of another's state. The machine has not run yet.
@@ -200,6 +225,16 @@ impl AssignedFunction {
     pub fn finish_state(&self) -> Result<(), MoveError> {
         self.go(MigrationState::Resuming)?;
         self.go(MigrationState::Stop)
+    }
+}
+
+/// The device's state is not read any more: it runs where it ran, and else stands still.
+fn close_session(device: &dyn VfioMigration) -> Result<(), TransitionError> {
+    use MigrationState::{PreCopy, PreCopyP2p, Running, Stop, StopCopy};
+    match device.state().map_err(TransitionError::State)? {
+        PreCopy => go_to(device, Running),
+        PreCopyP2p | StopCopy => go_to(device, Stop),
+        _ => Ok(()),
     }
 }
 

@@ -1,14 +1,13 @@
 //! What of an assigned function is saved apart from the device's own state: what its guest has
 //! programmed, and how it would be interrupted.
 
-use devices::pci::MsixStateV1;
+use devices::pci::{BarChange, MsixStateV1};
 use devices::{DeviceState, RestoreError, SaveError, StateFormat};
 use serde::{Deserialize, Serialize};
 
 use super::{AssignedFunction, Inner};
 use crate::backend::RegionIndex;
 use crate::function::config::{FunctionIds, VirtualConfigStateV1};
-use crate::function::interrupts::told;
 
 /// Of the state that a section has; the device's own is a stream beside it.
 pub const ASSIGNED_FORMAT: StateFormat = StateFormat::first("assigned");
@@ -78,14 +77,17 @@ impl AssignedFunction {
 
     pub(super) fn save_programmed(&self) -> Result<DeviceState, SaveError> {
         let inner = self.lock();
-        let device = |at: u16, data: &mut [u8]| {
-            if let Err(error) = self.backend.read(RegionIndex::Config, at.into(), data) {
-                told(&error, "configuration space of an assigned device");
-            }
-        };
+        let config = inner.config.save(|at: u16, data: &mut [u8]| {
+            let at = at.into();
+            self.backend.read(RegionIndex::Config, at, data)
+        });
+        let config = config.map_err(|error| SaveError::Blocked {
+            device: self.id.to_string(),
+            reason: error.to_string(),
+        })?;
         ASSIGNED_FORMAT.encode(&AssignedStateV1 {
             ids: inner.config.ids(),
-            config: inner.config.save(&device),
+            config,
             msix: inner.interrupts.msix.as_ref().map(|msix| msix.save()),
         })
     }
@@ -117,7 +119,17 @@ impl AssignedFunction {
             }
         }
         let msi = inner.config.msi_registers();
-        inner.interrupts.follow_restored(msi, &*self.backend);
+        let followed = inner.interrupts.follow_restored(msi, &*self.backend);
+        if let Err(error) = followed {
+            return field(
+                "interrupts",
+                error.to_string(),
+                "the device does not take them",
+            );
+        }
+        let decoded = inner.config.header().decoded().into_iter();
+        let decoded: Vec<_> = decoded.map(BarChange::Map).collect();
+        inner.shared.follow(&decoded, &self.mapped, &*self.backend);
         Ok(())
     }
 }

@@ -86,20 +86,23 @@ impl VirtualConfig {
     }
 
     /// What a guest has programmed; `device` reads the device's own space.
-    pub(in crate::function) fn save(
+    ///
+    /// # Errors
+    /// Those of `device`.
+    pub(in crate::function) fn save<E>(
         &self,
-        device: &dyn Fn(u16, &mut [u8]),
-    ) -> VirtualConfigStateV1 {
+        device: impl Fn(u16, &mut [u8]) -> Result<(), E>,
+    ) -> Result<VirtualConfigStateV1, E> {
         let read = |at| {
             let mut bytes = [0; 2];
-            device(at, &mut bytes);
-            (at, u16::from_le_bytes(bytes))
+            device(at, &mut bytes)?;
+            Ok((at, u16::from_le_bytes(bytes)))
         };
-        VirtualConfigStateV1 {
+        Ok(VirtualConfigStateV1 {
             header: self.header.save(),
             registers: self.registers.save(),
-            controls: self.controls().map(read).collect(),
-        }
+            controls: self.controls().map(read).collect::<Result<_, _>>()?,
+        })
     }
 
     /// Takes that over; what is to be written to the device afterwards, by offset.

@@ -60,8 +60,10 @@ fn a_device_stands_still_while_the_machine_does() {
     f.function.pause().unwrap();
     f.function.pause().unwrap();
     assert_eq!(f.migration().visited(), [Stop]);
+    Device::wake(&f.function);
+    assert_eq!(f.migration().visited(), [RunningP2p]);
     f.function.start().unwrap();
-    assert_eq!(f.migration().visited(), [RunningP2p, Running]);
+    assert_eq!(f.migration().visited(), [Running]);
     let alone = moving(ALONE, BYTES);
     Device::calm(&alone.function);
     alone.function.pause().unwrap();
@@ -118,6 +120,46 @@ fn a_device_goes_on_when_its_state_is_not_wanted_any_more() {
     f.function.stop_and_copy().unwrap();
     f.function.end_copy().unwrap();
     assert_eq!(f.migration().visited(), [RunningP2p, Stop, StopCopy, Stop]);
+}
+
+/// Two halves of two states are no state.
+#[test]
+fn a_device_that_is_reset_while_its_state_is_read_does_not_move() {
+    let f = moving(FULL, BYTES);
+    assert!(f.function.begin_copy().unwrap());
+    f.read_rest();
+    Device::reset(&f.function).unwrap();
+    Device::calm(&f.function);
+    f.function.pause().unwrap();
+    let error = f.function.stop_and_copy().unwrap_err();
+    assert!(matches!(error, MoveError::Reset), "{error}");
+    f.function.end_copy().unwrap();
+    f.function.start().unwrap();
+    assert!(f.function.begin_copy().unwrap(), "it can be tried again");
+    drop(f.migration().visited());
+    // Nobody has ended that.
+    assert!(f.function.begin_copy().unwrap());
+    assert_eq!(
+        f.migration().visited(),
+        [Running, PreCopy],
+        "from the beginning"
+    );
+}
+
+#[test]
+fn a_device_that_cannot_interrupt_is_not_taken() {
+    let mut config = config();
+    // More vectors than the model has.
+    config[0x42] = 0x02;
+    let model = || ModelBackend::new(&config).with_migration(ALONE, BYTES);
+    let (from, to) = (
+        fixture_over(model()).unwrap(),
+        fixture_over(model()).unwrap(),
+    );
+    from.function.write_config(0x42, &[0x02, 0x80]);
+    let error = to.function.restore(&from.function.save().unwrap());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("interrupts is"), "{error}");
 }
 
 #[test]
