@@ -6,7 +6,8 @@
 //! | is paused, first half | RUNNING_P2P, or PRE_COPY_P2P | |
 //! | is paused, second half | STOP, unless it is in PRE_COPY | |
 //! | stands still | STOP_COPY | RESUMING, then STOP |
-//! | runs | | RUNNING |
+//! | is started, first half | RUNNING_P2P, if it did not move | RUNNING_P2P |
+//! | is started, second half | RUNNING | RUNNING |
 
 use super::AssignedFunction;
 use crate::backend::BackendError;

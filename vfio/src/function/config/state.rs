@@ -8,7 +8,7 @@ use super::{Registers, VirtualConfig};
 
 /// Offset of the second device control register from the first (PCIe 4.0 section 7.5.3).
 const SECOND_CONTROL: u16 = 0x20;
-/// Advanced features, and PCI Express: a bit there resets the function.
+/// A bit of the first that resets the function.
 const INITIATE_FLR: u16 = 1 << 15;
 
 /// What a function says that it is (PCI 3.0 section 6.2.1): a guest's driver has been told, and is
