@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use tests::harness::computing::{self, LONG_JOB, finish, works_on};
 use tests::harness::ground::Ground;
 use tests::harness::model_gpu::{ModelGpu, user_device};
 use tests::harness::moving::{Place, reason_not_moved, try_migrate};
@@ -39,29 +40,8 @@ fn verdicts(reports: Vec<Report>) -> Vec<Report> {
 
 /// A VM at work, after its first result.
 fn at_work(ground: &Ground, gpu: &ModelGpu, more: &str) -> anyhow::Result<Vm> {
-    let cmdline = format!("run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0 {more}");
-    let spec = ground.vm(&cmdline).args(&["--device", &gpu.device()]);
-    let vm = spec.start_controlled()?;
-    vm.memory()?
-        .wait_heartbeat(SOON, |beat| beat.command == 1 && beat.progress > 0)?;
-    Ok(vm)
-}
-
-/// Waits for further results.
-fn works_on(vm: &Vm) -> Outcome {
-    let ram = vm.memory()?;
-    let jobs = ram.heartbeat()?.progress;
-    ram.wait_heartbeat(SOON, |beat| beat.command == 1 && beat.progress > jobs + 1)?;
-    Ok(())
-}
-
-/// Ends the computations, which must all have been right, and the machine.
-fn finish(mut vm: Vm) -> Outcome {
-    vm.type_text("s")?;
-    let result = vm.result("gpu")?;
-    assert_eq!(result.number("bad")?, 0, "{result:?}");
-    vm.type_text("s")?;
-    vm.wait_end(SOON)?.check()
+    let spec = ground.vm(&format!("{LONG_JOB} {more}"));
+    computing::start(&spec.args(&["--device", &gpu.device()]))
 }
 
 #[test]

@@ -7,19 +7,17 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use tests::harness::computing::{self, LONG_JOB, finish, works_on};
 use tests::harness::ground::Ground;
 use tests::harness::model_gpu::{GPU, ModelGpu};
 use tests::harness::moving::{Place, migrate, reason_not_moved, repetitions, try_migrate};
 use tests::harness::process;
-use tests::harness::vm::{LATER, SOON, Vm};
+use tests::harness::vm::{SOON, Vm};
 
 type Outcome = anyhow::Result<()>;
 
 /// Video memory has to come over while the VM stands still.
 const LONG: [&str; 2] = ["--max-downtime", "5s"];
-
-/// A guest that computes until it is told to stop.
-const LONG_JOB: &str = "run=gpu,heartbeat gpu.job=long gpu.words=1K gpu.progress_ms=0";
 
 /// Of guests that are given no other memory.
 const MEMORY_PAGES: u64 = (64 << 20) / 4096;
@@ -30,27 +28,7 @@ fn at_work(ground: &Ground, name: &str, gpus: &[&ModelGpu]) -> anyhow::Result<Vm
     let devices: Vec<_> = devices
         .flat_map(|gpu| ["--device".to_owned(), gpu.device()])
         .collect();
-    let spec = ground.vm(LONG_JOB).name(name).args(&devices);
-    let vm = spec.start_controlled()?;
-    works_on(&vm)?;
-    Ok(vm)
-}
-
-/// Waits for further results.
-fn works_on(vm: &Vm) -> Outcome {
-    let ram = vm.memory()?;
-    let jobs = ram.heartbeat()?.progress;
-    ram.wait_heartbeat(SOON, |beat| beat.command == 1 && beat.progress > jobs + 1)?;
-    Ok(())
-}
-
-/// Ends the computations, which must all have been right, and the machine.
-fn finish(mut vm: Vm) -> Outcome {
-    vm.type_text("s")?;
-    let result = vm.result("gpu")?;
-    assert_eq!(result.number("bad")?, 0, "{result:?}");
-    vm.type_text("s")?;
-    vm.wait_end(LATER)?.check()
+    computing::start(&ground.vm(LONG_JOB).name(name).args(&devices))
 }
 
 /// A place where devices are these GPUs.
@@ -148,9 +126,17 @@ fn devices_that_do_not_fit_are_refused_before_anything_moves() -> Outcome {
         ensure!(reason.contains(expected), "{reason}");
         works_on(&vm)?;
     }
+    let fit = ModelGpu::on(&ground, "fit", "64M")?;
+    let later = place(&ground, "later", &[&fit]).start()?;
+    let arguments = [&LONG[..], &["--on-timeout", "postcopy"]].concat();
+    let finished = try_migrate(vm.control(), &later.url, &arguments)?;
+    let reason = reason_not_moved(&finished, "vm")?;
+    let expected = "post-copy is not possible: its assigned devices cannot wait for pages";
+    ensure!(reason.contains(expected), "{reason}");
+    works_on(&vm)?;
     let folder = ground.scratch().join("snapshot").display().to_string();
     let refused = vm.control().try_drover("snapshot", &[&folder])?;
-    let expected = "device0: assigned devices cannot be saved yet";
+    let expected = "device0: its state comes as a stream, for which a snapshot has no place";
     ensure!(
         refused.code() == Some(1) && refused.stderr.contains(expected),
         "{refused:?}"
@@ -187,8 +173,7 @@ fn a_part_that_is_free_there_is_taken_and_the_one_here_given_back() -> Outcome {
     let (here, there) = (divided(&ground, "here")?, divided(&ground, "there")?);
     let free = |model: &ModelGpu| format!("auto,sysfs-root={}", model.place().display());
     let spec = ground.vm(LONG_JOB).name("vm");
-    let vm = spec.args(&["--gpu", &free(&here)]).start_controlled()?;
-    works_on(&vm)?;
+    let vm = computing::start(&spec.args(&["--gpu", &free(&here)]))?;
     assert_eq!(owners(&ground, &here)?, ["vm"]);
     let device = format!("device0={}", free(&there));
     let place = Place::new(&ground, "moved").args(&["--gpu", &device]);
@@ -228,10 +213,7 @@ fn results_survive(ground: &Ground, dma_log: &str) -> anyhow::Result<bool> {
     let cmdline = "run=gpu,heartbeat gpu.job=long gpu.words=64K gpu.rounds=1 gpu.poll_ms=50 \
                    gpu.progress_ms=0";
     let spec = ground.vm(cmdline).name(&format!("{dma_log}0"));
-    let mut vm = spec
-        .args(&["--device", &gpus[0].device()])
-        .start_controlled()?;
-    works_on(&vm)?;
+    let mut vm = computing::start(&spec.args(&["--device", &gpus[0].device()]))?;
     for number in 1..=5 {
         let next = gpu(number)?;
         let place = place(ground, &format!("{dma_log}{number}"), &[&next]);

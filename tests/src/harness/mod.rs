@@ -22,6 +22,7 @@
 pub mod binaries;
 pub mod bzimage;
 pub mod certificates;
+pub mod computing;
 pub mod control;
 pub mod curl;
 pub mod elf;
