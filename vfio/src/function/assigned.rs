@@ -380,7 +380,7 @@ impl Device for AssignedFunction {
     }
 
     fn wake(&self) {
-        self.rouse();
+        self.wake();
     }
 
     fn calm(&self) {

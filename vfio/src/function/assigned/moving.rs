@@ -67,7 +67,7 @@ impl AssignedFunction {
     }
 
     /// It answers others again, and starts nothing of its own yet: the first half of a start.
-    pub(super) fn rouse(&self) {
+    pub(super) fn wake(&self) {
         use MigrationState::{RunningP2p, Stop};
         self.go_if(|state, has_p2p| (has_p2p && state == Stop).then_some(RunningP2p));
     }

@@ -46,15 +46,15 @@ impl Registers {
 
     /// The same bytes must be there.
     fn restore(&mut self, saved: &[(u16, u8)]) -> bool {
-        let fits = saved.len() == self.save().len();
-        fits && saved.iter().all(|(at, value)| {
+        let places = self.save();
+        let found = places.iter().map(|(at, _)| at);
+        let is_same = found.eq(saved.iter().map(|(at, _)| at));
+        for (at, value) in saved.iter().filter(|_| is_same) {
             let index = usize::from(*at);
-            let writable = self.writable.get(index).copied().unwrap_or(0);
-            if writable != 0 {
-                self.values[index] = self.values[index] & !writable | value & writable;
-            }
-            writable != 0
-        })
+            let writable = self.writable[index];
+            self.values[index] = self.values[index] & !writable | value & writable;
+        }
+        is_same
     }
 
     fn is_forwarded(&self, at: u16) -> bool {
