@@ -181,7 +181,7 @@ pub(super) type Gathered = (Vec<Section>, Option<Vec<DirtyBitmap>>);
 /// Everything until [`Message::Prepare`], and all pages that come before it.
 pub(super) fn gather(
     control: &mut Control<'_>,
-    (ended, mut mender): (&mut Ended, Option<Mender<'_, '_>>),
+    (ended, mut mender): (&mut Ended, Mender<'_, '_>),
     regions: &[PageRun],
     postcopy: bool,
 ) -> Result<Gathered, DestinationError> {
@@ -190,9 +190,7 @@ pub(super) fn gather(
     let mut bytes = 0;
     let expected = loop {
         let check = || {
-            if let Some(mender) = &mut mender {
-                mender.look();
-            }
+            mender.look();
             ended.check(Duration::ZERO)
         };
         let received = control.receive(check);
@@ -223,6 +221,7 @@ pub(super) fn gather(
     }
     let prepared = Instant::now();
     let deadline = prepared + control.patience;
+    let mut mender = Some(mender);
     while ended.running > 0 {
         ended.check(GLANCE)?;
         // The VM stands still: after this a thread that waits for another connection gives up.

@@ -60,7 +60,7 @@ pub(super) fn transfer(
             running: expected,
         };
         let mender = Mender::new(&mut door, &mut breakers, places);
-        let gathered = gather(control, (&mut ended, Some(mender)), regions, has_fetcher);
+        let gathered = gather(control, (&mut ended, mender), regions, has_fetcher);
         let result = gathered.and_then(|(sections, later)| {
             devices.check_whole()?;
             let puller = later.map(|later| Puller {

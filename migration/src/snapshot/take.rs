@@ -126,7 +126,7 @@ pub fn take(
     let streams = parts.machine.device_sources();
     blockers.extend(streams.iter().map(|device| {
         let id = device.id();
-        format!("the state of {id} comes as a stream, for which a snapshot has no place")
+        format!("{id}: its state comes as a stream, for which a snapshot has no place")
     }));
     if !blockers.is_empty() {
         return Err(TakeError::Blocked(blockers));

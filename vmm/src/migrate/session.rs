@@ -75,7 +75,6 @@ impl Session {
         let memory_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
         let mut machine = LinkedMachine {
             link: machine,
-            blockers: Controller::migration_blockers,
             devices: sources(&assigned),
         };
         let blockers = machine.blockers();
@@ -132,8 +131,6 @@ fn options(request: &MigrationRequest, memory_bytes: u64) -> SourceOptions {
 /// The machine through its controller.
 pub(super) struct LinkedMachine {
     pub(super) link: MachineLink,
-    /// What keeps it from doing what it is linked for.
-    pub(super) blockers: fn(&Controller) -> Vec<String>,
     /// Those whose state is a stream.
     pub(super) devices: Vec<Arc<dyn DeviceSource>>,
 }
@@ -154,8 +151,7 @@ impl LinkedMachine {
 
 impl Machine for LinkedMachine {
     fn blockers(&self) -> Vec<String> {
-        let find = self.blockers;
-        let blockers = self.link.call(move |controller| find(controller));
+        let blockers = self.link.call(|controller| controller.migration_blockers());
         blockers.unwrap_or_else(|error| vec![error.to_string()])
     }
 

@@ -328,17 +328,6 @@ impl Controller {
         blockers
     }
 
-    /// Devices that a snapshot cannot have, with their reasons.
-    pub(crate) fn snapshot_blockers(&self) -> Vec<String> {
-        let assigned = self.machine.assigned();
-        let assigned =
-            assigned.map(|(id, _)| format!("{id}: assigned devices cannot be saved yet"));
-        self.migration_blockers()
-            .into_iter()
-            .chain(assigned)
-            .collect()
-    }
-
     /// Stops the machine for the switchover. What the guest has asked for last comes first: it
     /// must neither be lost nor happen twice.
     pub(crate) fn pause_for_migration(&mut self) -> Result<(), MigrationMachineError> {

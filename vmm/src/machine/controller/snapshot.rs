@@ -46,6 +46,7 @@ impl Controller {
             memory: Arc::clone(self.machine.memory()),
             log: self.machine.vm.dirty_log().map_err(MachineError::from)?,
             servers: self.machine.served.clone(),
+            assigned: self.machine.assigned_functions(),
         };
         let thread = std::thread::Builder::new()
             .name("snapshot".to_owned())

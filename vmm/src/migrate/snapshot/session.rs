@@ -20,7 +20,8 @@ use super::directory::{SnapshotError, Staging};
 use super::{SnapshotReport, SnapshotRequest};
 use crate::control::errors::chain;
 use crate::kvm::DirtyLog;
-use crate::machine::{Controller, MachineLink, MigrationMachineError};
+use crate::machine::{MachineLink, MigrationMachineError};
+use crate::migrate::device_stream::{Named, sources};
 use crate::migrate::session::LinkedMachine;
 use crate::migrate::{RamPages, UnionTracker};
 
@@ -56,6 +57,8 @@ pub(crate) struct SnapshotSession {
     pub(crate) log: DirtyLog,
     /// vhost-user servers that share the memory.
     pub(crate) servers: Vec<VhostUserHandle>,
+    /// Assigned devices.
+    pub(crate) assigned: Vec<Named>,
 }
 
 impl SnapshotSession {
@@ -99,8 +102,7 @@ impl SnapshotSession {
         let mut parts = Parts {
             machine: &mut LinkedMachine {
                 link: self.machine.clone(),
-                blockers: Controller::snapshot_blockers,
-                devices: Vec::new(),
+                devices: sources(&self.assigned),
             },
             pages: &RamPages::new(Arc::clone(&self.memory)),
             tracker: &tracker,
