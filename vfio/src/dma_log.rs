@@ -122,6 +122,34 @@ impl<D: LoggingDevice> PagedLog<D> {
         Self { device, started }
     }
 
+    /// Has the device log these ranges, or fewer that cover them; returns those and the bytes of its pages.
+    fn start_device(&self, mut spans: Vec<Span>) -> Result<(Vec<Span>, u64), BackendError> {
+        loop {
+            let outcome = match self.device.start(&spans) {
+                // It may be that these are more than it holds.
+                Err(BackendError::Refused { .. }) if spans.len() > 1 => {
+                    spans = at_most(1, &spans);
+                    self.device.start(&spans)
+                }
+                outcome => outcome,
+            };
+            let page_bytes = outcome?.max(PAGE_BYTES);
+            if !page_bytes.is_power_of_two() || page_bytes > LOGGED_PAGE_MAX {
+                self.device.stop()?;
+                return Err(BackendError::Absent("log of DMA by pages of up to 1 GiB"));
+            }
+            // To report a part of a page of its own may clear all of it: no page may be of two ranges.
+            let closed = closed(&spans, |span, next| {
+                next.start / page_bytes <= (span.end - 1) / page_bytes
+            });
+            if closed.len() == spans.len() {
+                return Ok((spans, page_bytes));
+            }
+            self.device.stop()?;
+            spans = closed;
+        }
+    }
+
     /// Reads the log of a range, and of what is beside it on the device's own pages.
     fn read(&self, log: &mut Started, asked: Span, bitmap: &mut [u64]) -> Result<(), BackendError> {
         let (page_bytes, begun) = (log.page_bytes, Instant::now());
@@ -169,20 +197,7 @@ impl<D: LoggingDevice> DmaLog for PagedLog<D> {
         if spans.is_empty() {
             return Err(refused("log DMA to nothing"));
         }
-        let mut spans = at_most(RANGES_MAX, &spans);
-        let outcome = match self.device.start(&spans) {
-            // It may be that these are more than it holds.
-            Err(BackendError::Refused { .. }) if spans.len() > 1 => {
-                spans = at_most(1, &spans);
-                self.device.start(&spans)
-            }
-            outcome => outcome,
-        };
-        let page_bytes = outcome?.max(PAGE_BYTES);
-        if !page_bytes.is_power_of_two() || page_bytes > LOGGED_PAGE_MAX {
-            self.device.stop()?;
-            return Err(BackendError::Absent("log of DMA by pages of up to 1 GiB"));
-        }
+        let (spans, page_bytes) = self.start_device(at_most(RANGES_MAX, &spans))?;
         *started = Some(Started {
             spans,
             page_bytes,
@@ -244,18 +259,23 @@ fn merged(ranges: &[(u64, u64)]) -> Result<Vec<Span>, BackendError> {
 /// No more than `most` that cover all of these: the smallest gaps are closed.
 fn at_most(most: usize, spans: &[Span]) -> Vec<Span> {
     let gap = |pair: &[Span]| match pair {
-        [span, next] => next.start - span.end,
-        _ => 0,
+        [span, next] => (next.start - span.end, next.start),
+        _ => (0, 0),
     };
-    let mut gaps: Vec<(u64, usize)> = spans.windows(2).map(gap).zip(1..).collect();
+    let mut gaps: Vec<(u64, u64)> = spans.windows(2).map(gap).collect();
     gaps.sort_unstable();
-    let closed = gaps.iter().take(spans.len().saturating_sub(most));
-    let closed: BTreeSet<usize> = closed.map(|(_, behind)| *behind).collect();
+    let smallest = gaps.iter().take(spans.len().saturating_sub(most));
+    let smallest: BTreeSet<u64> = smallest.map(|(_, behind)| *behind).collect();
+    closed(spans, |_, next| smallest.contains(&next.start))
+}
+
+/// The same with those gaps closed that are to be: of the range before and the range behind.
+fn closed(spans: &[Span], is_closed: impl Fn(Span, Span) -> bool) -> Vec<Span> {
     let mut fewer: Vec<Span> = Vec::new();
-    for (number, span) in spans.iter().enumerate() {
-        match fewer.last_mut().filter(|_| closed.contains(&number)) {
-            Some(last) => last.end = span.end,
-            None => fewer.push(*span),
+    for next in spans {
+        match fewer.last_mut().filter(|last| is_closed(**last, *next)) {
+            Some(last) => last.end = next.end,
+            None => fewer.push(*next),
         }
     }
     fewer

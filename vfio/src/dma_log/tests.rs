@@ -197,6 +197,20 @@ fn reports_are_no_longer_than_the_device_takes() {
     );
 }
 
+/// Such a device forgets of a whole page what it reports of a part.
+#[test]
+fn no_page_of_a_device_is_of_two_ranges() {
+    let log = PagedLog::new(Model::new(8 * K));
+    log.start(&[(0, 3 * K), (5 * K, K), (8 * K, 5 * K), (15 * K, 2 * K)])
+        .unwrap();
+    let spans = log.device.state.lock().spans.clone();
+    let expected = [(0, 6 * K), (8 * K, 17 * K)].map(|(start, end)| Span { start, end });
+    assert_eq!(spans, expected);
+    log.device.write(5 * K);
+    assert!(reported(&log, 0, 3 * K).contains(&0));
+    assert!(reported(&log, 3 * K, 3 * K).contains(&(5 * K)));
+}
+
 #[test]
 fn a_log_that_failed_is_of_no_use_until_it_is_started_again() {
     let log = PagedLog::new(Model::new(K));
