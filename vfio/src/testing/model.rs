@@ -182,6 +182,15 @@ impl ModelBackend {
         event.write(1).is_ok()
     }
 
+    /// What is within the device's reach: addresses and bytes.
+    #[cfg(test)]
+    pub(crate) fn reached(&self) -> Vec<(u64, u64)> {
+        let map = self.dma.map.lock();
+        map.ranges()
+            .map(|range| (range.iova.0, range.len))
+            .collect()
+    }
+
     /// Takes the range that begins there out of the device's reach, however long it is.
     #[cfg(test)]
     pub(super) fn forget_dma(&self, iova: Iova) -> Result<(), BackendError> {
@@ -373,6 +382,10 @@ impl DmaSpace for ModelDma {
         }
         let removed = map.remove(range.iova).map(drop);
         removed.map_err(|error| refused("unmap DMA", io::Error::other(error)))
+    }
+
+    fn maps_bars(&self) -> bool {
+        true
     }
 }
 

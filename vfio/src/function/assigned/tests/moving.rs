@@ -201,6 +201,28 @@ fn what_a_guest_has_programmed_comes_with_it() {
     );
 }
 
+/// Its guest places no BAR again after a move.
+#[test]
+fn what_is_within_reach_of_other_devices_is_so_after_a_move() {
+    let mut config = config();
+    // What is pending lies with the table, so that a page is left that can be mapped.
+    config[0x49] = 0x18;
+    let within_reach = || {
+        let model = ModelBackend::new(&config).with_migration(ALONE, BYTES);
+        let f = fixture_over(model.with_mapped_bar().unwrap()).unwrap();
+        let function = f.function.within_reach().unwrap();
+        Fixture { function, ..f }
+    };
+    let (from, to) = (within_reach(), within_reach());
+    from.function.write_config(0x18, &[0, 0, 0, 0x80]);
+    from.function.write_config(0x04, &[0x02]);
+    let expected = [(0x8000_2000, 0x1000)];
+    assert_eq!(from.model.reached(), expected);
+    assert_eq!(to.model.reached(), []);
+    to.function.restore(&from.function.save().unwrap()).unwrap();
+    assert_eq!(to.model.reached(), expected);
+}
+
 #[test]
 fn a_state_of_another_device_is_refused() {
     let from = moving(ALONE, BYTES);
