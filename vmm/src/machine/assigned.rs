@@ -305,3 +305,38 @@ fn show<B: Bitmap>(
     });
     backend.dma().map(range, DmaAccess::ReadWrite, file)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nothing else sees what a server writes by message.
+    #[test]
+    fn what_a_server_has_written_is_found_by_a_harvest() {
+        let ranges = [
+            (GuestAddress(0), 0x1_0000),
+            (GuestAddress(0x10_0000), 0x1_0000),
+        ];
+        let memory = GuestRam::from_ranges(&ranges).unwrap();
+        for region in memory.iter() {
+            region.get_mmap().bitmap().enable();
+        }
+        // Across two pages; one byte; past the end; outside of memory.
+        let writes = [
+            (0x1_0000 - 0x1004, 8),
+            (0x10_5000, 1),
+            (0x10_f000, 0x9000),
+            (0x9_0000, 0x1000),
+        ];
+        for (iova, bytes) in writes {
+            note_write(&memory, Iova(iova), bytes);
+        }
+        let marks = memory.iter().map(|region| {
+            let mut bitmap = [0];
+            region.get_mmap().bitmap().harvest(&mut bitmap);
+            bitmap[0]
+        });
+        let marks: Vec<u64> = marks.collect();
+        assert_eq!(marks, [0b11 << 14, 1 << 5 | 1 << 15]);
+    }
+}
