@@ -10,8 +10,8 @@ use migration::progress::{MigrationHandle, Phase, Tuning};
 use migration::source::{EncodingChoice, OnTimeout, Parts, SourceOptions, migrate};
 use migration::testing::{
     Copies, DevicePlan, Failures, FakeDevice, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side,
+    device_part,
 };
-use migration::wire::device::{DeviceHeader, FRAME_HEAD_BYTES, seal};
 use migration::wire::frame::HEADER_BYTES;
 use migration::wire::message::{
     Attach, Commit, Complete, Hello, MAGIC, Missing, Offer, Prepare, Prepared, Reasons, Round,
@@ -248,17 +248,6 @@ const PARTS: [(u8, u64, u16, bool); 5] = [
     (2, 3, 0, true),
 ];
 
-fn part(sequence: u64, device: u16, is_last: bool) -> Vec<u8> {
-    let mut frame = vec![0; FRAME_HEAD_BYTES + 8];
-    let header = DeviceHeader {
-        sequence,
-        device,
-        is_last,
-    };
-    seal(&mut frame, &header).expect("short");
-    frame
-}
-
 /// All that a source says that goes through with it.
 fn honest_source(postcopy: bool, has_devices: bool) -> Vec<u8> {
     let attach = |index| {
@@ -321,7 +310,7 @@ fn honest_source(postcopy: bool, has_devices: bool) -> Vec<u8> {
     }
     if has_devices {
         for (wire, sequence, device, is_last) in PARTS {
-            steps = steps.frame(wire, &part(sequence, device, is_last));
+            steps = steps.frame(wire, &device_part(sequence, device, is_last));
         }
     }
     steps = steps.message(1, &Message::StreamEnd);

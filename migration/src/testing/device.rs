@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::ports::{DeviceLeft, DeviceSink, DeviceSource, PortError};
+use crate::wire::device::{DeviceHeader, FRAME_HEAD_BYTES, seal};
 
 /// Where it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -308,4 +309,20 @@ impl DeviceSink for FakeSink {
         device.state().finished += 1;
         device.check(DeviceFault::Finish)
     }
+}
+
+/// The frame with a part of a device's state, of a few zero bytes.
+///
+/// # Panics
+/// Never: they are few.
+#[must_use]
+pub fn device_part(sequence: u64, device: u16, is_last: bool) -> Vec<u8> {
+    let mut frame = vec![0; FRAME_HEAD_BYTES + 8];
+    let header = DeviceHeader {
+        sequence,
+        device,
+        is_last,
+    };
+    seal(&mut frame, &header).expect("short");
+    frame
 }

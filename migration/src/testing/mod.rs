@@ -19,7 +19,7 @@ mod memory;
 mod tracker;
 
 pub use channel::{FakeAccept, FakeChannel, FakeDial, Fault, FaultKind, Wire, network, pair};
-pub use device::{DeviceFault, DevicePlan, DeviceRecord, FakeDevice};
+pub use device::{DeviceFault, DevicePlan, DeviceRecord, FakeDevice, device_part};
 pub use disk::{Copies, FakeDisk, Side};
 pub use lazy::FakeLazy;
 pub use machine::{Failures, FakeHost, FakeMachine, Step};

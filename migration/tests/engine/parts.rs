@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use migration::destination::{DestinationError, DestinationOptions, Received, receive};
 use migration::ports::{Channel, Dial};
-use migration::testing::{DevicePlan, FakeChannel, FakeDevice, Wire, network, pair};
-use migration::wire::device::{CHUNK_BYTES, DeviceHeader, FRAME_HEAD_BYTES, seal};
+use migration::testing::{DevicePlan, FakeChannel, FakeDevice, Wire, device_part, network, pair};
+use migration::wire::device::CHUNK_BYTES;
 use migration::wire::frame::{FrameHeader, FrameKind};
 use migration::wire::message::{Attach, Hello, MAGIC, Offer, Prepare};
 use migration::wire::{FrameReader, Message, Versions};
@@ -17,18 +17,6 @@ use crate::world::World;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 const STREAMS: u16 = 2;
-
-/// The number of a part, its device, and whether it is the last one.
-fn part(sequence: u64, device: u16, is_last: bool) -> Vec<u8> {
-    let mut frame = vec![0; FRAME_HEAD_BYTES + 8];
-    let header = DeviceHeader {
-        sequence,
-        device,
-        is_last,
-    };
-    seal(&mut frame, &header).expect("short");
-    frame
-}
 
 fn framed(kind: FrameKind, payload: &[u8]) -> Vec<u8> {
     let header = FrameHeader::of(kind, payload).expect("not too long");
@@ -155,43 +143,49 @@ fn parts_in_the_wrong_place_are_refused_and_nobody_waits_for_ever() {
         payload_crc: 0,
     };
     let cases = [
-        (vec![(0, part(0, 2, false))], "device 2, of 2"),
+        (vec![(0, device_part(0, 2, false))], "device 2, of 2"),
         (
-            vec![(0, part(0, 0, false)), (0, part(0, 0, false))],
+            vec![(0, device_part(0, 0, false)), (0, device_part(0, 0, false))],
             "part 0 has come",
         ),
         (
             vec![
-                (0, part(1, 0, true)),
-                (1, part(0, 0, true)),
-                (1, part(2, 1, true)),
+                (0, device_part(1, 0, true)),
+                (1, device_part(0, 0, true)),
+                (1, device_part(2, 1, true)),
             ],
             "after the last one",
         ),
         // The second of the same number is refused once the first has been written.
         (
             vec![
-                (0, part(1, 0, false)),
-                (1, part(0, 0, false)),
-                (1, part(1, 0, false)),
+                (0, device_part(1, 0, false)),
+                (1, device_part(0, 0, false)),
+                (1, device_part(1, 0, false)),
             ],
             "part 1 has come",
         ),
         // What comes before them never comes.
         (
-            vec![(0, part(1, 0, true)), (1, part(2, 1, true))],
+            vec![(0, device_part(1, 0, true)), (1, device_part(2, 1, true))],
             "nothing can bring 0",
         ),
         (
-            vec![(0, part(u64::MAX, 0, true)), (1, part(0, 1, true))],
+            vec![
+                (0, device_part(u64::MAX, 0, true)),
+                (1, device_part(0, 1, true)),
+            ],
             "nothing can bring 1",
         ),
         (
-            vec![(0, part(0, 0, true)), (0, part(1, 1, false))],
+            vec![(0, device_part(0, 0, true)), (0, device_part(1, 1, false))],
             "not come to its end of gpu1",
         ),
         (vec![], "not come to its end of gpu0, gpu1"),
-        (vec![(2, part(0, 0, true))], "on the control connection"),
+        (
+            vec![(2, device_part(0, 0, true))],
+            "on the control connection",
+        ),
         (
             vec![(1, framed(FrameKind::DeviceData, &[0; 15]))],
             "cut short",
@@ -211,7 +205,7 @@ fn parts_in_the_wrong_place_are_refused_and_nobody_waits_for_ever() {
 fn parts_that_nobody_has_announced_are_refused() {
     let script = Script {
         devices: vec![],
-        bytes: vec![(0, part(0, 0, true))],
+        bytes: vec![(0, device_part(0, 0, true))],
     };
     refused(script, "device 0, of 0");
 }
@@ -235,11 +229,11 @@ fn devices_that_are_too_many_or_have_no_names_are_refused() {
 #[test]
 fn parts_in_their_places_are_taken() {
     let script = Script::new(vec![
-        (0, part(1, 1, false)),
-        (0, part(4, 1, true)),
-        (1, part(0, 0, false)),
-        (1, part(2, 1, false)),
-        (1, part(3, 0, true)),
+        (0, device_part(1, 1, false)),
+        (0, device_part(4, 1, true)),
+        (1, device_part(0, 0, false)),
+        (1, device_part(2, 1, false)),
+        (1, device_part(3, 0, true)),
     ]);
     // It waits for a commit that never comes.
     let error = script.say().err().expect("no commit has come");
