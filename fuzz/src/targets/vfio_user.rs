@@ -368,7 +368,7 @@ fn answer(command: Command, payload: &[u8]) -> Vec<u8> {
 fn report(payload: &[u8]) -> Vec<u8> {
     let (asked, _) = LoggingReport::decode(payload).expect("the client's are valid");
     let pages = asked.length / PAGE;
-    let bit = |page: u64| u64::from(page < pages && page % 3 == 0) << (page % 64);
+    let bit = |page: u64| u64::from(page < pages && page.is_multiple_of(3)) << (page % 64);
     let words =
         (0..pages.div_ceil(64)).map(|word| (word * 64..(word + 1) * 64).map(bit).sum::<u64>());
     asked.encode(&words.flat_map(u64::to_ne_bytes).collect::<Vec<_>>())
