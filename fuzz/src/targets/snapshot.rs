@@ -1,16 +1,16 @@
 //! Manifests of snapshots: whole files, and bodies behind a header that fits them.
 
 use migration::snapshot::manifest::seal;
-use migration::snapshot::{DiskRecord, ImageLayout, Manifest, PageChecks};
+use migration::snapshot::{DeviceRecord, DiskRecord, ImageLayout, Manifest, PageChecks};
 use migration::{PageIndex, PageRun, Section};
 
-/// An even first byte: the rest is a body; an odd one: the rest is a file.
+/// An even first byte: the rest is a body, of either version; an odd one: the rest is a file.
 pub fn run(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else {
         return;
     };
     match kind % 2 {
-        0 => check(&seal(bytes)),
+        0 => check(&seal(1 + u32::from(kind % 4 == 2), bytes)),
         _ => check(bytes),
     }
 }
@@ -58,9 +58,25 @@ pub fn seeds() -> Vec<Vec<u8>> {
         checks: PageChecks::new(layout.pages()).seal(),
         layout,
         disks: vec![disk],
+        devices: Vec::new(),
         taken_ms: 1,
     };
-    let whole = manifest.encode().expect("it is short");
-    let body = whole.get(40..).unwrap_or_default();
-    vec![[&[0], body].concat(), [&[1], whole.as_slice()].concat()]
+    let device = DeviceRecord {
+        id: "device0".to_owned(),
+        bytes: 5,
+        check: 7,
+    };
+    let with_device = Manifest {
+        devices: vec![device],
+        ..manifest.clone()
+    };
+    let seed = |(manifest, kind): (Manifest, u8)| {
+        let whole = manifest.encode().expect("it is short");
+        let body = whole.get(40..).unwrap_or_default();
+        [[&[kind], body].concat(), [&[1], whole.as_slice()].concat()]
+    };
+    [(manifest, 0), (with_device, 2)]
+        .into_iter()
+        .flat_map(seed)
+        .collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0   16  "drover snapshot\n"
-//! 16   4  version
+//! 16   4  version: 1, or 2 when devices have states that come as streams
 //! 20   4  0
 //! 24   8  bytes of the body
 //! 32   4  CRC-32 (IEEE 802.3) of the body
@@ -14,16 +14,21 @@
 use serde::{Deserialize, Serialize};
 
 use super::checks::ChunkChecks;
+use super::devices::DeviceRecord;
 use super::layout::{ImageLayout, LayoutError};
 use crate::page::{PageIndex, PageRun};
 use crate::section::Section;
+use crate::wire::device::objection;
 use crate::wire::{FrameError, FrameHeader, Message};
 
 /// What a manifest begins with.
 const MAGIC: &[u8; 16] = b"drover snapshot\n";
 
-/// Version that this build writes, and the only one so far.
-const VERSION: u32 = 1;
+/// Newest version that this build reads, and writes where it must: with [`Manifest::devices`].
+const VERSION: u32 = 2;
+
+/// Version without.
+const VERSION_PLAIN: u32 = 1;
 
 /// Bytes of the header.
 const HEADER: usize = 40;
@@ -47,7 +52,7 @@ pub enum ManifestError {
     #[error("the manifest is damaged: {0}")]
     Damaged(String),
     /// Another build's.
-    #[error("the manifest has version {found}, this build reads {VERSION}")]
+    #[error("the manifest has version {found}, this build reads {VERSION_PLAIN} to {VERSION}")]
     Version {
         /// Its version.
         found: u32,
@@ -94,6 +99,8 @@ pub struct Manifest {
     pub layout: ImageLayout,
     /// Disks that the guest may write to. They are no part of the snapshot.
     pub disks: Vec<DiskRecord>,
+    /// Devices whose states are beside memory, each in a file of its own.
+    pub devices: Vec<DeviceRecord>,
     /// When it was taken, in milliseconds since 1970-01-01 UTC.
     pub taken_ms: u64,
     /// Check sums of the image.
@@ -106,6 +113,8 @@ struct Head {
     skeleton: Vec<u8>,
     regions: Vec<(u64, u64)>,
     disks: Vec<DiskRecord>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    devices: Vec<DeviceRecord>,
     taken_ms: u64,
     sections: u32,
 }
@@ -121,6 +130,7 @@ impl Manifest {
             skeleton: self.skeleton.clone(),
             regions: regions.map(|run| (run.start.0, run.count)).collect(),
             disks: self.disks.clone(),
+            devices: self.devices.clone(),
             taken_ms: self.taken_ms,
             sections: u32::try_from(self.sections.len()).unwrap_or(u32::MAX),
         };
@@ -142,7 +152,11 @@ impl Manifest {
         for check in &self.checks.0 {
             body.extend_from_slice(&check.to_le_bytes());
         }
-        let manifest = seal(&body);
+        let version = match self.devices.is_empty() {
+            true => VERSION_PLAIN,
+            false => VERSION,
+        };
+        let manifest = seal(version, &body);
         match manifest.len() as u64 {
             ..=MAX_MANIFEST_BYTES => Ok(manifest),
             bytes => Err(ManifestError::TooLong(bytes)),
@@ -154,7 +168,7 @@ impl Manifest {
     /// # Errors
     /// [`ManifestError`].
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let mut body = open(bytes)?;
+        let (version, mut body) = open(bytes)?;
         let invalid = |text: &str| ManifestError::Invalid(text.to_owned());
         let length = take_word(&mut body).ok_or_else(|| invalid("it has no head"))?;
         let head = usize::try_from(length)
@@ -165,6 +179,14 @@ impl Manifest {
             .map_err(|error| ManifestError::Invalid(format!("its head: {error}")))?;
         if !head.is_empty() {
             return Err(invalid("its head has bytes behind its end"));
+        }
+        if (version == VERSION) == parsed.devices.is_empty() {
+            let count = parsed.devices.len();
+            return Err(invalid(&format!("version {version} with {count} devices")));
+        }
+        let ids = parsed.devices.iter().map(|device| device.id.as_str());
+        if let Some(objection) = objection(ids) {
+            return Err(ManifestError::Invalid(objection));
         }
         let layout = ImageLayout::new(&regions(&parsed.regions)?)?;
         let sections = take_sections(&mut rest, parsed.sections)?;
@@ -184,6 +206,7 @@ impl Manifest {
             sections,
             layout,
             disks: parsed.disks,
+            devices: parsed.devices,
             taken_ms: parsed.taken_ms,
             checks: ChunkChecks(checks),
         })
@@ -192,10 +215,10 @@ impl Manifest {
 
 /// Puts a body behind its header.
 #[must_use]
-pub fn seal(body: &[u8]) -> Vec<u8> {
+pub fn seal(version: u32, body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER + body.len());
     bytes.extend_from_slice(MAGIC);
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&version.to_le_bytes());
     bytes.extend_from_slice(&[0; 4]);
     bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
     bytes.extend_from_slice(&crc32fast::hash(body).to_le_bytes());
@@ -205,8 +228,8 @@ pub fn seal(body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The body of a manifest that is whole.
-fn open(bytes: &[u8]) -> Result<&[u8], ManifestError> {
+/// The version and body of a manifest that is whole.
+fn open(bytes: &[u8]) -> Result<(u32, &[u8]), ManifestError> {
     let damaged = |text: String| Err(ManifestError::Damaged(text));
     let mut rest = bytes.strip_prefix(MAGIC).ok_or(ManifestError::NoManifest)?;
     let Some((checked, body)) = bytes.split_at_checked(HEADER) else {
@@ -222,7 +245,7 @@ fn open(bytes: &[u8]) -> Result<&[u8], ManifestError> {
             "its header has check sum {found:#010x} instead of {expected:#010x}"
         ));
     }
-    if version != VERSION {
+    if !(VERSION_PLAIN..=VERSION).contains(&version) {
         return Err(ManifestError::Version { found: version });
     }
     if reserved != 0 {
@@ -242,7 +265,7 @@ fn open(bytes: &[u8]) -> Result<&[u8], ManifestError> {
             "its body has check sum {found:#010x} instead of {body_check:#010x}"
         ));
     }
-    Ok(body)
+    Ok((version, body))
 }
 
 fn take_word(rest: &mut &[u8]) -> Option<u32> {

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::checks::{ChunkChecks, PageChecks};
+use super::checks::ChunkChecks;
+use super::devices::{DeviceRecord, Streams};
+use super::image::{Image, Writer};
 use super::layout::{ImageLayout, LayoutError};
 use crate::bitmap::DirtyBitmap;
-use crate::codec::{PAGE, is_zero};
 use crate::convergence::{Decision, Limits, decide};
 use crate::page::{PAGE_BYTES, PageIndex, PageRun};
 use crate::ports::{PageStore, PortError};
@@ -29,15 +30,6 @@ const MAX_HELD_BYTES: u64 = 512 << 20;
 
 /// What stopping and saving take, as long as nothing is known.
 const FIXED: Duration = Duration::from_millis(1);
-
-/// Where memory is written to: all zeroes at first.
-pub trait MemoryImage {
-    /// Writes `bytes` at `offset`.
-    ///
-    /// # Errors
-    /// The host's refusal.
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
-}
 
 /// How a snapshot is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +54,12 @@ pub struct StandStill {
     pub pages_us: u64,
     /// Saving device states.
     pub save_us: u64,
+    /// Reading the rest of those that come as streams.
+    #[serde(default)]
+    pub devices_us: u64,
+    /// Its bytes.
+    #[serde(default)]
+    pub device_bytes: u64,
     /// Making disks durable.
     pub disks_us: u64,
     /// Pages read meanwhile.
@@ -83,6 +81,24 @@ pub enum TakeError {
     /// Memory is laid out in a way that has no image.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// A device's state cannot be read.
+    #[error("{device}")]
+    Device {
+        /// Its id.
+        device: String,
+        /// Why.
+        #[source]
+        source: PortError,
+    },
+    /// A device's state could not be written.
+    #[error("the state of {device} cannot be written to the snapshot")]
+    DeviceImage {
+        /// Its id.
+        device: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Somebody asked for it.
     #[error("it was cancelled")]
     Cancelled,
@@ -98,6 +114,8 @@ pub struct Taken {
     pub skeleton: Vec<u8>,
     /// States of vCPUs, clock and devices.
     pub sections: Vec<Section>,
+    /// Devices whose states are in the image.
+    pub devices: Vec<DeviceRecord>,
     /// Where memory lies in the image.
     pub layout: ImageLayout,
     /// Check sums of the image.
@@ -117,35 +135,26 @@ pub struct Taken {
 /// [`TakeError`]; the machine goes on all the same, but for [`TakeError::NotResumed`].
 pub fn take(
     parts: &mut Parts<'_>,
-    image: &mut dyn MemoryImage,
-    settle: &mut dyn FnMut() -> Result<(), PortError>,
+    image: &mut dyn Image,
+    settle: Settle<'_>,
     cancelled: &dyn Fn() -> bool,
     options: &TakeOptions,
 ) -> Result<Taken, TakeError> {
-    let mut blockers = parts.machine.blockers();
-    let streams = parts.machine.device_sources();
-    blockers.extend(streams.iter().map(|device| {
-        let id = device.id();
-        format!("{id}: its state comes as a stream, for which a snapshot has no place")
-    }));
+    let blockers = parts.machine.blockers();
     if !blockers.is_empty() {
         return Err(TakeError::Blocked(blockers));
     }
     let layout = ImageLayout::new(&parts.pages.regions())?;
-    let bitmap = |region: PageRun| DirtyBitmap::new(region.start, region.count);
-    let mut writer = Writer {
-        checks: PageChecks::new(layout.pages()),
-        written: layout.regions().into_iter().map(bitmap).collect(),
-        layout,
-        image,
-        written_bytes: 0,
-        buffer: Vec::new(),
-    };
+    let mut writer = Writer::new(image, layout);
+    let mut streams = Streams::new(parts.machine.device_sources());
     parts.tracker.start()?;
-    let result = precopy(parts, &mut writer, cancelled, options).and_then(|(dirty, rounds)| {
-        let (still, saved, held) = stand_still(parts, &mut writer, settle, dirty)?;
+    let result = streams.begin().and_then(|()| {
+        let (dirty, rounds) = precopy(parts, (&mut writer, &mut streams), cancelled, options)?;
+        let to = (&mut writer, &mut streams);
+        let (still, saved, held) = stand_still(parts, to, (settle, cancelled), dirty)?;
         Ok((rounds, still, saved, held))
     });
+    streams.end();
     full_speed(parts);
     let (rounds, still, (skeleton, sections), held) = result?;
     for (run, range) in &held.runs {
@@ -155,6 +164,7 @@ pub fn take(
     Ok(Taken {
         skeleton,
         sections,
+        devices: streams.records(),
         checks: writer.checks.seal(),
         layout: writer.layout,
         rounds,
@@ -174,7 +184,7 @@ fn full_speed(parts: &mut Parts<'_>) {
 /// Writes pages until few are left; returns those.
 fn precopy(
     parts: &mut Parts<'_>,
-    writer: &mut Writer<'_>,
+    (writer, streams): (&mut Writer<'_>, &mut Streams),
     cancelled: &dyn Fn() -> bool,
     options: &TakeOptions,
 ) -> Result<(Vec<DirtyBitmap>, Vec<RoundReport>), TakeError> {
@@ -196,6 +206,7 @@ fn precopy(
             pages += run.count;
             writer.copy(parts.pages, run, is_data)
         })?;
+        let device_bytes = streams.read_early(writer.image, cancelled)?;
         dirty = harvest(parts, &writer.layout);
         let written = (writer.written_bytes - before) / PAGE_BYTES;
         rounds.push(RoundReport {
@@ -208,7 +219,7 @@ fn precopy(
                 ..PageMix::default()
             },
             wire_bytes: writer.written_bytes - before,
-            device_bytes: 0,
+            device_bytes,
             duration_us: micros(round_began.elapsed()),
             dirty_pages: dirty.iter().map(DirtyBitmap::count).sum(),
             cpu_percent,
@@ -226,13 +237,16 @@ fn precopy(
     }
 }
 
+/// What is to be done while the machine stands still.
+type Settle<'a> = &'a mut dyn FnMut() -> Result<(), PortError>;
+
 type Saved = (Vec<u8>, Vec<Section>);
 
 /// Stops the machine, reads what is left, and lets it go on whatever happens.
 fn stand_still(
     parts: &mut Parts<'_>,
-    writer: &mut Writer<'_>,
-    settle: &mut dyn FnMut() -> Result<(), PortError>,
+    (writer, streams): (&mut Writer<'_>, &mut Streams),
+    (settle, cancelled): (Settle<'_>, &dyn Fn() -> bool),
     mut dirty: Vec<DirtyBitmap>,
 ) -> Result<(StandStill, Saved, Held), TakeError> {
     let mut still = StandStill::default();
@@ -242,6 +256,8 @@ fn stand_still(
     parts.machine.pause()?;
     still.pause_us = micros(stopped.elapsed());
     let mut read_rest = || -> Result<Saved, TakeError> {
+        // Until then they may write to memory.
+        streams.stop()?;
         let begin = Instant::now();
         for (bitmap, last) in dirty.iter_mut().zip(harvest(parts, &writer.layout)) {
             bitmap.merge(&last);
@@ -255,6 +271,9 @@ fn stand_still(
         })?;
         still.pages_us = micros(begin.elapsed());
         let begin = Instant::now();
+        still.device_bytes = streams.read_rest(writer.image, cancelled)?;
+        still.devices_us = micros(begin.elapsed());
+        let begin = Instant::now();
         let saved = (parts.machine.skeleton()?, parts.machine.save()?);
         still.save_us = micros(begin.elapsed());
         let begin = Instant::now();
@@ -263,6 +282,7 @@ fn stand_still(
         Ok(saved)
     };
     let saved = read_rest();
+    streams.end();
     let resumed = parts.machine.resume();
     still.total_us = micros(stopped.elapsed());
     resumed.map_err(TakeError::NotResumed)?;
@@ -389,91 +409,6 @@ impl Held {
         self.runs.push((run, range));
         Ok(true)
     }
-}
-
-/// The image as it grows.
-struct Writer<'a> {
-    image: &'a mut dyn MemoryImage,
-    layout: ImageLayout,
-    checks: PageChecks,
-    /// Pages that the image has as something else than a hole, by region.
-    written: Vec<DirtyBitmap>,
-    written_bytes: u64,
-    /// Of the batch at hand.
-    buffer: Vec<u8>,
-}
-
-impl Writer<'_> {
-    /// Reads a run and writes it.
-    fn copy(
-        &mut self,
-        pages: &dyn PageStore,
-        run: PageRun,
-        is_data: bool,
-    ) -> Result<(), TakeError> {
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let length = usize::try_from(run.bytes()).unwrap_or(usize::MAX);
-        buffer.resize(length, 0);
-        match is_data {
-            true => pages.read(run, &mut buffer)?,
-            false => buffer.fill(0),
-        }
-        let stored = self.store(run, &buffer);
-        self.buffer = buffer;
-        stored
-    }
-
-    /// Writes a run within one region. What is zero, and was never anything else, stays a hole.
-    fn store(&mut self, run: PageRun, bytes: &[u8]) -> Result<(), TakeError> {
-        let Some(first) = self.layout.position(run.start) else {
-            return Ok(());
-        };
-        let holds = |written: &&mut DirtyBitmap| {
-            let end = written.base().0 + written.pages();
-            (written.base().0..end).contains(&run.start.0)
-        };
-        let Some(written) = self.written.iter_mut().find(holds) else {
-            return Ok(());
-        };
-        // Neighbours that are to be written, as a range of pages within the run.
-        let mut pending: Range<usize> = 0..0;
-        for (page, index) in bytes.chunks(PAGE).zip(0_usize..) {
-            let number = PageIndex(run.start.0 + index as u64);
-            if is_zero(page) && !written.contains(number) {
-                continue;
-            }
-            self.checks.note(first + index as u64, page);
-            written.insert(PageRun {
-                start: number,
-                count: 1,
-            });
-            if pending.end != index {
-                flush(self.image, first, pending, bytes, &mut self.written_bytes)?;
-                pending = index..index;
-            }
-            pending.end = index + 1;
-        }
-        flush(self.image, first, pending, bytes, &mut self.written_bytes)
-    }
-}
-
-/// Writes the pages `range` of a run that begins at position `first`.
-fn flush(
-    image: &mut dyn MemoryImage,
-    first: u64,
-    range: Range<usize>,
-    bytes: &[u8],
-    written_bytes: &mut u64,
-) -> Result<(), TakeError> {
-    let part = bytes.get(range.start * PAGE..range.end * PAGE);
-    let part = part.unwrap_or_default();
-    if part.is_empty() {
-        return Ok(());
-    }
-    let offset = (first + range.start as u64) * PAGE_BYTES;
-    image.write(offset, part).map_err(TakeError::Image)?;
-    *written_bytes += part.len() as u64;
-    Ok(())
 }
 
 fn micros(duration: Duration) -> u64 {

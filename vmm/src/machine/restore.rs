@@ -19,8 +19,8 @@ use crate::control::RuntimeDirError;
 use crate::host::disk::HandoverError;
 use crate::memory::{Userfault, UserfaultError};
 use crate::migrate::{
-    LazyMemory, RamPages, Skeleton, SnapshotError, SnapshotMemory, SnapshotReadError, StateVersion,
-    open_snapshot,
+    DeviceReadError, LazyMemory, OpenedSnapshot, RamPages, Skeleton, SnapshotDevice, SnapshotError,
+    SnapshotMemory, SnapshotReadError, StateVersion, open_snapshot, sinks,
 };
 
 /// A VM could not be restored.
@@ -50,6 +50,15 @@ pub enum RestoreError {
     /// Its memory cannot be read.
     #[error("guest memory cannot be restored")]
     Memory(#[from] SnapshotReadError),
+    /// A device's state cannot be restored.
+    #[error("{id}")]
+    Device {
+        /// Its name within the VM.
+        id: String,
+        /// Why.
+        #[source]
+        source: DeviceReadError,
+    },
     /// It cannot be loaded while the VM runs.
     #[error("guest memory cannot be loaded while the VM runs")]
     Lazy(#[from] UserfaultError),
@@ -93,7 +102,11 @@ impl VmHandle {
 }
 
 fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
-    let (manifest, memory) = open_snapshot(&options.directory)?;
+    let OpenedSnapshot {
+        manifest,
+        memory,
+        devices,
+    } = open_snapshot(&options.directory)?;
     let skeleton = Skeleton::decode(&manifest.skeleton);
     let mut skeleton = skeleton.map_err(|reason| RestoreError::Refused(vec![reason]))?;
     // Those of a description of version 1 are known from here alone.
@@ -127,6 +140,7 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
         check_disks(&manifest.disks, &arrived)?;
     }
     fill(&mut arrived, &manifest, memory, options.lazy)?;
+    give_states(&arrived, devices)?;
     let Arrived {
         mut machine,
         config,
@@ -154,16 +168,39 @@ fn not_claimed(error: RuntimeDirError) -> RestoreError {
     }
 }
 
+/// Gives devices the states that they had.
+fn give_states(arrived: &Arrived, states: Vec<SnapshotDevice>) -> Result<(), RestoreError> {
+    let sinks = sinks(arrived.machine.assigned_functions());
+    let missing = sinks.iter().map(|sink| sink.id());
+    let mut missing = missing.filter(|id| states.iter().all(|state| state.id() != *id));
+    if let Some(id) = missing.next() {
+        return Err(RestoreError::Refused(vec![format!(
+            "{id}: the snapshot has no state of it"
+        )]));
+    }
+    for state in states {
+        let id = state.id().to_owned();
+        let Some(sink) = sinks.iter().find(|sink| sink.id() == id) else {
+            return Err(RestoreError::Refused(vec![format!(
+                "{id}: the snapshot has a state of it, the VM has no such device"
+            )]));
+        };
+        let given = state.give(&**sink);
+        given.map_err(|source| RestoreError::Device { id, source })?;
+    }
+    Ok(())
+}
+
 /// Another process would find zeroes where memory is not loaded yet.
 pub(super) fn check_lazy(config: &VmConfig) -> Result<(), RestoreError> {
     let disks = config.disk.iter().map(|disk| disk.vhost_user.is_some());
     let nets = config.net.iter().map(|net| net.vhost_user.is_some());
     let shared = !config.fs.is_empty() || disks.chain(nets).any(|served| served);
-    match shared {
-        true => Err(RestoreError::Refused(vec![
-            "memory that vhost-user servers share cannot be loaded lazily".to_owned(),
-        ])),
-        false => Ok(()),
+    let refused = |reason: &str| Err(RestoreError::Refused(vec![reason.to_owned()]));
+    match (shared, config.device.is_empty()) {
+        (true, _) => refused("memory that vhost-user servers share cannot be loaded lazily"),
+        (_, false) => refused("assigned devices cannot wait for pages, as --lazy has them come"),
+        _ => Ok(()),
     }
 }
 

@@ -37,7 +37,11 @@ pub use report::{
 pub use server_log::ServerLogTracker;
 pub(crate) use session::Session;
 pub use skeleton::{AssignedPart, Skeleton};
-pub(crate) use snapshot::{LazyMemory, SnapshotMemory, SnapshotSession, open as open_snapshot};
+pub use snapshot::DeviceReadError;
+pub(crate) use snapshot::{
+    LazyMemory, Opened as OpenedSnapshot, SnapshotDevice, SnapshotMemory, SnapshotSession,
+    open as open_snapshot,
+};
 pub use snapshot::{SnapshotError, SnapshotReadError, SnapshotReport, SnapshotRequest};
 pub use states::{StateVersion, unreadable};
 pub use write_log::WriteLogTracker;

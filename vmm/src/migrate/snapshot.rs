@@ -3,10 +3,12 @@
 //! | module | what is in it |
 //! |---|---|
 //! | `directory` | the directory: written beside, put in place at once, read |
+//! | `device` | the state of a device, read and checked |
 //! | `memory` | the image of guest memory, read and checked |
 //! | `lazy` | memory that comes from the image when it is touched |
 //! | `session` | the thread that takes a snapshot |
 
+mod device;
 mod directory;
 mod lazy;
 mod memory;
@@ -17,8 +19,10 @@ use std::path::PathBuf;
 use migration::snapshot::StandStill;
 use serde::{Deserialize, Serialize};
 
+pub use device::DeviceReadError;
+pub(crate) use device::SnapshotDevice;
 pub use directory::SnapshotError;
-pub(crate) use directory::open;
+pub(crate) use directory::{Opened, open};
 pub(crate) use lazy::LazyMemory;
 pub(crate) use memory::SnapshotMemory;
 pub use memory::SnapshotReadError;
@@ -54,6 +58,9 @@ pub struct SnapshotReport {
     pub memory_bytes: u64,
     /// What was written of it, pages that were written twice included.
     pub written_bytes: u64,
+    /// Bytes of the states of assigned devices.
+    #[serde(default)]
+    pub device_bytes: u64,
     /// Rounds over memory while the VM ran.
     pub rounds: u32,
     /// How long it stood still; absent when there is no snapshot.

@@ -25,6 +25,7 @@ fn manifest() -> Manifest {
         sections: vec![section("vcpu0", b"state"), section("clock", b"")],
         layout,
         disks: vec![disk],
+        devices: Vec::new(),
         taken_ms: 1_700_000_000_000,
         checks: checks.seal(),
     }
@@ -43,6 +44,40 @@ fn manifests_read_back() {
         Manifest::decode(&manifest.encode().unwrap()).unwrap(),
         manifest
     );
+}
+
+fn with_devices(ids: &[&str]) -> Manifest {
+    let record = |id: &&str| DeviceRecord {
+        id: (*id).to_owned(),
+        bytes: 5,
+        check: 7,
+    };
+    Manifest {
+        devices: ids.iter().map(record).collect(),
+        ..manifest()
+    }
+}
+
+/// A build that knows nothing of them refuses it, instead of leaving them out.
+#[test]
+fn devices_are_of_version_2() {
+    let manifest = with_devices(&["device0", "gpu1"]);
+    let mut encoded = manifest.encode().unwrap();
+    assert_eq!(Manifest::decode(&encoded).unwrap(), manifest);
+    assert_eq!(encoded[16], 2);
+    let plain = self::manifest().encode().unwrap();
+    assert_eq!(plain[16], 1);
+    encoded.drain(..HEADER);
+    assert_eq!(
+        refused(&seal(1, &encoded)),
+        "the manifest is not valid: version 1 with 2 devices"
+    );
+    assert_eq!(
+        refused(&seal(2, &plain[HEADER..])),
+        "the manifest is not valid: version 2 with 0 devices"
+    );
+    let twice = with_devices(&["device0", "device0"]).encode().unwrap();
+    assert!(refused(&twice).contains("two devices are called device0"));
 }
 
 #[test]
@@ -80,10 +115,10 @@ fn every_cut_is_found() {
 #[test]
 fn other_versions_are_named() {
     let mut bytes = manifest().encode().unwrap();
-    bytes[16] = 2;
+    bytes[16] = 3;
     let check = crc32fast::hash(&bytes[..36]);
     bytes[36..40].copy_from_slice(&check.to_le_bytes());
-    let expected = "the manifest has version 2, this build reads 1";
+    let expected = "the manifest has version 3, this build reads 1 to 2";
     assert_eq!(refused(&bytes), expected);
 }
 
@@ -92,11 +127,12 @@ fn with_head(head: &Head, rest: &[u8]) -> Vec<u8> {
     let mut encoded = Vec::new();
     ciborium::into_writer(head, &mut encoded).unwrap();
     let length = u32::try_from(encoded.len()).unwrap().to_le_bytes();
-    seal(&[&length, encoded.as_slice(), rest].concat())
+    seal(1, &[&length, encoded.as_slice(), rest].concat())
 }
 
 fn head(regions: Vec<(u64, u64)>, sections: u32) -> Head {
     Head {
+        devices: Vec::new(),
         skeleton: Vec::new(),
         regions,
         disks: Vec::new(),
@@ -137,9 +173,9 @@ fn lies_of_a_whole_manifest_are_refused() {
             with_head(&head(vec![(0, 16)], 1), &[0; 4]),
             "section 0 is not valid: frame is not valid: it is cut short",
         ),
-        (seal(&[]), "it has no head"),
-        (seal(&[255; 8]), "its head is cut short"),
-        (seal(&[1, 0, 0, 0, 255]), "its head: "),
+        (seal(1, &[]), "it has no head"),
+        (seal(1, &[255; 8]), "its head is cut short"),
+        (seal(1, &[1, 0, 0, 0, 255]), "its head: "),
     ];
     for (bytes, expected) in cases {
         let said = refused(&bytes);

@@ -1,20 +1,34 @@
 //! A snapshot's directory. It is written under another name beside its place, and put there in one
 //! step: whoever looks finds the old snapshot or the new one.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use migration::snapshot::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
+use migration::snapshot::{DeviceRecord, MAX_MANIFEST_BYTES, Manifest, ManifestError};
+use migration::wire::device::MAX_DEVICES;
 
+use super::device::SnapshotDevice;
 use super::memory::SnapshotMemory;
 use crate::host::exchange::exchange;
 
 /// The files. Their names are fixed, so that none can lead elsewhere.
 const MANIFEST: &str = "manifest";
 const MEMORY: &str = "memory";
+
+/// That of the state of a device: of the manifest's record of this number.
+fn device_file(number: usize) -> String {
+    format!("device-{number}")
+}
+
+/// Whether a file of this name is a snapshot's.
+fn is_own(name: &OsStr) -> bool {
+    let is_device = |name: &str| (0..MAX_DEVICES).any(|number| device_file(number) == name);
+    name == MANIFEST || name == MEMORY || name.to_str().is_some_and(is_device)
+}
 
 /// A snapshot's directory cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -63,9 +77,9 @@ pub enum SnapshotError {
         #[source]
         source: ManifestError,
     },
-    /// The image is not as long as memory is.
+    /// A file is not as long as it was.
     #[error("{} has {found} bytes instead of {expected}: it is damaged", path.display())]
-    MemorySize {
+    Size {
         /// Its path.
         path: PathBuf,
         /// Its size.
@@ -135,6 +149,11 @@ impl Staging {
         let sized = file.set_len(bytes);
         sized.map_err(host("sized", &self.target.join(MEMORY)))?;
         Ok(file)
+    }
+
+    /// The file for the state of the device of that number.
+    pub(super) fn create_device(&self, number: usize) -> Result<File, SnapshotError> {
+        self.create(&device_file(number))
     }
 
     /// Writes the manifest, durably.
@@ -225,10 +244,10 @@ fn check_replaceable(target: &Path) -> Result<(), SnapshotError> {
         Err(error) => return Err(host("read", target)(error)),
     };
     let mut names = Vec::new();
-    for entry in entries.take(3) {
+    for entry in entries.take(MAX_DEVICES + 3) {
         names.push(entry.map_err(host("read", target))?.file_name());
     }
-    let known = names.iter().all(|name| name == MANIFEST || name == MEMORY);
+    let known = names.iter().all(|name| is_own(name));
     match known && (names.is_empty() || names.iter().any(|name| name == MANIFEST)) {
         true => Ok(()),
         false => Err(foreign()),
@@ -237,20 +256,28 @@ fn check_replaceable(target: &Path) -> Result<(), SnapshotError> {
 
 /// Removes a snapshot's directory, and nothing that is not a snapshot's.
 fn remove(path: &Path) -> io::Result<()> {
-    for name in [MANIFEST, MEMORY] {
-        match fs::remove_file(path.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if is_own(&entry.file_name()) {
+            fs::remove_file(entry.path())?;
         }
     }
     fs::remove_dir(path)
+}
+
+/// A snapshot that is open.
+pub(crate) struct Opened {
+    pub(crate) manifest: Manifest,
+    pub(crate) memory: SnapshotMemory,
+    /// As the manifest has them.
+    pub(crate) devices: Vec<SnapshotDevice>,
 }
 
 /// Opens a snapshot.
 ///
 /// # Errors
 /// [`SnapshotError`].
-pub(crate) fn open(path: &Path) -> Result<(Manifest, SnapshotMemory), SnapshotError> {
+pub(crate) fn open(path: &Path) -> Result<Opened, SnapshotError> {
     let mut options = OpenOptions::new();
     options.read(true).custom_flags(libc::O_DIRECTORY);
     let dir = options.open(path).map_err(host("opened", path))?;
@@ -267,18 +294,35 @@ pub(crate) fn open(path: &Path) -> Result<(Manifest, SnapshotMemory), SnapshotEr
         return Err(damaged(ManifestError::TooLong(bytes.len() as u64)));
     }
     let manifest = Manifest::decode(&bytes).map_err(damaged)?;
-    let memory = open_in(&dir, path, MEMORY)?;
-    let (path, expected) = (path.join(MEMORY), manifest.layout.bytes());
-    let found = memory.metadata().map_err(host("read", &path))?.len();
-    if found != expected {
-        return Err(SnapshotError::MemorySize {
+    let memory = open_sized(&dir, path, MEMORY, manifest.layout.bytes())?;
+    let device = |(record, number): (&DeviceRecord, usize)| {
+        let name = device_file(number);
+        let file = open_sized(&dir, path, &name, record.bytes)?;
+        Ok(SnapshotDevice::new(file, path.join(name), record.clone()))
+    };
+    let devices = manifest.devices.iter().zip(0..).map(device);
+    let devices = devices.collect::<Result<_, SnapshotError>>()?;
+    let (layout, checks) = (manifest.layout.clone(), manifest.checks.clone());
+    Ok(Opened {
+        memory: SnapshotMemory::new(memory, path.join(MEMORY), layout, checks),
+        manifest,
+        devices,
+    })
+}
+
+/// Opens a file that has to be so long.
+fn open_sized(dir: &File, path: &Path, name: &str, expected: u64) -> Result<File, SnapshotError> {
+    let file = open_in(dir, path, name)?;
+    let path = path.join(name);
+    let found = file.metadata().map_err(host("read", &path))?.len();
+    match found == expected {
+        true => Ok(file),
+        false => Err(SnapshotError::Size {
             path,
             found,
             expected,
-        });
+        }),
     }
-    let (layout, checks) = (manifest.layout.clone(), manifest.checks.clone());
-    Ok((manifest, SnapshotMemory::new(memory, path, layout, checks)))
 }
 
 /// Opens a file of the directory that is open, also if another has its name by now.

@@ -1,7 +1,7 @@
 //! The thread that takes a snapshot.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use devices::GuestRam;
 use devices::virtio::vhost_user::VhostUserHandle;
 use migration::ports::PortError;
 use migration::snapshot::{
-    DiskRecord, Manifest, ManifestError, MemoryImage, TakeError, TakeOptions, Taken, take,
+    DiskRecord, Image, Manifest, ManifestError, TakeError, TakeOptions, Taken, take,
 };
 use migration::source::Parts;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -74,12 +74,14 @@ impl SnapshotSession {
             total_ms: 0,
             memory_bytes: self.memory.iter().map(GuestMemoryRegion::len).sum(),
             written_bytes: 0,
+            device_bytes: 0,
             rounds: 0,
             stood_still: None,
         };
         match self.take() {
             Ok(taken) => {
                 report.written_bytes = taken.written_bytes;
+                report.device_bytes = taken.devices.iter().map(|device| device.bytes).sum();
                 report.rounds = u32::try_from(taken.rounds.len()).unwrap_or(u32::MAX);
                 report.stood_still = Some(taken.still);
             }
@@ -96,13 +98,19 @@ impl SnapshotSession {
     fn take(self) -> Result<Taken, SessionError> {
         let staging = Staging::begin(&self.request.directory)?;
         let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
-        let mut image = ImageFile(staging.create_memory(bytes)?);
+        let devices = sources(&self.assigned);
+        let states = (0..devices.len()).map(|number| staging.create_device(number));
+        let mut image = ImageFiles {
+            memory: staging.create_memory(bytes)?,
+            devices: states.collect::<Result<_, _>>()?,
+        };
         self.sync_disks()?;
-        let tracker = UnionTracker::of_machine(self.log, &self.memory, self.servers);
+        let tracker = UnionTracker::of_machine(self.log, &self.memory, self.servers)
+            .with_devices(&self.assigned, &self.memory);
         let mut parts = Parts {
             machine: &mut LinkedMachine {
                 link: self.machine.clone(),
-                devices: sources(&self.assigned),
+                devices,
             },
             pages: &RamPages::new(Arc::clone(&self.memory)),
             tracker: &tracker,
@@ -121,10 +129,7 @@ impl SnapshotSession {
         };
         let cancelled = || self.cancelled.load(Ordering::Relaxed);
         let taken = take(&mut parts, &mut image, &mut settle, &cancelled, &options)?;
-        image.0.sync_all().map_err(|source| SessionError::Host {
-            what: "guest memory cannot be made durable in the snapshot",
-            source,
-        })?;
+        image.sync()?;
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let taken_ms = since.unwrap_or_default().as_millis();
         let manifest = Manifest {
@@ -132,6 +137,7 @@ impl SnapshotSession {
             sections: taken.sections.clone(),
             layout: taken.layout.clone(),
             disks,
+            devices: taken.devices.clone(),
             taken_ms: u64::try_from(taken_ms).unwrap_or(u64::MAX),
             checks: taken.checks.clone(),
         };
@@ -159,11 +165,30 @@ fn settle_disks(machine: &MachineLink) -> Result<Vec<DiskRecord>, MigrationMachi
     machine.call(|controller| controller.settle_disks())?
 }
 
-/// The file that memory is written to.
-struct ImageFile(File);
+/// The files of the image.
+struct ImageFiles {
+    memory: File,
+    devices: Vec<File>,
+}
 
-impl MemoryImage for ImageFile {
+impl ImageFiles {
+    fn sync(&self) -> Result<(), SessionError> {
+        let failed = |what| move |source| SessionError::Host { what, source };
+        let what = "guest memory cannot be made durable in the snapshot";
+        self.memory.sync_all().map_err(failed(what))?;
+        let what = "the states of devices cannot be made durable in the snapshot";
+        let mut devices = self.devices.iter();
+        devices.try_for_each(|file| file.sync_all().map_err(failed(what)))
+    }
+}
+
+impl Image for ImageFiles {
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        self.memory.write_all_at(bytes, offset)
+    }
+
+    fn append(&mut self, device: usize, bytes: &[u8]) -> io::Result<()> {
+        let file = self.devices.get_mut(device);
+        file.ok_or(io::ErrorKind::NotFound)?.write_all(bytes)
     }
 }

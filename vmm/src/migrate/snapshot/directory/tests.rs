@@ -2,6 +2,7 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use migration::snapshot::{ImageLayout, PageChecks};
+use migration::testing::{DevicePlan, FakeDevice};
 use migration::{PageIndex, PageRun};
 
 use super::*;
@@ -34,7 +35,17 @@ impl Drop for Folder {
     }
 }
 
+/// With the states of two devices.
 fn write(staging: &Staging, taken_ms: u64) {
+    let record = |id: &str| DeviceRecord {
+        id: id.to_owned(),
+        bytes: 3,
+        check: crc32fast::hash(b"abc"),
+    };
+    for number in 0..2 {
+        let mut file = staging.create_device(number).unwrap();
+        io::Write::write_all(&mut file, b"abc").unwrap();
+    }
     let layout = ImageLayout::new(&[PageRun::new(PageIndex(0), 8).unwrap()]).unwrap();
     let manifest = Manifest {
         skeleton: Vec::new(),
@@ -42,6 +53,7 @@ fn write(staging: &Staging, taken_ms: u64) {
         checks: PageChecks::new(layout.pages()).seal(),
         layout,
         disks: Vec::new(),
+        devices: ["gpu0", "gpu1"].map(record).to_vec(),
         taken_ms,
     };
     let memory = staging.create_memory(manifest.layout.bytes()).unwrap();
@@ -50,7 +62,7 @@ fn write(staging: &Staging, taken_ms: u64) {
 }
 
 fn taken_ms(path: &Path) -> u64 {
-    open(path).unwrap().0.taken_ms
+    open(path).unwrap().manifest.taken_ms
 }
 
 #[test]
@@ -68,11 +80,53 @@ fn new_snapshot_takes_the_place_of_the_old_one_at_once() {
         assert_eq!(folder.names(), ["vm"]);
     }
     // One that is open is read on.
-    let (_, memory) = open(&target).unwrap();
+    let Opened {
+        memory, devices, ..
+    } = open(&target).unwrap();
     let staging = Staging::begin(&target).unwrap();
     write(&staging, 9);
     staging.publish().unwrap();
     assert_eq!(memory.data_chunks(0).unwrap(), [0_u64; 0]);
+    let ids = devices.iter().map(SnapshotDevice::id);
+    assert!(ids.eq(["gpu0", "gpu1"]));
+    for device in devices {
+        let sink = FakeDevice::new(device.id(), DevicePlan::default());
+        // Not what such a device says, but it is told of in full.
+        device.give(&*sink.sink()).unwrap();
+        assert_eq!((sink.record().written, sink.record().finished), (3, 1));
+    }
+}
+
+#[test]
+fn states_of_devices_that_are_damaged_are_not_taken_over() {
+    let folder = Folder::new("device");
+    let target = folder.0.join("vm");
+    let staging = Staging::begin(&target).unwrap();
+    write(&staging, 1);
+    staging.publish().unwrap();
+    let file = target.join("device-1");
+    fs::write(&file, "abd").unwrap();
+    let device = open(&target).unwrap().devices.pop().unwrap();
+    let sink = FakeDevice::new("gpu1", DevicePlan::default());
+    let error = device.give(&*sink.sink()).unwrap_err().to_string();
+    assert!(
+        error.ends_with(": it is damaged") && error.contains("device-1 has check sum"),
+        "{error}"
+    );
+    assert_eq!(sink.record().finished, 0);
+    fs::write(&file, "abcd").unwrap();
+    let error = open(&target).err().unwrap().to_string();
+    assert!(
+        error.ends_with("device-1 has 4 bytes instead of 3: it is damaged"),
+        "{error}"
+    );
+    fs::remove_file(&file).unwrap();
+    let error = open(&target).err().unwrap().to_string();
+    assert!(error.ends_with("device-1 cannot be opened"), "{error}");
+    // Of so many devices is no snapshot.
+    fs::write(target.join("device-256"), "abc").unwrap();
+    let error = Staging::begin(&target).err().unwrap();
+    assert!(matches!(error, SnapshotError::Foreign(_)), "{error}");
 }
 
 #[test]
@@ -97,7 +151,9 @@ fn what_a_crash_has_left_is_removed() {
     let target = folder.0.join("vm");
     let left = folder.0.join(".vm.drover-partial");
     fs::create_dir(&left).unwrap();
-    fs::write(left.join("memory"), "half").unwrap();
+    for name in ["memory", "device-255"] {
+        fs::write(left.join(name), "half").unwrap();
+    }
     let staging = Staging::begin(&target).unwrap();
     write(&staging, 1);
     staging.publish().unwrap();
