@@ -81,10 +81,7 @@ impl LoggingDevice for KernelDmaLog {
         let (device, bytes) = (self.device.as_fd(), span.bytes());
         let reported = ioctl::report_dma_log(device, (span.start, bytes), PAGE_BYTES, &mut pages);
         reported.map_err(refused("tell its writes to memory"))?;
-        let read = pages.iter().flat_map(|page| page.0);
-        for (word, read) in bitmap.iter_mut().zip(read.take(words)) {
-            *word |= read;
-        }
+        BitmapPage::merge(&pages, bitmap, words);
         Ok(())
     }
 

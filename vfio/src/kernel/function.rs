@@ -19,12 +19,13 @@ use super::irqs::{self, Irqs};
 use super::kvm::Registration;
 use super::mapping::RegionMapping;
 use super::migration::KernelMigration;
+use super::page_tables::{IommuLog, PageTables};
 use super::regions::{self, Placed};
 use super::space::FunctionDma;
 use super::translation::Iommu;
 use crate::backend::{BackendError, Irq, IrqKind, Region, RegionIndex, VfioBackend};
 use crate::dma::DmaSpace;
-use crate::dma_log::{DmaLog, PagedLog};
+use crate::dma_log::DmaLog;
 use crate::migration::VfioMigration;
 
 /// Where the command register is, and its bit for bus mastering (PCI Local Bus 3.0, 6.2.2).
@@ -35,6 +36,8 @@ const COMMAND_BUS_MASTER: u16 = 1 << 2;
 pub(super) struct Opened {
     /// What KVM was told of the device's own node.
     pub(super) _kvm: Option<Registration>,
+    /// Page tables in which the IOMMU notes what it writes.
+    pub(super) tables: Option<Arc<PageTables>>,
     pub(super) device: File,
     /// The group through which it was opened.
     pub(super) _group: Option<Arc<Group>>,
@@ -51,7 +54,7 @@ pub struct KernelFunction {
     irqs: Irqs,
     path: KernelPath,
     migration: Option<KernelMigration>,
-    dma_log: Option<PagedLog<KernelDmaLog>>,
+    dma_log: Option<Box<dyn DmaLog>>,
     opened: Opened,
 }
 
@@ -76,13 +79,19 @@ impl KernelFunction {
             }
         }
         let irqs = Irqs::query(device, info.num_irqs);
+        // The device's own costs the IOMMU nothing.
+        let own = KernelDmaLog::query(device).map(|log| Box::new(log) as Box<dyn DmaLog>);
+        let noted = || {
+            let tables = opened.tables.as_ref()?;
+            Some(Box::new(IommuLog::new(Arc::clone(tables))) as Box<dyn DmaLog>)
+        };
         Ok(Self {
             name,
             regions,
             irqs: irqs.map_err(refused("tell its interrupts"))?,
             path,
             migration: KernelMigration::query(device),
-            dma_log: KernelDmaLog::query(device),
+            dma_log: own.or_else(noted),
             opened,
         })
     }
@@ -249,8 +258,7 @@ impl VfioBackend for KernelFunction {
     }
 
     fn dma_log(&self) -> Option<&dyn DmaLog> {
-        let dma_log = self.dma_log.as_ref();
-        dma_log.map(|dma_log| dma_log as &dyn DmaLog)
+        self.dma_log.as_deref()
     }
 }
 

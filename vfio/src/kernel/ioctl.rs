@@ -10,6 +10,10 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use iommufd_bindings::iommufd::{
+    IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, IOMMUFD_TYPE,
+    iommu_hwpt_get_dirty_bitmap, iommu_hwpt_set_dirty_tracking,
+};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
     VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, VFIO_DEVICE_FEATURE_GET,
@@ -23,7 +27,21 @@ use vmm_sys_util::ioctl::{
 };
 use vmm_sys_util::ioctl_io_nr;
 
+use crate::dma::PAGE_BYTES;
+
 const TYPE: u32 = VFIO_TYPE as u32;
+const IOMMU: u32 = IOMMUFD_TYPE as u32;
+
+ioctl_io_nr!(
+    IOMMU_HWPT_SET_DIRTY_TRACKING,
+    IOMMU,
+    IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING
+);
+ioctl_io_nr!(
+    IOMMU_HWPT_GET_DIRTY_BITMAP,
+    IOMMU,
+    IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP
+);
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, TYPE, VFIO_BASE);
 ioctl_io_nr!(VFIO_CHECK_EXTENSION, TYPE, VFIO_BASE + 1);
@@ -138,22 +156,23 @@ pub(super) fn unmap_dma(
     done(unsafe { ioctl_with_mut_ref(&container, VFIO_IOMMU_UNMAP_DMA(), unmap) })
 }
 
-/// Makes an iommufd the one of a device that was opened by its own node.
-pub(super) fn bind_iommufd(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> io::Result<()> {
+/// Makes an iommufd the one of a device that was opened by its own node; returns the device's id there.
+pub(super) fn bind_iommufd(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> io::Result<u32> {
     let mut bind = vfio_device_bind_iommufd {
         argsz: argsz::<vfio_device_bind_iommufd>(),
         iommufd: iommufd.as_raw_fd(),
         ..Default::default()
     };
     // SAFETY: the structure has the size that it begins with.
-    done(unsafe { ioctl_with_mut_ref(&device, VFIO_DEVICE_BIND_IOMMUFD(), &mut bind) })
+    done(unsafe { ioctl_with_mut_ref(&device, VFIO_DEVICE_BIND_IOMMUFD(), &mut bind) })?;
+    Ok(bind.out_devid)
 }
 
-/// Gives a bound device the address space `ioas`.
-pub(super) fn attach_ioas(device: BorrowedFd<'_>, ioas: u32) -> io::Result<()> {
+/// Gives a bound device an address space, or page tables of one.
+pub(super) fn attach(device: BorrowedFd<'_>, table: u32) -> io::Result<()> {
     let mut attach = vfio_device_attach_iommufd_pt {
         argsz: argsz::<vfio_device_attach_iommufd_pt>(),
-        pt_id: ioas,
+        pt_id: table,
         ..Default::default()
     };
     // SAFETY: the structure has the size that it begins with.
@@ -277,6 +296,14 @@ pub(super) struct BitmapPage(pub(super) [u64; Self::WORDS]);
 impl BitmapPage {
     const WORDS: usize = 512;
 
+    /// Sets the bits of the first `words` words of `pages` in `bitmap`, too.
+    pub(super) fn merge(pages: &[Self], bitmap: &mut [u64], words: usize) {
+        let read = pages.iter().flat_map(|page| page.0);
+        for (word, read) in bitmap.iter_mut().zip(read.take(words)) {
+            *word |= read;
+        }
+    }
+
     /// Room for so many words, all of them 0.
     pub(super) fn of_words(words: usize) -> Vec<Self> {
         vec![Self([0; Self::WORDS]); words.div_ceil(Self::WORDS)]
@@ -341,4 +368,40 @@ pub(super) fn report_dma_log(
     // SAFETY: there are as many bytes as the structure says in its beginning. The kernel sets bits only on
     // pages of memory that have a bit of the range; all of these are the bitmap's, which is borrowed for it.
     done(unsafe { ioctl_with_mut_ptr(&device, VFIO_DEVICE_FEATURE(), at) })
+}
+
+/// Has an IOMMU note in page tables of its own what devices write, or ends that.
+pub(super) fn set_dirty_tracking(iommufd: BorrowedFd<'_>, table: u32, on: bool) -> io::Result<()> {
+    let set = iommu_hwpt_set_dirty_tracking {
+        size: argsz::<iommu_hwpt_set_dirty_tracking>(),
+        flags: u32::from(on),
+        hwpt_id: table,
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with.
+    done(unsafe { ioctl_with_ref(&iommufd, IOMMU_HWPT_SET_DIRTY_TRACKING(), &set) })
+}
+
+/// Sets the bits of the pages of 4 KiB from `iova` on, `bytes` long, that were written, and forgets that.
+pub(super) fn dirty_bitmap(
+    (iommufd, table): (BorrowedFd<'_>, u32),
+    (iova, bytes): (u64, u64),
+    bitmap: &mut [BitmapPage],
+) -> io::Result<()> {
+    let room = size_of_val(bitmap) as u64 * 8;
+    if bytes.div_ceil(PAGE_BYTES) > room {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut get = iommu_hwpt_get_dirty_bitmap {
+        size: argsz::<iommu_hwpt_get_dirty_bitmap>(),
+        hwpt_id: table,
+        iova,
+        length: bytes,
+        page_size: PAGE_BYTES,
+        data: bitmap.as_mut_ptr().expose_provenance() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the structure has the size that it begins with. The kernel sets bits only on pages of memory
+    // that have a bit of the range; all of these are the bitmap's, which is borrowed for it.
+    done(unsafe { ioctl_with_mut_ref(&iommufd, IOMMU_HWPT_GET_DIRTY_BITMAP(), &mut get) })
 }

@@ -35,6 +35,7 @@ mod locate;
 mod mapping;
 mod memory_lock;
 mod migration;
+mod page_tables;
 mod refusals;
 mod regions;
 mod space;
@@ -53,6 +54,8 @@ pub use holders::{Holder, Holders};
 pub use kvm::KvmFiles;
 pub use mapping::RegionMapping;
 pub use memory_lock::{MemoryLockError, check_memory_lock};
+#[cfg(any(test, feature = "testing"))]
+pub use page_tables::iommu_log;
 pub use support::{VfioSupport, support};
 pub(crate) use sysfs::is_harmless;
 pub use vm::{KernelVfio, PathChoice, Source};

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use iommufd_bindings::iommufd::{
     iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_unmap,
@@ -10,12 +11,14 @@ use iommufd_bindings::iommufd::{
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as MAP_WRITEABLE,
 };
 use iommufd_ioctls::{IommuFd, IommufdError};
+use parking_lot::Mutex;
 use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE1v2_IOMMU,
     vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 
 use super::ioctl;
+use super::page_tables::PageTables;
 use crate::dma::{DmaAccess, DmaRange};
 
 /// What translates addresses for devices.
@@ -89,38 +92,68 @@ impl Translation for Container {
 
 /// An I/O address space of an iommufd (Documentation/userspace-api/iommufd.rst).
 pub(super) struct Ioas {
-    iommufd: IommuFd,
+    iommufd: Arc<IommuFd>,
     id: u32,
+    /// Page tables of it in which the IOMMU notes what devices write.
+    tables: Mutex<Vec<Arc<PageTables>>>,
 }
 
 impl Ioas {
     /// A new one of an open `/dev/iommu`.
     pub(super) fn new(file: OwnedFd) -> io::Result<Self> {
-        let iommufd = IommuFd::new_from_fd(file.into());
+        let iommufd = Arc::new(IommuFd::new_from_fd(file.into()));
         let mut alloc = iommu_ioas_alloc {
             size: ioctl::argsz::<iommu_ioas_alloc>(),
             flags: 0,
             out_ioas_id: 0,
         };
         iommufd.alloc_iommu_ioas(&mut alloc).map_err(plain)?;
-        let id = alloc.out_ioas_id;
-        Ok(Self { iommufd, id })
+        Ok(Self {
+            iommufd,
+            id: alloc.out_ioas_id,
+            tables: Mutex::default(),
+        })
     }
 
-    /// Lets a device that was opened by its own node use it.
-    pub(super) fn add(&self, device: BorrowedFd<'_>) -> io::Result<()> {
-        ioctl::bind_iommufd(device, self.fd())
+    /// Lets a device that was opened by its own node use it; returns the device's id there.
+    pub(super) fn add(&self, device: BorrowedFd<'_>) -> io::Result<u32> {
+        ioctl::bind_iommufd(device, fd_of(&self.iommufd))
     }
 
-    /// Makes it the address space of a device that was added.
-    pub(super) fn attach(&self, device: BorrowedFd<'_>) -> io::Result<()> {
-        ioctl::attach_ioas(device, self.id)
+    /// Makes it the address space of a device that was added, through page tables in which the IOMMU notes
+    /// what the device writes, if it can; returns those.
+    pub(super) fn attach(
+        &self,
+        device: BorrowedFd<'_>,
+        id: u32,
+    ) -> io::Result<Option<Arc<PageTables>>> {
+        let mut tables = self.tables.lock();
+        for known in &*tables {
+            match ioctl::attach(device, known.id) {
+                // It is behind another IOMMU.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                attached => return attached.map(|()| Some(Arc::clone(known))),
+            }
+        }
+        match PageTables::new(&self.iommufd, self.id, id) {
+            Ok(own) if ioctl::attach(device, own.id).is_ok() => {
+                let own = Arc::new(own);
+                tables.push(Arc::clone(&own));
+                return Ok(Some(own));
+            }
+            Ok(_) => log::debug!("page tables that note writes are not the device's"),
+            // As most say: EOPNOTSUPP, or ENOENT for those that are behind no IOMMU of their own.
+            Err(error) => log::debug!(error:%; "the IOMMU does not note what a device writes"),
+        }
+        ioctl::attach(device, self.id).map(|()| None)
     }
+}
 
+pub(super) fn fd_of(iommufd: &IommuFd) -> BorrowedFd<'_> {
     #[expect(unsafe_code)]
-    fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open as long as `self.iommufd` is there, which is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.iommufd.as_raw_fd()) }
+    // SAFETY: the descriptor is open as long as `iommufd` is there, which is borrowed.
+    unsafe {
+        BorrowedFd::borrow_raw(iommufd.as_raw_fd())
     }
 }
 
@@ -159,6 +192,8 @@ impl Translation for Ioas {
 
 impl Drop for Ioas {
     fn drop(&mut self) {
+        // They are of it.
+        self.tables.get_mut().clear();
         // An iommufd of others outlives this. Where a part of a device is still mapped into this
         // process, the device is still attached: then the address space goes with the iommufd.
         if let Err(error) = self.iommufd.destroy_iommu_object(self.id) {
@@ -168,11 +203,12 @@ impl Drop for Ioas {
 }
 
 /// The kernel's answer, without the crate's words around it.
-fn plain(error: IommufdError) -> io::Error {
+pub(super) fn plain(error: IommufdError) -> io::Error {
     match error {
         IommufdError::IommuIoasAlloc(source)
         | IommufdError::IommuIoasMap(source)
-        | IommufdError::IommuIoasUnmap(source) => source.into(),
+        | IommufdError::IommuIoasUnmap(source)
+        | IommufdError::IommuHwptAlloc(source) => source.into(),
         other => io::Error::other(other),
     }
 }

@@ -254,10 +254,11 @@ impl KernelVfio {
         let Iommu::Ioas(ioas) = &space.translation else {
             return Err(mixed(located, KernelPath::Iommufd));
         };
-        ioas.add(device.as_fd()).map_err(refused(Step::Bind))?;
-        ioas.attach(device.as_fd()).map_err(refused(Step::Attach))?;
+        let id = ioas.add(device.as_fd()).map_err(refused(Step::Bind))?;
+        let attached = ioas.attach(device.as_fd(), id);
         let opened = Opened {
             _kvm: kvm,
+            tables: attached.map_err(refused(Step::Attach))?,
             device: device.into(),
             _group: None,
             dma: FunctionDma::new(Arc::clone(&space)),
@@ -303,6 +304,7 @@ impl KernelVfio {
         }
         let opened = Opened {
             _kvm: None,
+            tables: None,
             device: device.into(),
             _group: Some(group),
             dma: FunctionDma::new(Arc::clone(&space)),

@@ -26,6 +26,7 @@ mod vfio_groups;
 mod vfio_kvm;
 mod vfio_mediated;
 mod vfio_migration;
+mod vfio_noted;
 mod vfio_peers;
 mod vfio_refusals;
 mod watched;
@@ -440,6 +441,16 @@ pub const TABLE: &[Scenario] = &[
             180,
             "without an IOMMU no function is opened, nor taken from its driver, even if the kernel lets VFIO have it",
             vfio_groups::without_iommu,
+        )
+    },
+    // The kernel has a mock of an IOMMU where it has none that is real.
+    Scenario {
+        shape: Shape::VfioNoIommu,
+        ..vfio(
+            "vfio-noted-by-iommu",
+            60,
+            "what an IOMMU notes of writes to memory is read in whole and in parts, by the kernel's mock IOMMU",
+            vfio_noted::by_the_iommu,
         )
     },
 ];
