@@ -327,7 +327,13 @@ impl<'r, 'a, 'd> Switchover<'r, 'a, 'd> {
     }
 
     fn wait(&mut self, awaited: Awaited) -> SourceEvent {
-        let deadline = Instant::now() + self.patience;
+        // Gigabytes of a device's state may take it long to take over.
+        let has_devices = !self.rounds.shared.devices.is_empty();
+        let patience = match awaited == Awaited::Prepared && has_devices {
+            true => self.patience * 10,
+            false => self.patience,
+        };
+        let deadline = Instant::now() + patience;
         loop {
             // Once the destination may run, only its word counts.
             if awaited == Awaited::Prepared && self.handle.is_cancelled() {

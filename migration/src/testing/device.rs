@@ -36,6 +36,8 @@ pub struct DevicePlan {
     pub is_never_ready: bool,
     /// How long each read takes.
     pub pause: Duration,
+    /// How long it takes to take all of it over.
+    pub finishing: Duration,
     /// What goes wrong.
     pub fault: Option<DeviceFault>,
 }
@@ -306,6 +308,7 @@ impl DeviceSink for FakeSink {
     fn finish(&self) -> Result<(), PortError> {
         let device = &*self.0;
         let _use = device.enter(&device.sink_is_used);
+        std::thread::sleep(device.plan().finishing);
         device.state().finished += 1;
         device.check(DeviceFault::Finish)
     }

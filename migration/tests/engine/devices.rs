@@ -465,3 +465,18 @@ fn a_connection_that_breaks_before_any_state_was_on_it_is_opened_again() {
     );
     check_devices_arrived(&world, "opened again");
 }
+
+/// It has more to do than a machine without devices.
+#[test]
+fn a_device_may_take_its_time_to_take_its_state_over() {
+    let patience = Duration::from_millis(600);
+    let plan = DevicePlan {
+        finishing: patience * 2,
+        ..stopped_only(MIB)
+    };
+    let mut world = world_with(&[("gpu0", plan)]);
+    world.set_patience(patience);
+    let end = world.migrate(&Wiring::clean());
+    assert_eq!(end.report.outcome, Outcome::Surrendered, "{:?}", end.report);
+    check_devices_arrived(&world, "slow");
+}

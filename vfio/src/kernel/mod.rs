@@ -16,6 +16,7 @@
 //! | `events` | event descriptors that others have, too |
 //! | `migration` | a device's state, taken and given |
 //! | `dma_log` | a device's log of its writes to memory |
+//! | `page_tables` | what the IOMMU notes of them |
 //! | `bind` | giving a function to vfio-pci and back |
 //! | `memory_lock`, `support` | what a process may lock, what a host has |
 //! | `ioctl` | the system calls |
