@@ -64,6 +64,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 version: 1,
                 token: token.clone(),
                 data_url: Some("tcp:192.0.2.7:4444".to_owned()),
+                checks: false,
             }),
         ),
         (
@@ -72,6 +73,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 version: 1,
                 token: token.clone(),
                 data_url: None,
+                checks: false,
             }),
         ),
         (
@@ -82,6 +84,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 streams: 4,
                 postcopy: false,
                 devices: vec![],
+                check: false,
             }),
         ),
         (
@@ -92,6 +95,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 streams: 4,
                 postcopy: false,
                 devices: vec!["gpu0".to_owned(), "gpu1".to_owned()],
+                check: false,
             }),
         ),
         ("accept", Message::Accept),
@@ -150,6 +154,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 streams: 4,
                 postcopy: true,
                 devices: vec![],
+                check: false,
             }),
         ),
         ("accept-postcopy", Message::AcceptPostcopy),

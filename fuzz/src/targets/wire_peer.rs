@@ -272,6 +272,7 @@ fn honest_source(postcopy: bool, has_devices: bool) -> Vec<u8> {
                 streams: 2,
                 postcopy,
                 devices: devices.clone(),
+                check: false,
             }),
             Message::Round(Round {
                 number: 1,
@@ -326,6 +327,7 @@ fn answers_to(has_devices: bool, postcopy: bool, last: &[Message]) -> Vec<u8> {
         version: Versions::OURS.newest,
         token: TOKEN.to_vec(),
         data_url: Some("tcp:192.0.2.7:1".to_owned()),
+        checks: true,
     });
     let steps = Steps::new(true, postcopy, has_devices).messages(0, &[welcome]);
     steps.messages(0, last).0.done()

@@ -22,6 +22,8 @@ pub(super) struct Control<'a> {
     pub(super) cancelled: &'a AtomicBool,
     /// A message that was read before anybody waited for it.
     pub(super) early: Option<Message>,
+    /// Whether the source only asks: the machine is not to come.
+    pub(super) is_check: bool,
 }
 
 impl Control<'_> {

@@ -90,6 +90,10 @@ pub enum DestinationError {
     /// Somebody asked for it.
     #[error("it was cancelled")]
     Cancelled,
+    /// The source only wanted to know whether the machine could come. What ended that: its word
+    /// that it knows enough ([`Peer`](Self::Peer)), or why the machine could not.
+    #[error("it was a check")]
+    Checked(#[source] Box<DestinationError>),
 }
 
 impl From<std::io::Error> for DestinationError {

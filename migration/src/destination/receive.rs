@@ -49,24 +49,30 @@ pub fn receive(
         patience: options.patience,
         cancelled,
         early: None,
+        is_check: false,
     };
     let result = take(&mut control, accept, host, options).map_err(tidy);
     if let Err(error) = &result {
         let reasons = Reasons::one(error.cause(), error.chain());
         let told = match error {
             // It knows, or does not listen.
-            DestinationError::Peer(_) | DestinationError::Handoff(_) => return result,
-            DestinationError::Claim(_) => return result,
-            DestinationError::Refused(all) => Message::Refuse(Reasons {
+            DestinationError::Peer(_) | DestinationError::Handoff(_) => None,
+            DestinationError::Claim(_) => None,
+            DestinationError::Refused(all) => Some(Message::Refuse(Reasons {
                 reasons: all.clone(),
                 ..reasons
-            }),
-            _ => Message::Abort(reasons),
+            })),
+            _ => Some(Message::Abort(reasons)),
         };
-        let _ = control.send(&told);
-        breaker.break_off();
+        if let Some(told) = told {
+            let _ = control.send(&told);
+            breaker.break_off();
+        }
     }
-    result
+    result.map_err(|error| match control.is_check {
+        true => DestinationError::Checked(Box::new(error)),
+        false => error,
+    })
 }
 
 /// Reasons may quote what a stranger has sent.
@@ -91,6 +97,7 @@ fn take(
         Message::Offer(offer) => offer,
         other => return Err(unexpected(&other)),
     };
+    control.is_check = offer.check;
     let machine = prepare(&offer, host, options)?;
     control.send(match offer.postcopy {
         true => &Message::AcceptPostcopy,
@@ -126,6 +133,7 @@ fn greet(
         version,
         token: options.token.clone(),
         data_url: accept.url(),
+        checks: true,
     }))?;
     Ok(())
 }
@@ -210,7 +218,8 @@ pub(super) fn gather(
             Message::Missing(missing) if postcopy => {
                 note_missing(&mut later, &missing.runs, regions)?
             }
-            Message::Prepare(prepare) => break prepare.sections,
+            // Whatever else is said in a check, the machine does not come.
+            Message::Prepare(prepare) if !control.is_check => break prepare.sections,
             other => return Err(unexpected(&other)),
         }
     };

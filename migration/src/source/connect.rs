@@ -30,10 +30,54 @@ pub(super) fn connect<'d>(
     options: &SourceOptions,
     handle: &MigrationHandle,
 ) -> Result<Links<'d>, SourceError> {
+    let greeting = greet(control, &devices, options, handle)?;
+    describe(control, (parts, devices), false, options, handle)?;
+    greeting.open(dial, options, handle)
+}
+
+/// The destination's first answer.
+pub(super) struct Greeting {
+    pub(super) welcome: Welcome,
+    /// How long it took.
+    pub(super) round_trip: Duration,
+}
+
+impl Greeting {
+    /// Opens the data connections of a machine that was accepted.
+    pub(super) fn open<'d>(
+        self,
+        dial: &'d mut dyn Dial,
+        options: &SourceOptions,
+        handle: &MigrationHandle,
+    ) -> Result<Links<'d>, SourceError> {
+        let mut further = Further {
+            dial,
+            welcome: self.welcome,
+            streams: options.streams,
+            patience: options.patience,
+            round_trip: self.round_trip,
+        };
+        let postcopy = options.on_timeout == OnTimeout::Postcopy;
+        let (data, priority) = further.open_data(postcopy, &|| handle.is_cancelled())?;
+        Ok(Links {
+            data,
+            priority,
+            round_trip: further.round_trip,
+            further,
+        })
+    }
+}
+
+/// Agrees on a version that suits these devices.
+pub(super) fn greet(
+    control: &mut Control,
+    devices: &[String],
+    options: &SourceOptions,
+    handle: &MigrationHandle,
+) -> Result<Greeting, SourceError> {
     if let Some(objection) = device::objection(devices.iter().map(String::as_str)) {
         return Err(SourceError::Blocked(vec![objection]));
     }
-    let wait = |control: &mut Control, time| control.receive(time, || handle.is_cancelled());
     let ours = Versions::OURS;
     let asked = Instant::now();
     control.tell(&Message::Hello(Hello {
@@ -41,13 +85,14 @@ pub(super) fn connect<'d>(
         oldest: ours.oldest,
         newest: ours.newest,
     }))?;
-    let first = wait(control, options.patience).map_err(not_drover);
+    let first = control.receive(options.patience, || handle.is_cancelled());
+    let first = first.map_err(not_drover);
     let welcome = match first? {
         Message::Welcome(welcome) => welcome,
         Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
         other => return Err(unexpected(&other)),
     };
-    let answered = asked.elapsed();
+    let round_trip = asked.elapsed();
     if !ours.contain(welcome.version) {
         return Err(SourceError::Version {
             found: welcome.version,
@@ -56,8 +101,22 @@ pub(super) fn connect<'d>(
         });
     }
     if !devices.is_empty() && welcome.version < DEVICES_VERSION {
-        return Err(SourceError::DevicesUnknown(devices));
+        return Err(SourceError::DevicesUnknown(devices.to_vec()));
     }
+    Ok(Greeting {
+        welcome,
+        round_trip,
+    })
+}
+
+/// Describes the machine, and waits until the destination has built it.
+pub(super) fn describe(
+    control: &mut Control,
+    (parts, devices): (&Parts<'_>, Vec<String>),
+    check: bool,
+    options: &SourceOptions,
+    handle: &MigrationHandle,
+) -> Result<(), SourceError> {
     let postcopy = options.on_timeout == OnTimeout::Postcopy;
     let regions = parts.pages.regions();
     control.tell(&Message::Offer(Offer {
@@ -66,31 +125,19 @@ pub(super) fn connect<'d>(
         streams: options.streams,
         postcopy,
         devices,
+        check,
     }))?;
-    match wait(control, options.prepare_patience)? {
-        Message::Accept if !postcopy => {}
-        Message::AcceptPostcopy if postcopy => {}
+    let answer = control.receive(options.prepare_patience, || handle.is_cancelled());
+    match answer? {
+        Message::Accept if !postcopy => Ok(()),
+        Message::AcceptPostcopy if postcopy => Ok(()),
         Message::Accept => {
             let text = "it does not know of post-copy".to_owned();
-            return Err(SourceError::Refused(vec![text]));
+            Err(SourceError::Refused(vec![text]))
         }
-        Message::Refuse(refuse) => return Err(SourceError::Refused(refuse.reasons)),
-        other => return Err(unexpected(&other)),
+        Message::Refuse(refuse) => Err(SourceError::Refused(refuse.reasons)),
+        other => Err(unexpected(&other)),
     }
-    let mut further = Further {
-        dial,
-        welcome,
-        streams: options.streams,
-        patience: options.patience,
-        round_trip: answered,
-    };
-    let (data, priority) = further.open_data(postcopy, &|| handle.is_cancelled())?;
-    Ok(Links {
-        data,
-        priority,
-        round_trip: further.round_trip,
-        further,
-    })
 }
 
 /// How further connections are opened.

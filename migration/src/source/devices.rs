@@ -262,6 +262,17 @@ impl Devices {
         self.state().failure.take().map_or(Ok(()), Err)
     }
 
+    /// Asks all that were prepared what is left, between rounds, and reads nothing.
+    pub(super) fn ask(&self) -> Result<Option<Left>, SourceError> {
+        for (number, source) in self.sources.iter().enumerate() {
+            let left = source.left().map_err(|error| failed(&**source, error))?;
+            if let Some(reader) = self.state().reader(number) {
+                reader.left = left;
+            }
+        }
+        Ok(self.left())
+    }
+
     /// What is left of their states, as of the last round; `None` without devices.
     pub(super) fn left(&self) -> Option<Left> {
         let state = self.state();

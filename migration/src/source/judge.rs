@@ -54,7 +54,7 @@ impl Trend {
 }
 
 /// How long so many bytes take.
-fn time_of(bytes: u64, bytes_per_s: u64) -> Duration {
+pub(super) fn time_of(bytes: u64, bytes_per_s: u64) -> Duration {
     let micros = u128::from(bytes) * 1_000_000 / u128::from(bytes_per_s.max(1));
     Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
 }

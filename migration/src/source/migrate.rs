@@ -33,10 +33,10 @@ pub struct Parts<'a> {
 
 /// Breaks connections off when it is dropped and lets devices go, so that no thread waits on one,
 /// or to use one.
-struct Breakers<'a> {
-    connections: Vec<Arc<dyn Breaker>>,
-    pacer: &'a Pacer<'a>,
-    devices: &'a Devices,
+pub(super) struct Breakers<'a> {
+    pub(super) connections: Vec<Arc<dyn Breaker>>,
+    pub(super) pacer: &'a Pacer<'a>,
+    pub(super) devices: &'a Devices,
 }
 
 impl Drop for Breakers<'_> {
@@ -117,17 +117,20 @@ pub fn migrate(
     }
 }
 
-/// A machine that stays here runs as before.
 fn restore_speed(parts: &mut Parts<'_>, outcome: Outcome) -> Outcome {
-    if outcome == Outcome::Surrendered {
-        return outcome;
+    if outcome != Outcome::Surrendered {
+        run_as_before(parts);
     }
+    outcome
+}
+
+/// A machine that stays here runs at full speed, with nothing logged.
+pub(super) fn run_as_before(parts: &mut Parts<'_>) {
     let stopped = parts.tracker.stop();
     let full = parts.machine.throttle(100);
     for error in [stopped.err(), full.err()].into_iter().flatten() {
         log::error!(error:% = error; "the VM does not run at full speed after a migration");
     }
-    outcome
 }
 
 fn cause(error: &SourceError) -> Cause {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`options`] | what is asked for, what came of it |
 //! | `connect` | handshake and data connections |
+//! | `check`, `sample`, `forecast` | whether it would work, and what it would be like, before anything moves |
 //! | `stream`, `frames` | a data connection's thread; what it reads into and writes from |
 //! | `devices`, `parts` | device states that come as streams |
 //! | `pacer` | the bandwidth limit |
@@ -20,9 +21,11 @@
 //! | `postcopy` | the destination runs the machine and is served its pages |
 //! | `switchover` | the last pages, device states, the hand-off |
 
+mod check;
 mod connect;
 mod control;
 mod devices;
+mod forecast;
 mod frames;
 mod handover;
 mod judge;
@@ -36,11 +39,15 @@ mod plan;
 mod postcopy;
 mod relink;
 mod rounds;
+mod sample;
 mod serve;
 mod stream;
 mod switchover;
 mod workers;
 
+pub use check::{CheckReport, Objection, check};
+pub use forecast::{Forecast, Prospect};
 pub use migrate::{Parts, migrate};
 pub use options::{EncodingChoice, OnTimeout, SourceError, SourceOptions, SourceReport};
 pub use pace::Pace;
+pub use sample::Sample;

@@ -92,6 +92,11 @@ pub enum SourceError {
          stream: {}", .0.join(", ")
     )]
     DevicesUnknown(Vec<String>),
+    /// The destination's build cannot be asked without beginning a migration.
+    #[error(
+        "the destination's build is older than this one and does not know of checks; it was asked for nothing"
+    )]
+    ChecksUnknown,
     /// The peer answers something else than was asked.
     #[error("the destination answers with {0}, which has no place here")]
     Unexpected(String),

@@ -37,6 +37,10 @@ pub struct Welcome {
     pub token: Vec<u8>,
     /// Where data connections go, when not to the address of this one.
     pub data_url: Option<String>,
+    /// Whether this build knows of [`Offer::check`]. One that does not would take it for the
+    /// beginning of a migration.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub checks: bool,
 }
 
 /// The machine to come.
@@ -56,6 +60,10 @@ pub struct Offer {
     /// Devices whose state comes as a stream, by their ids; a device's number is its place here.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
+    /// Whether the machine is not to come, but only to be found out whether it could: pages are
+    /// thrown away, and an abort is the good end. Said only to a destination that knows of it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub check: bool,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]

@@ -1,6 +1,7 @@
 //! Whole migrations, both sides in this process, over fakes of everything else.
 
 mod cancel;
+mod check;
 mod devices;
 mod distance;
 mod failures;

@@ -278,6 +278,7 @@ fn offer_small(control: &mut FakeChannel) {
         streams: 1,
         postcopy: false,
         devices: vec![],
+        check: false,
     });
     offer.send(control).expect("it is read");
     let accepted = Message::receive(&mut reader, control);

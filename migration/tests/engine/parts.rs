@@ -94,6 +94,7 @@ impl Script {
             streams: STREAMS,
             postcopy: false,
             devices: self.devices,
+            check: false,
         });
         offer.send(control).ok()?;
         let Ok(Message::Accept) = Message::receive(&mut reader, control) else {

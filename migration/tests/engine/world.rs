@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use migration::destination::{DestinationError, DestinationOptions, Received, receive};
 use migration::handoff::{Doubt, Outcome};
-use migration::ports::{Breaker, Channel, PageStore};
+use migration::ports::{Breaker, Channel, Dial, PageStore};
 use migration::progress::{MigrationHandle, Tuning};
-use migration::source::{EncodingChoice, OnTimeout, Parts, SourceOptions, SourceReport, migrate};
+use migration::source::{
+    CheckReport, EncodingChoice, OnTimeout, Parts, SourceOptions, SourceReport, check, migrate,
+};
 use migration::testing::machine::Guest;
 use migration::testing::{
     Copies, Failures, FakeChannel, FakeDisk, FakeHost, FakeMachine, FakeMemory, Side, Wire,
@@ -163,6 +165,41 @@ impl World {
     pub(crate) fn migrate(&mut self, wiring: &Wiring) -> End {
         let begin = Instant::now();
         let starts = self.copies.destination_starts();
+        let (report, received, destination_took) = self.meet(wiring, migrate);
+        End {
+            report,
+            received,
+            took: begin.elapsed(),
+            destination_took,
+            starts: self.copies.destination_starts() - starts,
+        }
+    }
+
+    /// Asks whether it could be moved.
+    pub(crate) fn look_ahead(&mut self, wiring: &Wiring) -> (CheckReport, DestinationError) {
+        let starts = self.copies.destination_starts();
+        let (report, received, _) = self.meet(wiring, check);
+        assert_eq!(self.copies.destination_starts(), starts);
+        let guest = self.guest();
+        assert!(self.copies.runs(Side::Source) && !guest.tracker.is_logging());
+        assert_eq!(guest.percent(), 100);
+        assert_eq!(self.disk.holder(), Some(Side::Source));
+        (report, received.err().expect("nothing has come"))
+    }
+
+    /// Has a source do `work` with a destination.
+    fn meet<T>(
+        &mut self,
+        wiring: &Wiring,
+        work: impl FnOnce(
+            &mut Parts<'_>,
+            Box<dyn Channel>,
+            &mut dyn Dial,
+            &SourceOptions,
+            &MigrationHandle,
+        ) -> T,
+    ) -> (T, Result<Received, DestinationError>, Duration) {
+        let begin = Instant::now();
         let (ours, theirs) = pair(wiring.control.0.clone(), wiring.control.1.clone());
         let wires = wiring.data.clone();
         let each = move |index: u16| wires.get(usize::from(index)).cloned().unwrap_or_default();
@@ -194,7 +231,7 @@ impl World {
             pages: &*memory,
             tracker: &*tracker,
         };
-        let (report, (received, destination_took)) = std::thread::scope(|scope| {
+        let (report, (received, took)) = std::thread::scope(|scope| {
             let destination = scope.spawn(move || {
                 let received = receive(Box::new(theirs), &mut accept, host, &options, &cancelled);
                 ended.store(true, Ordering::SeqCst);
@@ -204,19 +241,13 @@ impl World {
                 std::thread::yield_now();
             }
             let channel = Box::new(ours);
-            let report = migrate(&mut parts, channel, &mut dial, &self.options, &self.handle);
+            let report = work(&mut parts, channel, &mut dial, &self.options, &self.handle);
             // A process that ends takes its connections with it.
             drop(dial);
             entrance.lock().expect("no panic").take();
             (report, destination.join().expect("no panic"))
         });
-        End {
-            report,
-            received,
-            took: begin.elapsed(),
-            destination_took,
-            starts: self.copies.destination_starts() - starts,
-        }
+        (report, received, took)
     }
 
     /// What both sides owe whatever happened.
