@@ -50,8 +50,9 @@ const RESTORE_EXIT_CODES: &str = "Exit codes:
 
 /// Exit codes of `drover migrate`.
 const MIGRATE_EXIT_CODES: &str = "Exit codes:
-  0  the VM has moved
-  1  it has not, and goes on where it was, unless it was stopped or has ended there meanwhile
+  0  the VM has moved; with --check, it would move and stand still no longer than --max-downtime
+  1  it has not, and goes on where it was, unless it was stopped or has ended there meanwhile;
+     with --check, it would not move so
   2  the command line is wrong; nothing was begun
   7  in doubt: it is paused here, or its process is gone, and it may run at the destination;
      somebody has to look
@@ -265,8 +266,13 @@ pub(crate) struct MigrateArgs {
     pub(crate) cache: Option<ByteSize>,
     #[command(flatten)]
     pub(crate) security: SecurityArgs,
+    /// Find out whether it would work, and what it would be like, and move nothing: every reason
+    /// against it, on either host, the time that it would take, and how long the VM would stand
+    /// still. The destination waits on afterwards.
+    #[arg(long)]
+    pub(crate) check: bool,
     /// Write a page that shows how it went.
-    #[arg(long, value_name = "FILE.html")]
+    #[arg(long, value_name = "FILE.html", conflicts_with = "check")]
     pub(crate) report: Option<PathBuf>,
     /// The name that the destination's certificate must be for [default: the URL's host].
     #[arg(long, value_name = "NAME")]

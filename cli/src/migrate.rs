@@ -2,10 +2,12 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | `check` | what was found out before, for people |
 //! | `outcome` | what came of it, for people and for scripts |
 //! | `page` | the file that `--report` names |
 //! | `progress` | how far it is, while it runs |
 
+mod check;
 mod outcome;
 mod page;
 mod progress;
@@ -74,6 +76,12 @@ pub(crate) fn migrate(args: MigrateArgs) -> Result<ExitCode> {
     } else {
         print_report(&report);
     }
+    if let Some(check) = &report.check {
+        return Ok(match check.would_move {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        });
+    }
     let is_told = match page {
         Some(page) => tell(page, &report),
         None => true,
@@ -139,6 +147,7 @@ fn request(args: MigrateArgs) -> Result<MigrationRequest> {
         on_timeout: args.on_timeout,
         cache_bytes: args.cache.map(ByteSize::bytes),
         security,
+        check: args.check,
     })
 }
 
@@ -316,6 +325,7 @@ mod tests {
         assert_eq!(request.on_timeout, vmm::migrate::OnTimeout::Postcopy);
         let unlimited = asked(&["unix:/run/a", "--bandwidth", "none"]).unwrap();
         assert_eq!(unlimited.bandwidth_bytes_per_s, None);
+        assert!(!unlimited.check && asked(&["unix:/run/a", "--check"]).unwrap().check);
     }
 
     #[test]

@@ -32,7 +32,7 @@ fn folder(version: u16) -> PathBuf {
 fn file(name: &str) -> PathBuf {
     let version = match name {
         "pages-live" => 2,
-        "offer-devices" | "device-data" => DEVICES_VERSION,
+        "offer-devices" | "device-data" | "welcome-checks" | "offer-check" => DEVICES_VERSION,
         _ => 1,
     };
     folder(version).join(format!("{name}.bin"))
@@ -74,6 +74,26 @@ fn messages() -> Vec<(&'static str, Message)> {
                 token: token.clone(),
                 data_url: None,
                 checks: false,
+            }),
+        ),
+        (
+            "welcome-checks",
+            Message::Welcome(Welcome {
+                version: 1,
+                token: token.clone(),
+                data_url: None,
+                checks: true,
+            }),
+        ),
+        (
+            "offer-check",
+            Message::Offer(Offer {
+                skeleton: b"a machine".to_vec(),
+                regions: vec![(0, 0xa0)],
+                streams: 4,
+                postcopy: false,
+                devices: vec![],
+                check: true,
             }),
         ),
         (

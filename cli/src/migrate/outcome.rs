@@ -41,7 +41,11 @@ pub(super) fn without_report(name: &VmName, outcome: impl Into<Value>, error: &s
 }
 
 pub(crate) fn print_report(report: &MigrationReport) {
-    for line in lines(report) {
+    let lines = match &report.check {
+        Some(check) => super::check::lines(report, check),
+        None => lines(report),
+    };
+    for line in lines {
         println!("{line}");
     }
 }

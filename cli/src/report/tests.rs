@@ -57,6 +57,7 @@ pub(crate) fn good() -> MigrationReport {
         rounds,
         pages,
         device_bytes: 0,
+        check: None,
         memory_bytes: 2 << 30,
         cache_bytes: 512 << 20,
         streams: 4,

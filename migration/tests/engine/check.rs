@@ -1,16 +1,21 @@
 //! Whether a machine could be moved, found out without moving it.
 
 use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use migration::PageIndex;
-use migration::destination::DestinationError;
+use migration::destination::{DestinationError, DestinationOptions, receive};
 use migration::handoff::Outcome;
-use migration::source::{CheckReport, Objection, OnTimeout, Prospect, SourceError};
-use migration::testing::{DevicePlan, FakeDevice, Fault, FaultKind};
+use migration::ports::{Channel, Dial};
+use migration::source::{CheckReport, Objection, OnTimeout, Parts, Prospect, SourceError, check};
+use migration::testing::{DevicePlan, FakeDevice, Fault, FaultKind, Wire, network, pair};
+use migration::wire::message::{Attach, Hello, MAGIC, Offer, Prepare, Welcome};
+use migration::wire::{FrameReader, Message, Versions};
 
 use crate::good::beside_a_guest;
-use crate::world::{Wiring, World, fill, new_handle, run};
+use crate::world::{PATIENCE, Wiring, World, fill, new_handle, run};
 
 /// Memory of `pages` pages that hold something.
 fn filled(pages: u64) -> World {
@@ -196,4 +201,98 @@ fn link_that_breaks_and_log_that_fails_are_told_and_leave_nothing_behind() {
     let (report, _) = world.look_ahead(&Wiring::clean());
     assert!(matches!(report.error, Some(SourceError::Cancelled)));
     world.retry("checks that have failed");
+}
+
+/// A build that takes every offer for a machine that is to come.
+#[test]
+fn destination_that_does_not_know_of_checks_is_offered_nothing() {
+    let mut world = filled(10);
+    let (ours, mut theirs) = pair(Wire::default(), Wire::default());
+    let (mut dial, _accept) = network(None, Box::new(|_| Default::default()));
+    let tracker = Arc::clone(&world.machine.guest.tracker);
+    let memory = Arc::clone(&world.machine.guest.memory);
+    let mut parts = Parts {
+        machine: &mut world.machine,
+        pages: &*memory,
+        tracker: &*tracker,
+    };
+    let (report, after) = std::thread::scope(|scope| {
+        let peer = scope.spawn(move || {
+            theirs.set_timeout(PATIENCE).expect("any time is good");
+            let mut reader = FrameReader::default();
+            let hello = Message::receive(&mut reader, &mut theirs);
+            assert!(matches!(hello, Ok(Message::Hello(_))), "{hello:?}");
+            let welcome = Message::Welcome(Welcome {
+                version: Versions::OURS.newest,
+                token: b"a token".to_vec(),
+                data_url: None,
+                checks: false,
+            });
+            welcome.send(&mut theirs).expect("it is read");
+            Message::receive(&mut reader, &mut theirs)
+        });
+        let (options, handle) = (&world.options, &world.handle);
+        let report = check(&mut parts, Box::new(ours), &mut dial, options, handle);
+        (report, peer.join().expect("no panic"))
+    });
+    assert!(matches!(report.error, Some(SourceError::ChecksUnknown)));
+    assert!(after.is_err(), "{after:?}");
+}
+
+/// Whatever else is said in a check, the machine does not come.
+#[test]
+fn source_that_goes_on_after_a_check_gives_nothing_away() {
+    let mut world = filled(10);
+    let (mut control, theirs) = pair(Wire::default(), Wire::default());
+    let (mut dial, mut accept) = network(None, Box::new(|_| Default::default()));
+    let options = DestinationOptions {
+        versions: Versions::OURS,
+        token: b"a token".to_vec(),
+        patience: PATIENCE,
+        max_streams: 4,
+        linger: PATIENCE,
+    };
+    let host = &mut world.host;
+    let received = std::thread::scope(|scope| {
+        let received = scope.spawn(move || {
+            let cancelled = AtomicBool::new(false);
+            receive(Box::new(theirs), &mut accept, host, &options, &cancelled)
+        });
+        control.set_timeout(PATIENCE).expect("any time is good");
+        let mut reader = FrameReader::default();
+        let hello = Message::Hello(Hello {
+            magic: MAGIC.to_owned(),
+            oldest: Versions::OURS.oldest,
+            newest: Versions::OURS.newest,
+        });
+        hello.send(&mut control).expect("it is read");
+        let welcome = Message::receive(&mut reader, &mut control);
+        assert!(matches!(welcome, Ok(Message::Welcome(found)) if found.checks));
+        let offer = Message::Offer(Offer {
+            skeleton: b"machine".to_vec(),
+            regions: vec![(0, 10)],
+            streams: 1,
+            postcopy: false,
+            devices: vec![],
+            check: true,
+        });
+        offer.send(&mut control).expect("it is read");
+        let accepted = Message::receive(&mut reader, &mut control);
+        assert!(matches!(accepted, Ok(Message::Accept)), "{accepted:?}");
+        let mut data = dial.dial(None, &|| false).expect("it is waited for");
+        let token = b"a token".to_vec();
+        let attach = Message::Attach(Attach { token, index: 0 });
+        attach.send(&mut data).expect("it is read");
+        Message::StreamEnd.send(&mut data).expect("it is read");
+        let prepare = Message::Prepare(Prepare { sections: 0 });
+        prepare.send(&mut control).expect("it is read");
+        let answer = Message::receive(&mut reader, &mut control);
+        assert!(matches!(answer, Ok(Message::Abort(_))), "{answer:?}");
+        received.join().expect("no panic")
+    });
+    let Err(DestinationError::Checked(end)) = received else {
+        panic!("it was taken for a migration");
+    };
+    assert!(matches!(*end, DestinationError::Protocol(_)), "{end}");
+    assert_eq!(world.copies.destination_starts(), 0);
 }

@@ -112,6 +112,9 @@ pub enum EventKind {
     MigrationStarted {
         /// Ways to the destination.
         to: Vec<String>,
+        /// Whether nothing is to move: it is only found out whether it could.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        check: bool,
     },
     /// A round of copying memory has ended.
     MigrationRound {

@@ -328,6 +328,10 @@ impl Entrance {
         let received = receive(channel, &mut further, &mut host, &options, cancelled);
         let received = match received {
             Ok(received) => received,
+            Err(DestinationError::Checked(end)) => {
+                tell_check(peer, &end);
+                return Ok(None);
+            }
             // It has gone to its controller already; whether its pages came has been said.
             Err(error) if seat.done.lock().is_none() => {
                 return Err(ReceiveError::Migration(error));
@@ -344,6 +348,19 @@ impl Entrance {
         }
         let arrived = slot.lock().take();
         arrived.map(Some).ok_or(ReceiveError::Stopped)
+    }
+}
+
+/// A source has asked, and the wait goes on. What was built for it goes with its slot.
+fn tell_check(peer: &PeerInfo, end: &DestinationError) {
+    match end {
+        DestinationError::Peer(_) => {
+            log::info!(peer:%; "a source has checked that its VM could come; nothing has moved, the wait goes on");
+        }
+        error => {
+            let error = chain(error);
+            log::info!(peer:%, error = error.as_str(); "a source has checked whether its VM could come; nothing has moved, the wait goes on");
+        }
     }
 }
 

@@ -9,8 +9,9 @@
 //! | `states` | versions of the states that will come, and whether this build reads them |
 //! | `session` | a migration's thread on the source |
 //! | `dialer` | its connections, over several ways |
-//! | `report` | what operators ask for and are told |
+//! | `report`, `check` | what operators ask for and are told |
 
+mod check;
 mod device_stream;
 mod dialer;
 mod kvm_log;
@@ -24,6 +25,7 @@ mod snapshot;
 mod states;
 mod write_log;
 
+pub use check::MigrationCheck;
 pub(crate) use device_stream::sinks;
 pub use kvm_log::{KvmLogTracker, UnionTracker};
 pub(crate) use lazy_ram::LazyRam;

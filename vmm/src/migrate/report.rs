@@ -5,6 +5,7 @@ use migration::progress::{Blackout, PageMix, Postcopy, Progress, RoundReport};
 use migration::source::{EncodingChoice, OnTimeout, SourceError, SourceReport};
 use serde::{Deserialize, Serialize};
 
+use super::check::MigrationCheck;
 use crate::control::errors::chain;
 use crate::host::link::{LinkUrl, Security};
 
@@ -45,6 +46,10 @@ pub struct MigrationRequest {
     /// What protects the connections.
     #[serde(default)]
     pub security: Security,
+    /// Find out whether it would work, and what it would be like, and move nothing. The destination
+    /// waits on afterwards.
+    #[serde(default)]
+    pub check: bool,
 }
 
 impl MigrationRequest {
@@ -62,6 +67,7 @@ impl MigrationRequest {
             on_timeout: OnTimeout::default(),
             cache_bytes: None,
             security: Security::default(),
+            check: false,
         }
     }
 }
@@ -162,6 +168,9 @@ pub struct MigrationReport {
     pub streams: u16,
     /// What held it up; null when no page was sent.
     pub bottleneck: Option<Bottleneck>,
+    /// What was found out, when nothing but that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<MigrationCheck>,
 }
 
 impl MigrationReport {
@@ -204,6 +213,7 @@ impl MigrationReport {
             memory_bytes,
             cache_bytes: report.cache_bytes,
             streams: report.streams,
+            check: None,
         }
     }
 
@@ -231,6 +241,7 @@ impl MigrationReport {
             cache_bytes: 0,
             streams: 0,
             bottleneck: None,
+            check: None,
         }
     }
 }

@@ -9,9 +9,10 @@ use migration::Section;
 use migration::handoff::Mark;
 use migration::ports::{DeviceSource, Machine, PortError, Reclaim};
 use migration::progress::MigrationHandle;
-use migration::source::{Parts, SourceError, SourceOptions, migrate};
+use migration::source::{Parts, SourceError, SourceOptions, check, migrate};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::check::MigrationCheck;
 use super::device_stream::{Named, sources};
 use super::dialer::{CONNECT_TIME, Dialer};
 use super::report::{MigrationReport, MigrationRequest};
@@ -78,7 +79,7 @@ impl Session {
             devices: sources(&assigned),
         };
         let blockers = machine.blockers();
-        if !blockers.is_empty() {
+        if !blockers.is_empty() && !request.check {
             // The destination is not bothered, and goes on waiting for one that can be moved.
             let error = chain(&SourceError::Blocked(blockers));
             return MigrationReport::not_connected(&name, memory_bytes, elapsed_ms(), error);
@@ -93,7 +94,12 @@ impl Session {
                     true => chain(&SourceError::Cancelled),
                     false => chain(&error),
                 };
-                return MigrationReport::not_connected(&name, memory_bytes, elapsed_ms(), error);
+                let check = request
+                    .check
+                    .then(|| MigrationCheck::not_connected(blockers, &error));
+                let report =
+                    MigrationReport::not_connected(&name, memory_bytes, elapsed_ms(), error);
+                return MigrationReport { check, ..report };
             }
         };
         let mut dialer = Dialer::new(&request, &connected.url);
@@ -106,8 +112,12 @@ impl Session {
         };
         let options = options(&request, memory_bytes);
         let channel = connected.channel;
-        let report = migrate(&mut parts, channel, &mut dialer, &options, &handle);
         let to = Some(connected.url.to_string());
+        if request.check {
+            let found = check(&mut parts, channel, &mut dialer, &options, &handle);
+            return MigrationReport::of_check(&name, to, memory_bytes, &found);
+        }
+        let report = migrate(&mut parts, channel, &mut dialer, &options, &handle);
         MigrationReport::new(&name, to, memory_bytes, elapsed_ms(), report)
     }
 }

@@ -167,7 +167,10 @@ impl Controller {
             .spawn(move || session.run());
         let thread = thread.map_err(CommandError::Thread)?;
         let to = request.urls.iter().map(ToString::to_string).collect();
-        self.events.publish(EventKind::MigrationStarted { to });
+        self.events.publish(EventKind::MigrationStarted {
+            to,
+            check: request.check,
+        });
         self.migration = Some(Migration {
             request,
             handle,
