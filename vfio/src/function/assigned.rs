@@ -22,6 +22,7 @@ use super::intx::Intx;
 use super::notifiers::{NoticeHook, Notifiers};
 use super::peers::Shared;
 use crate::backend::{BackendError, IrqKind, RegionIndex, VfioBackend};
+use crate::gpu::HostDriver;
 
 pub use moving::MoveError;
 use moving::Turn;
@@ -74,6 +75,8 @@ pub struct AssignedFunction {
     /// Held by whoever asks for its migration state, or changes it.
     turn: Mutex<Turn>,
     write_log: Mutex<WriteLog>,
+    /// Who understands its state.
+    host: HostDriver,
     /// Given up last, when the device is closed.
     _held: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -117,6 +120,7 @@ impl AssignedFunction {
             hook: None,
             turn: Mutex::default(),
             write_log: Mutex::default(),
+            host: HostDriver::default(),
             _held: None,
         };
         function.write_command(config::POWER_ON_COMMAND)?;
@@ -158,6 +162,13 @@ impl AssignedFunction {
         self.notifiers = Notifiers::new(&*self.backend, Arc::clone(&hook))?;
         self.hook = Some(hook);
         Ok(self)
+    }
+
+    /// Says who understands its state.
+    #[must_use]
+    pub fn of_driver(mut self, host: HostDriver) -> Self {
+        self.host = host;
+        self
     }
 
     /// Keeps `held` until the device is closed: a claim, say.

@@ -265,7 +265,7 @@ fn name(vendor: u16, device: u16) -> Option<String> {
 }
 
 /// A driver's module may have another name.
-fn version(function: &Function<'_>, driver: &str) -> Option<String> {
+pub(super) fn version(function: &Function<'_>, driver: &str) -> Option<String> {
     let module = function.link("driver/module");
     let module = module.as_deref().unwrap_or(driver);
     function.tree.module_version(module)

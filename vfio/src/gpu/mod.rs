@@ -22,6 +22,7 @@
 //! | `holders` | processes that have devices open |
 //! | `change` | writing what drivers read |
 //! | `address` | addresses of partitions |
+//! | `driver` | the driver behind a device that a VM has: [`HostDriver`] |
 //! | `compare` | whether hosts have the same GPUs: [`compare()`] |
 
 mod address;
@@ -29,6 +30,7 @@ mod change;
 mod claim;
 mod compare;
 mod divide;
+mod driver;
 mod holders;
 mod inventory;
 mod offer;
@@ -48,6 +50,7 @@ pub use divide::{
     Counts, Divided, Division, PartitionError, Partitioner, Restored, SETTINGS_FILE, Setting,
     Settings, SettingsError, SettingsLock, StepError,
 };
+pub use driver::HostDriver;
 pub use inventory::{Gpu, Partition, PartitionState, PciId, inventory, inventory_with};
 pub use offer::Attachment;
 pub use status::Status;

@@ -9,7 +9,7 @@ use devices::interrupt::MsiRouter;
 use devices::{DeviceId, GuestRam};
 use vfio::dma::{DmaAccess, DmaFile, DmaRange, Iova};
 use vfio::function::{AssignedFunction, FunctionError, HostNotice, NoticeHook};
-use vfio::gpu::{Attachment, ClaimError};
+use vfio::gpu::{Attachment, ClaimError, HostDriver, SysfsTree};
 use vfio::kernel::{
     BindError, HandedError, KernelFunction, KernelVfio, MemoryLockError, OpenError, PathChoice,
     Source, bind_vfio, check_memory_lock,
@@ -174,6 +174,7 @@ impl Opener {
             true => function.within_reach().map_err(AssignError::PeerToPeer)?,
             false => function,
         };
+        let function = function.of_driver(driver_of(config, &claim));
         Ok(Opened {
             function: match claim {
                 Claim::Gpu(claim) => function.holding(claim),
@@ -275,6 +276,15 @@ fn note_write(memory: &GuestRam, iova: Iova, bytes: u64) {
         return;
     };
     region.get_mmap().bitmap().mark_dirty(offset, bytes);
+}
+
+/// The host's driver behind a device; of another process's nothing is known.
+fn driver_of(config: &DeviceConfig, claim: &Claim) -> HostDriver {
+    match (claim, &config.vfio) {
+        (Claim::Gpu(claim), _) => claim.host_driver(),
+        (_, Some(device)) => HostDriver::of(&SysfsTree::of_host(), &device.to_string()),
+        (_, None) => HostDriver::default(),
+    }
 }
 
 /// The way that a device is to go; the one on which devices reach each other, if they shall.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{AssignedFunction, Inner};
 use crate::backend::RegionIndex;
 use crate::function::config::{FunctionIds, VirtualConfigStateV1};
+use crate::gpu::HostDriver;
 
 /// Of the state that a section has; the device's own is a stream beside it.
 pub const ASSIGNED_FORMAT: StateFormat = StateFormat::first("assigned");
@@ -29,6 +30,9 @@ pub struct FunctionShape {
     pub bars: Vec<(u8, u64)>,
     /// MSI-X vectors.
     pub msix_vectors: u16,
+    /// Who understands its state; unknown to builds before this.
+    #[serde(default, skip_serializing_if = "HostDriver::is_unknown")]
+    pub host: HostDriver,
 }
 
 impl FunctionShape {
@@ -56,9 +60,9 @@ impl FunctionShape {
             (vectors(self.msix_vectors), vectors(found.msix_vectors)),
         ];
         let differing = pairs.into_iter().filter(|(wanted, found)| wanted != found);
-        differing
-            .map(|(wanted, found)| format!("the source's is {wanted}, the one here {found}"))
-            .collect()
+        let own = differing
+            .map(|(wanted, found)| format!("the source's is {wanted}, the one here {found}"));
+        own.chain(self.host.differences(&found.host)).collect()
     }
 }
 
@@ -72,6 +76,7 @@ impl AssignedFunction {
             ids: inner.config.ids(),
             bars: bars.collect(),
             msix_vectors: inner.config.msix().map_or(0, |(vectors, ..)| vectors),
+            host: self.host.clone(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::gpu::address::{Address, GpuAddress};
 use crate::gpu::change::ChangeError;
+use crate::gpu::driver::HostDriver;
 use crate::gpu::offer::{Attachment, Undo};
 use crate::gpu::tree::SysfsTree;
 
@@ -33,6 +34,12 @@ impl ClaimedPartition {
     #[must_use]
     pub fn kind(&self) -> Option<&str> {
         self.kind.as_deref()
+    }
+
+    /// Who understands its state.
+    #[must_use]
+    pub fn host_driver(&self) -> HostDriver {
+        HostDriver::of(&self.tree, &self.address())
     }
 
     /// Its video memory.

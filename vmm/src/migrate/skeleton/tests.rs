@@ -117,3 +117,29 @@ fn descriptions_read_back_and_others_are_refused() {
         "the VM's description names no states"
     );
 }
+
+#[test]
+fn assigned_devices_of_builds_that_knew_no_drivers_are_read() {
+    let ids = r#"{"device":[4318,1],"subsystem":[4318,2],"class":196608,"revision":1}"#;
+    let part = |host: &str| {
+        let text = format!(
+            r#"{{"id":"device0","number":5,"shape":{{"ids":{ids},"bars":[[0,4096]],"msix_vectors":2{host}}}}}"#
+        );
+        serde_json::from_str::<AssignedPart>(&text).unwrap()
+    };
+    let old = part("");
+    assert!(old.shape.host.is_unknown());
+    let new = part(r#","host":{"driver":"nvidia","driver_version":"550.54","more":1}"#);
+    assert_eq!(new.shape.host.driver_version.as_deref(), Some("550.54"));
+    // Neither knows enough to object.
+    assert_eq!(old.shape.differences(&new.shape), [""; 0]);
+    assert_eq!(new.shape.differences(&old.shape), [""; 0]);
+    let other = part(r#","host":{"driver":"nvidia","driver_version":"535.1"}"#);
+    assert_eq!(
+        new.shape.differences(&other.shape),
+        ["the source's is of driver nvidia 550.54, the one here of driver nvidia 535.1"]
+    );
+    // What is not known is not sent: older builds read it as ever.
+    let sent = serde_json::to_value(&old).unwrap();
+    assert!(sent["shape"].get("host").is_none(), "{sent}");
+}
