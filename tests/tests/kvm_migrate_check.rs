@@ -221,3 +221,33 @@ fn part_of_a_gpu_that_was_claimed_for_a_check_is_free_again() -> Outcome {
     works_on(&moved)?;
     finish(moved)
 }
+
+#[test]
+fn another_version_of_the_driver_there_is_named_before_anything_moves() -> Outcome {
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let (here, there) = (divided(&ground, "here")?, divided(&ground, "there")?);
+    let version = |model: &ModelGpu, text: &str| {
+        let module = model.place().join("module/model_gpu/version");
+        std::fs::write(module, text).context("the driver's version")
+    };
+    version(&here, "2.1\n")?;
+    version(&there, "2.0\n")?;
+    let free = |model: &ModelGpu| format!("auto,sysfs-root={}", model.place().display());
+    let spec = ground.vm(LONG_JOB).name("vm");
+    let vm = computing::start(&spec.args(&["--gpu", &free(&here)]))?;
+    let device = format!("device0={}", free(&there));
+    let place = Place::new(&ground, "there").args(&["--gpu", &device]);
+    let place = place.start()?;
+    let limit = ["--max-downtime", "5s"];
+    let (_, check) = ask(&vm, &place.url, &limit)?;
+    let refusals = texts(&check["refusals"]).join("\n");
+    let named = refusals.contains(" 2.1, the one here of driver ");
+    ensure!(named && refusals.ends_with(" 2.0"), "{check}");
+    // The same on both hosts, and the same destination takes it.
+    version(&there, "2.1\n")?;
+    let moved = moved(vm, place, &limit)?;
+    works_on(&moved)?;
+    finish(moved)
+}
