@@ -271,6 +271,11 @@ pub(crate) struct MigrateArgs {
     /// still. The destination waits on afterwards.
     #[arg(long)]
     pub(crate) check: bool,
+    /// Have the guest let its assigned devices go first, and move without them: the destination plugs
+    /// in what its --device and --gpu say for them once the VM runs there. When the VM does not
+    /// move, it gets its own back.
+    #[arg(long, conflicts_with = "check")]
+    pub(crate) detach: bool,
     /// Write a page that shows how it went.
     #[arg(long, value_name = "FILE.html", conflicts_with = "check")]
     pub(crate) report: Option<PathBuf>,

@@ -148,6 +148,7 @@ fn request(args: MigrateArgs) -> Result<MigrationRequest> {
         cache_bytes: args.cache.map(ByteSize::bytes),
         security,
         check: args.check,
+        detach: args.detach,
     })
 }
 

@@ -53,6 +53,7 @@ pub(crate) fn print_report(report: &MigrationReport) {
 /// The report for people.
 fn lines(report: &MigrationReport) -> Vec<String> {
     let mut lines = vec![verdict(report)];
+    lines.extend(detached(report));
     if let Some(blackout) = report.blackout {
         let last = match blackout.device_bytes {
             0 => several(blackout.pages, "page"),
@@ -119,6 +120,21 @@ fn verdict(report: &MigrationReport) -> String {
             format!("{name} is paused here, in doubt: {}", error.unwrap_or(""))
         }
     }
+}
+
+/// What has become of devices that were taken out.
+fn detached(report: &MigrationReport) -> Option<String> {
+    let ids = report.detached.join(", ");
+    let rest = match report.outcome {
+        _ if ids.is_empty() => return None,
+        MigrationOutcome::Migrated => {
+            "the destination plugs in what its --device and --gpu say for that".to_owned()
+        }
+        MigrationOutcome::Resumed if report.put_back.is_empty() => "none is back".to_owned(),
+        MigrationOutcome::Resumed => format!("back are {}", report.put_back.join(", ")),
+        MigrationOutcome::InDoubt => "none was put back".to_owned(),
+    };
+    Some(format!("taken out of the guest for that: {ids}; {rest}"))
 }
 
 fn postcopy(later: &Postcopy) -> String {

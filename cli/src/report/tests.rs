@@ -58,6 +58,8 @@ pub(crate) fn good() -> MigrationReport {
         pages,
         device_bytes: 0,
         check: None,
+        detached: Vec::new(),
+        put_back: Vec::new(),
         memory_bytes: 2 << 30,
         cache_bytes: 512 << 20,
         streams: 4,

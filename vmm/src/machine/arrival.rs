@@ -55,6 +55,23 @@ pub struct ArrivalOptions {
     pub allowed_paths: Option<Vec<PathBuf>>,
 }
 
+impl ArrivalOptions {
+    /// What takes the place of devices of these names, which the machine has not, and the rest.
+    fn without(&self, detached: &[String]) -> (Vec<DeviceConfig>, Self) {
+        let assigned = self.assigned.iter().cloned();
+        let (later, assigned): (Vec<_>, _) = assigned.partition(|(id, _)| detached.contains(id));
+        let named = |(id, device): (String, DeviceConfig)| DeviceConfig {
+            id: Some(id),
+            ..device
+        };
+        let rest = Self {
+            assigned,
+            ..self.clone()
+        };
+        (later.into_iter().map(named).collect(), rest)
+    }
+}
+
 /// The machine once it is built, for whoever runs it afterwards.
 pub(super) struct Arrived {
     pub(super) machine: Machine,
@@ -63,6 +80,8 @@ pub(super) struct Arrived {
     pub(super) paused: bool,
     /// Set when parts of its memory come later.
     pub(super) postcopy: Option<Arc<Fate>>,
+    /// Devices to be plugged in once it runs: its guest has let others go for the move.
+    pub(super) later: Vec<DeviceConfig>,
 }
 
 /// How long the controller may take to hold the machine.
@@ -120,7 +139,8 @@ impl ArrivalSite {
     fn assemble(&self, skeleton: &Skeleton, locks: DiskLocks) -> Result<Arrived, Vec<String>> {
         let mut config = skeleton.config.clone();
         let cpuid = skeleton.cpuid();
-        let mut reasons = adapt(&mut config, &self.name, &self.options);
+        let (later, options) = self.options.without(&skeleton.detached);
+        let mut reasons = adapt(&mut config, &self.name, &options);
         reasons.extend(memory_reason(&config.memory));
         if !reasons.is_empty() {
             // Nothing that the source names is opened then.
@@ -154,6 +174,7 @@ impl ArrivalSite {
             terminals,
             paused: skeleton.paused,
             postcopy: None,
+            later,
         })
     }
 }

@@ -14,11 +14,11 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::arrival::{ArrivalHost, ArrivalOptions, ArrivalSite, Arrived, ControllerSeat};
-use super::controller::{Controller, ControllerClient, Fate, Waiting};
+use super::controller::{CommandError, Controller, ControllerClient, Fate, Waiting};
 use super::handle::{FAREWELL_TIME, LaunchError, LaunchOptions, VmHandle, follow_terminal_size};
 use super::lifecycle::EndReason;
 use super::notices::{Notice, Notices};
-use crate::config::VmName;
+use crate::config::{DeviceConfig, VmName};
 use crate::control::errors::chain;
 use crate::control::{self, NameClaim};
 use crate::host::end_signals::EndSignals;
@@ -257,7 +257,11 @@ impl Entrance {
                 },
             }
         };
-        let arrived = arrived.map_err(|_| ReceiveError::Stopped)??;
+        let mut arrived = arrived.map_err(|_| ReceiveError::Stopped)??;
+        let later = std::mem::take(&mut arrived.later);
+        if !later.is_empty() {
+            tokio::spawn(plug_in(client.clone(), later));
+        }
         Ok(waiting.into_controller(arrived, client))
     }
 
@@ -348,6 +352,27 @@ impl Entrance {
         }
         let arrived = slot.lock().take();
         arrived.map(Some).ok_or(ReceiveError::Stopped)
+    }
+}
+
+/// Gives the guest of a VM that has come devices in place of those that it has let go for that.
+async fn plug_in(client: ControllerClient, devices: Vec<DeviceConfig>) {
+    for device in devices {
+        let id = device.id.clone().unwrap_or_default();
+        let added = loop {
+            match client.add_device(device.clone()).await {
+                // A device cannot wait for a page.
+                Err(CommandError::PagesMissing) => tokio::time::sleep(TICK).await,
+                added => break added,
+            }
+        };
+        match added {
+            Ok(_) => log::info!(device = id.as_str(); "plugged in after the move"),
+            Err(error) => {
+                let error = chain(&error);
+                log::error!(device = id.as_str(), error = error.as_str(); "the VM has come without a device, which cannot be plugged in");
+            }
+        }
     }
 }
 

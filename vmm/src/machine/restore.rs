@@ -147,6 +147,7 @@ fn prepare(options: &RestoreOptions) -> Result<Prepared, RestoreError> {
         terminals,
         paused,
         postcopy: _,
+        later: _,
     } = arrived;
     machine.restore(manifest.sections)?;
     let (mut controller, client) = Controller::new(machine, Arc::new(config), terminals, inbox);

@@ -8,10 +8,12 @@
 //! | `skeleton` | what a destination needs to build the machine |
 //! | `states` | versions of the states that will come, and whether this build reads them |
 //! | `session` | a migration's thread on the source |
+//! | `detach` | assigned devices that the guest lets go before |
 //! | `dialer` | its connections, over several ways |
 //! | `report`, `check` | what operators ask for and are told |
 
 mod check;
+mod detach;
 mod device_stream;
 mod dialer;
 mod kvm_log;

@@ -50,6 +50,10 @@ pub struct MigrationRequest {
     /// waits on afterwards.
     #[serde(default)]
     pub check: bool,
+    /// Have the guest let its assigned devices go first, and move without them. They are put back
+    /// when the VM does not move; where it does, the destination plugs in those that it was told of.
+    #[serde(default)]
+    pub detach: bool,
 }
 
 impl MigrationRequest {
@@ -68,6 +72,7 @@ impl MigrationRequest {
             cache_bytes: None,
             security: Security::default(),
             check: false,
+            detach: false,
         }
     }
 }
@@ -171,6 +176,12 @@ pub struct MigrationReport {
     /// What was found out, when nothing but that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub check: Option<MigrationCheck>,
+    /// Assigned devices that the guest has let go for this.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub detached: Vec<String>,
+    /// Of these, those that it has again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub put_back: Vec<String>,
 }
 
 impl MigrationReport {
@@ -214,6 +225,8 @@ impl MigrationReport {
             cache_bytes: report.cache_bytes,
             streams: report.streams,
             check: None,
+            detached: Vec::new(),
+            put_back: Vec::new(),
         }
     }
 
@@ -242,6 +255,8 @@ impl MigrationReport {
             streams: 0,
             bottleneck: None,
             check: None,
+            detached: Vec::new(),
+            put_back: Vec::new(),
         }
     }
 }

@@ -13,9 +13,10 @@ use migration::source::{Parts, SourceError, SourceOptions, check, migrate};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::check::MigrationCheck;
+use super::detach::Detached;
 use super::device_stream::{Named, sources};
 use super::dialer::{CONNECT_TIME, Dialer};
-use super::report::{MigrationReport, MigrationRequest};
+use super::report::{MigrationOutcome, MigrationReport, MigrationRequest};
 use super::{RamPages, UnionTracker};
 use crate::control::errors::chain;
 use crate::host::link::connect;
@@ -55,9 +56,39 @@ impl Session {
     /// Everything, to the report.
     pub(crate) fn run(self) {
         let machine = self.machine.clone();
-        let report = self.move_machine();
+        let report = match self.request.detach {
+            true => self.move_without_devices(),
+            false => self.move_machine(),
+        };
         log::info!(outcome:? = report.outcome, total_ms = report.total_ms; "migration is over");
         machine.post(move |controller| controller.end_migration(report));
+    }
+
+    /// Takes the assigned devices out of the guest first. They are given back where it stays.
+    fn move_without_devices(self) -> MigrationReport {
+        let began = Instant::now();
+        let memory_bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        let (detached, result) = Detached::take_out(&self.machine, &self.handle);
+        let ids = detached.ids();
+        let report = match result {
+            Ok(()) => self.move_machine(),
+            Err(error) => {
+                let total_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let error = chain(&error);
+                MigrationReport::not_connected(&self.name, memory_bytes, total_ms, error)
+            }
+        };
+        let mut report = MigrationReport {
+            detached: ids,
+            ..report
+        };
+        if report.outcome == MigrationOutcome::Resumed {
+            let (back, lost) = detached.put_back();
+            report.put_back = back;
+            let reasons = report.error.into_iter().chain(lost);
+            report.error = Some(reasons.collect::<Vec<_>>().join("; "));
+        }
+        report
     }
 
     fn move_machine(self) -> MigrationReport {

@@ -52,6 +52,10 @@ pub struct Skeleton {
     /// Assigned devices. Empty: there are none, or the source does not say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub assigned: Vec<AssignedPart>,
+    /// Assigned devices that the guest has let go before: what the destination has been told to put in
+    /// their place is plugged in once the machine runs there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub detached: Vec<String>,
 }
 
 impl Skeleton {
@@ -87,6 +91,7 @@ impl Skeleton {
             states,
             served: Vec::new(),
             assigned: Vec::new(),
+            detached: Vec::new(),
         }
     }
 
@@ -100,6 +105,12 @@ impl Skeleton {
     #[must_use]
     pub fn with_assigned(self, assigned: Vec<AssignedPart>) -> Self {
         Self { assigned, ..self }
+    }
+
+    /// The same with the names of devices that were taken out.
+    #[must_use]
+    pub fn with_detached(self, detached: Vec<String>) -> Self {
+        Self { detached, ..self }
     }
 
     /// As sent.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use devices::DeviceId;
 
 use super::client::Answer;
-use super::{CommandError, Controller, DeviceInfo};
+use super::{CommandError, Controller, DeviceInfo, MachineLink};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::control::errors::chain;
 use crate::machine::assigned::{AssignError, Opened};
@@ -122,6 +122,21 @@ impl Controller {
     /// Asks the guest to let a device go.
     pub(super) fn remove_device(&self, id: &str) -> Result<(), CommandError> {
         self.check_idle()?;
+        self.ask_back(id)
+    }
+
+    /// Assigned devices as they are configured, with their names.
+    pub(crate) fn assigned_configs(&self) -> Vec<DeviceConfig> {
+        self.config_with_ids().device
+    }
+
+    /// Whether an assigned device is there, or still being closed.
+    pub(crate) fn has_assigned(&self, id: &str) -> bool {
+        self.config.device_ids().iter().any(|known| known == id)
+    }
+
+    /// The same as [`remove_device`](Self::remove_device), for the migration that runs.
+    pub(crate) fn ask_back(&self, id: &str) -> Result<(), CommandError> {
         if !self.machine.device_infos().iter().any(|info| info.id == id) {
             return Err(CommandError::UnknownDevice(id.to_owned()));
         }
@@ -205,6 +220,23 @@ impl Controller {
             (false, Some(device)) => Err(CommandError::Closing(device.clone())),
             (false, None) => Ok(()),
         }
+    }
+}
+
+impl MachineLink {
+    /// Opens a device and gives it to the guest, on behalf of the migration that runs.
+    ///
+    /// # Errors
+    /// As for [`ControllerClient::add_device`](super::ControllerClient::add_device).
+    pub(crate) fn plug_in(&self, device: DeviceConfig) -> Result<(), CommandError> {
+        let ended = |_| CommandError::Ended;
+        let opener = self.call(|controller| controller.machine.opener.clone());
+        let opener = opener.map_err(ended)?;
+        let id = DeviceId::new(device.id.clone().unwrap_or_default());
+        let id = id.map_err(|error| CommandError::InvalidDevice(chain(&error)))?;
+        let opened = opener.open(&id, &device);
+        let added = self.call(move |controller| controller.finish_adding(device, opened));
+        added.map_err(ended)?.map(drop)
     }
 }
 

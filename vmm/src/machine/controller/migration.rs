@@ -60,6 +60,8 @@ pub(super) struct Migration {
     rounds: Vec<RoundReport>,
     thread: Option<JoinHandle<()>>,
     report: Option<MigrationReport>,
+    /// Devices that the guest has let go for it.
+    detached: Vec<String>,
 }
 
 /// To the controller, from a migration's thread.
@@ -140,6 +142,9 @@ impl Controller {
         if request.max_downtime_us == 0 || request.bandwidth_bytes_per_s == Some(0) {
             return invalid("a downtime or bandwidth of 0 lets nothing move".to_owned());
         }
+        if request.check && request.detach {
+            return invalid("a check takes no device out of the guest".to_owned());
+        }
         let link = MachineLink::new(self.jobs_sender.clone());
         let observer = {
             let link = link.clone();
@@ -160,7 +165,11 @@ impl Controller {
             memory: Arc::clone(self.machine.memory()),
             log: self.machine.vm.dirty_log().map_err(MachineError::from)?,
             servers: self.machine.served.clone(),
-            assigned: self.machine.assigned_functions(),
+            // Whoever has one keeps it from being closed.
+            assigned: match request.detach {
+                true => Vec::new(),
+                false => self.machine.assigned_functions(),
+            },
         };
         let thread = std::thread::Builder::new()
             .name("mig".to_owned())
@@ -177,6 +186,7 @@ impl Controller {
             rounds: Vec::new(),
             thread: Some(thread),
             report: None,
+            detached: Vec::new(),
         });
         Ok(())
     }
@@ -299,6 +309,23 @@ impl Controller {
         )
         .with_served(served.collect())
         .with_assigned(self.machine.assigned_parts())
+        .with_detached(self.detached())
+    }
+
+    /// Devices that the guest has let go for the migration that runs.
+    fn detached(&self) -> Vec<String> {
+        let migration = self.migration.as_ref();
+        let active = migration.filter(|migration| migration.thread.is_some());
+        active
+            .map(|migration| migration.detached.clone())
+            .unwrap_or_default()
+    }
+
+    /// The guest has let these go for the migration that runs.
+    pub(crate) fn note_detached(&mut self, ids: Vec<String>) {
+        if let Some(migration) = &mut self.migration {
+            migration.detached = ids;
+        }
     }
 
     /// How long saving the machine's state and restoring it takes, about.
