@@ -31,7 +31,7 @@ pub(super) enum DetachError {
         id: String,
         /// Why not.
         #[source]
-        source: CommandError,
+        source: Box<CommandError>,
     },
     /// Somebody asked for it.
     #[error("it was cancelled")]
@@ -82,7 +82,7 @@ impl Detached {
             .call(move |controller| controller.ask_back(&name))?;
         asked.map_err(|source| DetachError::Refused {
             id: id.to_owned(),
-            source,
+            source: Box::new(source),
         })?;
         let deadline = Instant::now() + LET_GO;
         loop {
