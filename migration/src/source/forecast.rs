@@ -121,7 +121,8 @@ pub(super) fn forecast(load: &Load, limits: &Limits) -> Forecast {
     let prospect = loop {
         let sending = times(load.page_time, pages).max(SHORTEST_ROUND);
         total = total.saturating_add(sending);
-        let written = load.growth.within(sending) * u64::from(percent) / 100;
+        // Slowed down, it writes the same, later.
+        let written = load.growth.within(sending * u32::from(percent) / 100);
         let dirty_pages = written.min(load.memory_pages);
         rounds.push(RoundReport {
             pages: PageMix {
@@ -237,6 +238,17 @@ mod tests {
         };
         assert_eq!(forecast(&hot, &LIMITS).prospect, Prospect::Diverges);
         assert!(never.cpu_percent <= slowed.cpu_percent, "{never:?}");
+        // The same few pages again and again: a guest that is slowed down writes them, too.
+        let mut growth = Growth::default();
+        growth.note(Duration::from_millis(40), 2000);
+        growth.note(Duration::from_millis(300), 2000);
+        let narrow = Load {
+            pages: 2000,
+            page_time: Duration::from_micros(390),
+            growth,
+            ..load(0, 0)
+        };
+        assert_eq!(forecast(&narrow, &LIMITS).prospect, Prospect::Diverges);
     }
 
     #[test]
