@@ -99,7 +99,7 @@ mod tests {
                 "web-1 would move to tls:beta.example:7000: in about 3.2 s, standing still for \
                  about 4.1 ms; nothing has moved",
                 "2 GiB of memory in use, 1 GiB/s over the connections, the guest writes 3 MiB/s, \
-                 an answer takes 200 us, about 4 rounds of copying",
+                 an answer takes 200 µs, about 4 rounds of copying",
             ]
         );
     }
