@@ -83,6 +83,34 @@ fn computations_go_on_through_many_moves() -> Outcome {
 }
 
 #[test]
+fn video_memory_comes_over_while_the_gpu_computes() -> Outcome {
+    const VRAM: u64 = 256 << 20;
+    let Some(ground) = Ground::kvm()? else {
+        return Ok(());
+    };
+    let gpu = |name: &str| {
+        let options = ["--vram", "256M", "--pre-copy", "on"];
+        ModelGpu::with(&ground, name, &options)
+    };
+    let mut gpus = vec![gpu("gpu")?];
+    let mut vm = at_work(&ground, "vm", &[&gpus[0]])?;
+    for number in 1..=3 {
+        let next = gpu(&format!("gpu{number}"))?;
+        let place = place(&ground, &format!("vm{number}"), &[&next]);
+        // All of video memory would not fit into that.
+        let (moved, report) = hop_with(&place, vm, &["--max-downtime", "50ms"])?;
+        let sent = |report: &Value| report["device_bytes"].as_u64();
+        ensure!(sent(&report) > Some(VRAM), "{report}");
+        let last = sent(&report["blackout"]).context("device_bytes")?;
+        ensure!((1..VRAM / 50).contains(&last), "{report}");
+        vm = moved;
+        works_on(&vm).with_context(|| format!("after move {number}"))?;
+        gpus.push(next);
+    }
+    finish(vm)
+}
+
+#[test]
 fn gpus_of_one_vm_move_together() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());

@@ -13,6 +13,7 @@ use super::config::{Bar, Effect};
 use super::dma::Dma;
 use super::dma_log::DmaLogging;
 use super::engine;
+use super::faults::{Fault, Faults};
 use super::migration::Migration;
 use super::state::{MSIX_BYTES, MSIX_TABLE, State};
 use super::vram::Vram;
@@ -29,19 +30,26 @@ pub struct Shape {
 }
 
 /// What a virtual function can do beyond computing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Abilities {
     /// Whether its state can be taken and given.
     pub migration: bool,
+    /// Whether its state can be read while it runs. Then its video memory cannot be mapped: what is written there
+    /// by others would not be noticed.
+    pub pre_copy: bool,
     /// How well it keeps the log of its writes.
     pub dma_log: DmaLogging,
+    /// What fails, each once in the life of the process.
+    pub faults: Vec<Fault>,
 }
 
 impl Default for Abilities {
     fn default() -> Self {
         Self {
             migration: true,
+            pre_copy: false,
             dma_log: DmaLogging::On,
+            faults: Vec::new(),
         }
     }
 }
@@ -76,6 +84,7 @@ pub(super) struct Device {
     pub(super) abilities: Abilities,
     pub(super) dma: Dma,
     pub(super) migration: Migration,
+    pub(super) faults: Faults,
     /// Who is told of an interrupt, by vector; then of an error, and of the host's request.
     interrupts: [Option<File>; LINES],
     /// Words on their way.
@@ -88,9 +97,10 @@ impl Device {
             shape,
             state: State::new(&shape.bars()),
             vram: Vram::new(shape.vram_bytes)?,
-            abilities,
             dma: Dma::new(abilities.dma_log),
             migration: Migration::default(),
+            faults: Faults::new(&abilities.faults),
+            abilities,
             interrupts: [const { None }; LINES],
             buffer: vec![0; engine::STEP_BYTES],
         })
@@ -115,6 +125,7 @@ impl Device {
     pub(super) fn reset(&mut self) -> io::Result<()> {
         self.state = State::new(&self.shape.bars());
         self.migration = Migration::default();
+        self.vram.forget_writes();
         self.vram.clear()
     }
 

@@ -1,7 +1,7 @@
 //! The device's state, taken and given: `VFIO_USER_DEVICE_FEATURE` and the two messages for data.
 //!
-//! A state is a stream: [`MAGIC`], bytes of video memory, bytes of the rest, the rest as JSON, video memory.
-//! Whoever gives one is not trusted.
+//! The states and arcs are those of vfio-user (QEMU's docs/interop/vfio-user.rst), which has no states for
+//! peers and no message for what is left in PRE_COPY: `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE` tells that.
 
 use std::io;
 
@@ -9,14 +9,11 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::device::Device;
-use super::state::State;
+use super::faults::Point;
+use super::pages::PAGE;
+use super::state;
+use super::stream::{HEAD_BYTES, Incoming, Outgoing, invalid};
 use super::wire::{Fields, TRANSFER_MAX};
-
-const MAGIC: [u8; 8] = *b"DGPUMIG1";
-/// Bytes before the JSON.
-const HEAD_BYTES: usize = 24;
-/// Bytes of JSON that are taken; a state has some 20 KiB.
-const REST_MAX: u64 = 256 << 10;
 
 // `struct vfio_device_feature`, what can be asked with it, and `enum vfio_device_mig_state`.
 pub(super) const GET: u32 = 1 << 16;
@@ -27,136 +24,157 @@ const MIGRATION: u32 = 1;
 const DEVICE_STATE: u32 = 2;
 const DATA_SIZE: u32 = 9;
 const STOP_COPY_SUPPORTED: u64 = 1;
-const ERROR: u32 = 0;
-const STOP: u32 = 1;
-const RUNNING: u32 = 2;
-const STOP_COPY: u32 = 3;
-const RESUMING: u32 = 4;
+const PRE_COPY_SUPPORTED: u64 = 1 << 2;
+
+/// The states that the device has, by their numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Error = 0,
+    Stop = 1,
+    Running = 2,
+    StopCopy = 3,
+    Resuming = 4,
+    PreCopy = 6,
+}
+
+impl State {
+    const ALL: [(Self, &'static str); 6] = [
+        (Self::Error, "error"),
+        (Self::Stop, "stop"),
+        (Self::Running, "running"),
+        (Self::StopCopy, "stop-copy"),
+        (Self::Resuming, "resuming"),
+        (Self::PreCopy, "pre-copy"),
+    ];
+
+    fn numbered(number: u32) -> Option<Self> {
+        let mut all = Self::ALL.into_iter();
+        let found = all.find(|(state, _)| *state as u32 == number);
+        found.map(|(state, _)| state)
+    }
+
+    /// By its name on the command line.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        let mut all = Self::ALL.into_iter();
+        all.find(|(_, of)| *of == name).map(|(state, _)| state)
+    }
+}
 
 /// Where a device is on its way.
 #[derive(Debug, Default)]
 pub(super) enum Migration {
     #[default]
     Running,
+    PreCopy(Outgoing),
     Stop,
-    /// What stands before video memory, and how much of all was read.
-    StopCopy {
-        head: Vec<u8>,
-        read: u64,
-    },
-    /// The beginning as far as it has come, and how much of all was written.
-    Resuming {
-        head: Vec<u8>,
-        written: u64,
-    },
-    /// A state was begun that cannot be.
+    StopCopy(Outgoing),
+    Resuming(Incoming),
+    /// A state was begun that cannot be, or that was asked for.
     Error,
 }
 
 /// What is neither video memory nor fixed.
 #[derive(Deserialize, Serialize)]
 struct Rest {
-    state: State,
+    state: state::State,
     partition: u32,
 }
 
 impl Migration {
     pub(super) fn is_running(&self) -> bool {
-        matches!(self, Self::Running)
+        matches!(self, Self::Running | Self::PreCopy(_))
     }
 
-    fn number(&self) -> u32 {
+    fn state(&self) -> State {
         match self {
-            Self::Running => RUNNING,
-            Self::Stop => STOP,
-            Self::StopCopy { .. } => STOP_COPY,
-            Self::Resuming { .. } => RESUMING,
-            Self::Error => ERROR,
+            Self::Running => State::Running,
+            Self::PreCopy(_) => State::PreCopy,
+            Self::Stop => State::Stop,
+            Self::StopCopy(_) => State::StopCopy,
+            Self::Resuming(_) => State::Resuming,
+            Self::Error => State::Error,
         }
     }
 }
 
-fn invalid() -> io::Error {
-    io::ErrorKind::InvalidInput.into()
-}
-
-fn number_at(bytes: &[u8], place: usize) -> Option<u64> {
-    let word = bytes.get(place..)?.first_chunk()?;
-    Some(u64::from_le_bytes(*word))
-}
-
-/// What stands before video memory in the stream.
-fn head(device: &Device) -> io::Result<Vec<u8>> {
-    let rest = serde_json::to_vec(&Rest {
-        state: device.state.clone(),
-        partition: device.shape.partition,
-    })?;
-    let vram_bytes = device.vram.bytes().to_le_bytes();
-    Ok([
-        &MAGIC[..],
-        &vram_bytes,
-        &(rest.len() as u64).to_le_bytes(),
-        &rest,
-    ]
-    .concat())
-}
-
-/// Bytes of the whole beginning, as soon as it tells; refuses one of another device.
-fn head_bytes(device: &Device, head: &[u8]) -> io::Result<Option<usize>> {
-    let known = head.len().min(MAGIC.len());
-    if head[..known] != MAGIC[..known] {
-        return Err(invalid());
-    }
-    let (Some(vram_bytes), Some(rest)) = (number_at(head, 8), number_at(head, 16)) else {
-        return Ok(None);
-    };
-    if vram_bytes != device.vram.bytes() || rest > REST_MAX {
-        return Err(invalid());
-    }
-    let rest = usize::try_from(rest).map_err(|_| invalid())?;
-    Ok(Some(HEAD_BYTES + rest))
+/// What is no video memory, as the stream has it.
+fn rest_of(state: &state::State, partition: u32) -> io::Result<Vec<u8>> {
+    let state = state.clone();
+    Ok(serde_json::to_vec(&Rest { state, partition })?)
 }
 
 impl Device {
-    /// Takes the arcs to a state; the way from any to any other is by STOP.
+    /// Bytes that are yet to be read if the device is stopped now.
+    fn bytes_left(&mut self) -> io::Result<u64> {
+        let pending = match &self.migration {
+            Migration::PreCopy(stream) | Migration::StopCopy(stream) => stream.pending(),
+            _ => HEAD_BYTES as u64,
+        };
+        let all = self.vram.bytes() / PAGE;
+        let pages = self.vram.written().map_or(all, |pages| pages.count());
+        let rest = rest_of(&self.state, self.shape.partition)?;
+        Ok(pending + pages * PAGE + (HEAD_BYTES + rest.len()) as u64)
+    }
+
+    /// Takes the arcs to a state.
     fn change(&mut self, to: u32) -> io::Result<()> {
-        if self.migration.number() == to {
+        let to = State::numbered(to).ok_or_else(invalid)?;
+        let from = self.migration.state();
+        if from == to {
             return Ok(());
         }
-        match (&self.migration, to) {
-            (Migration::Error, _) => return Err(invalid()),
-            (Migration::Resuming { .. }, _) => self.install()?,
-            _ => {}
+        if let Err(failure) = self.faults.meet(Point::Arc(from, to)) {
+            if failure.is_fatal {
+                self.break_down();
+            }
+            return Err(failure.into());
+        }
+        match (from, to) {
+            (State::Error, _) | (_, State::Error) | (State::StopCopy, State::PreCopy) => {
+                return Err(invalid());
+            }
+            (_, State::PreCopy) if !self.abilities.pre_copy => return Err(invalid()),
+            // The stream goes on.
+            (State::PreCopy, State::StopCopy) => {
+                if let Migration::PreCopy(stream) = std::mem::take(&mut self.migration) {
+                    self.migration = Migration::StopCopy(stream);
+                }
+                return Ok(());
+            }
+            (State::Resuming, _) => self.install()?,
+            _ => self.vram.forget_writes(),
         }
         self.migration = match to {
-            RUNNING => Migration::Running,
-            STOP => Migration::Stop,
-            STOP_COPY => Migration::StopCopy {
-                head: head(self)?,
-                read: 0,
-            },
-            RESUMING => {
+            State::Running => Migration::Running,
+            State::Stop => Migration::Stop,
+            State::PreCopy => Migration::PreCopy(self.begin_stream()),
+            State::StopCopy => Migration::StopCopy(self.begin_stream()),
+            State::Resuming => {
                 self.reset()?;
-                Migration::Resuming {
-                    head: Vec::new(),
-                    written: 0,
-                }
+                Migration::Resuming(Incoming::new(&self.vram))
             }
-            _ => return Err(invalid()),
+            State::Error => return Err(invalid()),
         };
         Ok(())
     }
 
+    fn begin_stream(&mut self) -> Outgoing {
+        self.vram.watch();
+        Outgoing::new(&self.vram)
+    }
+
+    /// Only a reset helps.
+    fn break_down(&mut self) {
+        self.vram.forget_writes();
+        self.migration = Migration::Error;
+    }
+
     /// Ends [`Migration::Resuming`]: it has the whole of a state, or does not become stopped.
     fn install(&mut self) -> io::Result<()> {
-        let Migration::Resuming { head, written } = &self.migration else {
+        let Migration::Resuming(stream) = &self.migration else {
             return Ok(());
         };
-        let head_len = head_bytes(self, head)?.ok_or_else(invalid)?;
-        if *written != head_len as u64 + self.vram.bytes() {
-            return Err(invalid());
-        }
-        let rest: Rest = serde_json::from_slice(&head[HEAD_BYTES..])?;
+        let rest: Rest = serde_json::from_slice(stream.rest().ok_or_else(invalid)?)?;
         if !rest.state.is_sound() {
             return Err(invalid());
         }
@@ -165,53 +183,36 @@ impl Device {
         Ok(())
     }
 
-    fn read_state(&mut self, size: u32) -> io::Result<Vec<u8>> {
-        let vram_bytes = self.vram.bytes();
-        let Migration::StopCopy { head, read } = &mut self.migration else {
-            return Err(invalid());
-        };
-        let total = head.len() as u64 + vram_bytes;
-        let count = (total - *read).min(size.min(TRANSFER_MAX).into());
-        let mut data = vec![0; usize::try_from(count).map_err(|_| invalid())?];
-        let at = usize::try_from(*read).unwrap_or(usize::MAX);
-        let of_head = head.get(at..).unwrap_or_default();
-        let of_head = &of_head[..of_head.len().min(data.len())];
-        let (first, second) = data.split_at_mut(of_head.len());
-        first.copy_from_slice(of_head);
-        let offset = (*read + of_head.len() as u64).saturating_sub(head.len() as u64);
-        self.vram.read(offset, second)?;
-        *read += count;
-        Ok(data)
+    fn read_state(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        if let Err(failure) = self.faults.meet(Point::Read) {
+            if failure.is_fatal {
+                self.break_down();
+            }
+            return Err(failure.into());
+        }
+        let (state, partition) = (&self.state, self.shape.partition);
+        match &mut self.migration {
+            Migration::PreCopy(stream) => stream.read(&mut self.vram, || Ok(None), room),
+            Migration::StopCopy(stream) => {
+                let rest = || rest_of(state, partition).map(Some);
+                stream.read(&mut self.vram, rest, room)
+            }
+            _ => Err(invalid()),
+        }
     }
 
-    fn write_state(&mut self, mut data: &[u8]) -> io::Result<()> {
-        let Migration::Resuming { mut head, written } = std::mem::take(&mut self.migration) else {
+    fn write_state(&mut self, data: &[u8]) -> io::Result<()> {
+        if self.migration.state() != State::Resuming {
+            return Err(invalid());
+        }
+        // Whatever happens, no half of a state runs.
+        let migration = std::mem::replace(&mut self.migration, Migration::Error);
+        let Migration::Resuming(mut stream) = migration else {
             return Err(invalid());
         };
-        // Whatever happens, no half of a state runs.
-        self.migration = Migration::Error;
-        let end = written.checked_add(data.len() as u64).ok_or_else(invalid)?;
-        let mut at = written;
-        while !data.is_empty() {
-            let wanted = head_bytes(self, &head)?.unwrap_or(HEAD_BYTES);
-            let missing = wanted.saturating_sub(head.len());
-            if missing == 0 {
-                let offset = at - head.len() as u64;
-                let room = self.vram.bytes().saturating_sub(offset);
-                if data.len() as u64 > room {
-                    return Err(invalid());
-                }
-                self.vram.write(offset, data)?;
-                break;
-            }
-            let (part, rest) = data.split_at(missing.min(data.len()));
-            head.extend(part);
-            at += part.len() as u64;
-            data = rest;
-        }
-        head_bytes(self, &head)?;
-        let written = end;
-        self.migration = Migration::Resuming { head, written };
+        self.faults.meet(Point::Write)?;
+        stream.write(&mut self.vram, data)?;
+        self.migration = Migration::Resuming(stream);
         Ok(())
     }
 
@@ -236,12 +237,10 @@ impl Device {
             return Ok(reply(flags, &[]));
         }
         let value = match (asked, feature) {
+            (GET, MIGRATION) if self.abilities.pre_copy => STOP_COPY_SUPPORTED | PRE_COPY_SUPPORTED,
             (GET, MIGRATION) => STOP_COPY_SUPPORTED,
-            (GET, DATA_SIZE) => {
-                let head = head(self).map_err(|error| errno(&error))?;
-                head.len() as u64 + self.vram.bytes()
-            }
-            (GET, DEVICE_STATE) => self.migration.number().into(),
+            (GET, DATA_SIZE) => self.bytes_left().map_err(|error| errno(&error))?,
+            (GET, DEVICE_STATE) => self.migration.state() as u64,
             (SET, DEVICE_STATE) => {
                 let to = fields.u32()?;
                 self.change(to).map_err(|error| errno(&error))?;
@@ -253,12 +252,24 @@ impl Device {
         Ok(reply(flags, &value.to_le_bytes()))
     }
 
-    /// Answers `VFIO_USER_MIG_DATA_READ`.
-    pub(super) fn give_data(&mut self, mut fields: Fields<'_>) -> Result<Vec<u8>, Errno> {
-        let (_size, count) = (fields.u32()?, fields.u32()?);
-        let data = self.read_state(count).map_err(|error| errno(&error))?;
-        let count = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        Ok([&(count + 8).to_le_bytes()[..], &count.to_le_bytes(), &data].concat())
+    /// Answers `VFIO_USER_MIG_DATA_READ`, in memory that was used before. Nothing at present, in PRE_COPY,
+    /// and nothing any more are both no bytes.
+    pub(super) fn give_data(
+        &mut self,
+        mut fields: Fields<'_>,
+        mut body: Vec<u8>,
+    ) -> Result<Vec<u8>, Errno> {
+        const DATA: usize = 8;
+        let (_size, wanted) = (fields.u32()?, fields.u32()?);
+        let wanted = usize::try_from(wanted.min(TRANSFER_MAX)).map_err(|_| Errno::INVAL)?;
+        body.resize(DATA + wanted, 0);
+        let read = self.read_state(&mut body[DATA..]);
+        let read = read.map_err(|error| errno(&error))?;
+        body.truncate(DATA + read);
+        let count = u32::try_from(read).unwrap_or(u32::MAX);
+        body[..4].copy_from_slice(&count.saturating_add(8).to_le_bytes());
+        body[4..DATA].copy_from_slice(&count.to_le_bytes());
+        Ok(body)
     }
 
     /// Answers `VFIO_USER_MIG_DATA_WRITE`.

@@ -13,8 +13,9 @@
 //! the *tree* is the copy of `/sys` that tells of a parent and its partitions.
 //!
 //! - The device: `state` (all that a guest can have changed), `device` (registers), `engine` (commands),
-//!   `config` (configuration space), `vram`, `dma` (guest memory), `dma_log` (what was
-//!   written there), `migration` (its state, taken and given).
+//!   `config` (configuration space), `vram`, `pages` (sets of its pages), `dma` (guest memory), `dma_log` (what was
+//!   written there), `migration` (its state, taken and given), `stream` (the form of that), `faults` (what
+//!   is to fail of it).
 //! - The server: [`Server`], `session` (messages), `wire` (their form).
 //! - The parent: [`Tree`]; the program: [`Options`] and [`run`].
 
@@ -23,12 +24,15 @@ mod device;
 mod dma;
 mod dma_log;
 mod engine;
+mod faults;
 mod migration;
 mod options;
+mod pages;
 mod program;
 mod server;
 mod session;
 mod state;
+mod stream;
 mod tree;
 mod vram;
 mod wire;
@@ -39,6 +43,7 @@ mod tests;
 pub use device::Abilities;
 pub use device::Shape;
 pub use dma_log::DmaLogging;
+pub use faults::Fault;
 pub use options::{ADDRESS, Mode, Options, USAGE};
 pub use program::run;
 pub use server::{Server, ServerError};

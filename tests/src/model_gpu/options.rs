@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 
 use super::device::Abilities;
 use super::dma_log::DmaLogging;
+use super::faults::Fault;
 use super::tree::TreeOptions;
 
 /// How the program is called.
@@ -24,6 +25,13 @@ model-gpu: a virtual function of a made-up GPU, served over vfio-user; a model f
 
     --migration on|off
         whether the state of a function can be taken and given
+
+    --pre-copy on|off
+        whether it can be read while the function runs; then video memory cannot be mapped (off)
+
+    --fail POINT,...
+        what fails once: an arc of its migration states, like stop-to-stop-copy, or read, or write; with =error
+        behind it, it leaves the function in ERROR
 ";
 
 /// Where the GPU of a tree is, if nothing else is said.
@@ -43,7 +51,7 @@ pub struct Options {
     pub mode: Mode,
     /// Bytes of video memory, of all partitions together.
     pub vram_bytes: u64,
-    /// How the functions log their writes to guest memory.
+    /// What the functions can do beyond computing.
     pub abilities: Abilities,
 }
 
@@ -65,6 +73,7 @@ impl Options {
         let (mut socket, mut root) = (None, None);
         let (mut vram, mut partitions, mut address) = (None, None, None);
         let (mut dma_log, mut migration) = (None, None);
+        let (mut pre_copy, mut fail) = (None, None);
         let mut words = words.into_iter();
         while let Some(word) = words.next() {
             let slot = match word.as_str() {
@@ -76,6 +85,8 @@ impl Options {
                 "--address" => &mut address,
                 "--dma-log" => &mut dma_log,
                 "--migration" => &mut migration,
+                "--pre-copy" => &mut pre_copy,
+                "--fail" => &mut fail,
                 _ => bail!("unknown option {word:?}"),
             };
             let value = words
@@ -105,16 +116,27 @@ impl Options {
             Some("lossy") => DmaLogging::Lossy,
             Some(other) => bail!("--dma-log is on, off or lossy, and not {other:?}"),
         };
-        let migration = match migration.as_deref() {
-            None | Some("on") => true,
-            Some("off") => false,
-            Some(other) => bail!("--migration is on or off, and not {other:?}"),
-        };
+        let faults = fail.as_deref().map(Fault::parse_all).transpose()?;
         Ok(Some(Self {
             mode,
             vram_bytes,
-            abilities: Abilities { migration, dma_log },
+            abilities: Abilities {
+                migration: switch("--migration", migration, true)?,
+                pre_copy: switch("--pre-copy", pre_copy, false)?,
+                dma_log,
+                faults: faults.unwrap_or_default(),
+            },
         }))
+    }
+}
+
+/// Whether an option is on.
+fn switch(name: &str, value: Option<String>, default: bool) -> anyhow::Result<bool> {
+    match value.as_deref() {
+        None => Ok(default),
+        Some("on") => Ok(true),
+        Some("off") => Ok(false),
+        Some(other) => bail!("{name} is on or off, and not {other:?}"),
     }
 }
 

@@ -24,6 +24,9 @@ use super::wire::{DESCRIPTORS_MAX, Fields, HEADER_BYTES, Header, TRANSFER_MAX, c
 /// How long a message may take that has begun, either way.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Messages of so many bytes have their memory from those before.
+const SPARED_BYTES: usize = 64 << 10;
+
 /// Regions and interrupts of a PCI device (linux/vfio.h).
 const REGIONS: u32 = 9;
 const REGION_CONFIG: u32 = 7;
@@ -101,6 +104,8 @@ pub(super) struct Session<'s> {
     shared: &'s Shared,
     /// Whether versions were exchanged: before that, there is nothing to talk about.
     is_agreed: bool,
+    /// Memory of the largest messages, to be used again.
+    spare: Vec<u8>,
 }
 
 impl<'s> Session<'s> {
@@ -109,6 +114,7 @@ impl<'s> Session<'s> {
             socket,
             shared,
             is_agreed: false,
+            spare: Vec::new(),
         }
     }
 
@@ -122,7 +128,13 @@ impl<'s> Session<'s> {
             let header = message.header;
             let outcome = self.answer(header.command, &message.body, message.descriptors);
             if header.wants_reply() {
-                self.send(header, outcome)?;
+                self.send(header, &outcome)?;
+            }
+            let used = outcome.map_or_else(|_| Vec::new(), |answer| answer.body);
+            let larger = [message.body, used].into_iter().max_by_key(Vec::capacity);
+            if let Some(larger) = larger.filter(|larger| larger.capacity() > self.spare.capacity())
+            {
+                self.spare = larger;
             }
         }
         Ok(())
@@ -133,14 +145,21 @@ impl<'s> Session<'s> {
     }
 
     /// The next message; `None` when there is none any more.
-    fn receive(&self) -> Result<Option<Message>, SessionError> {
+    fn receive(&mut self) -> Result<Option<Message>, SessionError> {
         let mut descriptors = Vec::new();
         let mut bytes = [0; HEADER_BYTES];
         if !self.fill(&mut bytes, &mut descriptors, true)? {
             return Ok(None);
         }
         let header = Header::parse(bytes).ok_or(SessionError::Header(bytes))?;
-        let mut body = vec![0; header.body_len()];
+        let mut body = match header.body_len() {
+            small if small < SPARED_BYTES => vec![0; small],
+            large => {
+                let mut spare = std::mem::take(&mut self.spare);
+                spare.resize(large, 0);
+                spare
+            }
+        };
         // Descriptors come with any byte of the message.
         if !self.fill(&mut body, &mut descriptors, false)? {
             return Err(SessionError::Cut);
@@ -220,21 +239,29 @@ impl<'s> Session<'s> {
         Ok(got.bytes)
     }
 
-    fn send(&mut self, header: Header, outcome: Result<Answer, Errno>) -> Result<(), SessionError> {
-        let (bytes, descriptor) = match &outcome {
-            Ok(answer) => (header.reply(Ok(&answer.body)), answer.descriptor.as_ref()),
-            Err(errno) => (header.reply(Err(*errno)), None),
+    fn send(
+        &mut self,
+        header: Header,
+        outcome: &Result<Answer, Errno>,
+    ) -> Result<(), SessionError> {
+        let (body, descriptor) = match outcome {
+            Ok(answer) => (&answer.body[..], answer.descriptor.as_ref()),
+            Err(_) => (&[][..], None),
         };
+        let head = header.reply(outcome.as_ref().map(|_| body.len()).map_err(|errno| *errno));
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let descriptor = descriptor.map(|descriptor| [descriptor.as_fd()]);
         if let Some(descriptor) = &descriptor {
             control.push(SendAncillaryMessage::ScmRights(descriptor));
         }
-        let slices = [IoSlice::new(&bytes)];
+        let slices = [IoSlice::new(&head), IoSlice::new(body)];
         let sent = sendmsg(&self.socket, &slices, &mut control, SendFlags::NOSIGNAL)?;
-        let rest = bytes.get(sent..).unwrap_or_default();
-        self.socket.write_all(rest).map_err(SessionError::Socket)
+        let of_head = head.get(sent..).unwrap_or_default();
+        let of_body = body.get(sent.saturating_sub(head.len())..);
+        let written = self.socket.write_all(of_head);
+        let written = written.and_then(|()| self.socket.write_all(of_body.unwrap_or_default()));
+        written.map_err(SessionError::Socket)
     }
 
     fn answer(
@@ -268,7 +295,10 @@ impl<'s> Session<'s> {
                 self.shared.work.notify_one();
                 Ok(body.into())
             }
-            command::MIG_DATA_READ => Ok(self.device().device.give_data(fields)?.into()),
+            command::MIG_DATA_READ => {
+                let spare = std::mem::take(&mut self.spare);
+                Ok(self.device().device.give_data(fields, spare)?.into())
+            }
             command::MIG_DATA_WRITE => self.device().device.take_data(fields).map(nothing),
             _ => Err(Errno::OPNOTSUPP),
         }
@@ -332,6 +362,8 @@ impl<'s> Session<'s> {
         let guard = self.device();
         let bytes = self.region_bytes(index);
         let is_vram = index == u32::from(drover_guest::gpu::BAR_VRAM);
+        // What is written to mapped memory is not noticed, and so not sent again.
+        let is_vram = is_vram && !guard.device.abilities.pre_copy;
         let mappable = is_vram.then(|| sparse_mmap(guard.device.vram.bytes()));
         let mappable = mappable.unwrap_or_default();
         let needed = INFO_BYTES + u32::try_from(mappable.len()).map_err(|_| Errno::OVERFLOW)?;

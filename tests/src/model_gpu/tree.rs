@@ -200,7 +200,7 @@ impl Tree {
                 partitions: count,
             };
             let socket = self.root.join(format!("vf{partition}.sock"));
-            let server = Server::start_with(&socket, shape, self.abilities)?;
+            let server = Server::start_with(&socket, shape, self.abilities.clone())?;
             self.partitions.push(server);
         }
         // The links come last, in their order: who sees the last one sees all.

@@ -4,13 +4,19 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::pages::Pages;
 
 /// Video memory.
 #[derive(Debug)]
 pub(super) struct Vram {
     file: File,
     bytes: u64,
+    /// What was written since it was asked for; `None`: nobody asks. What a client writes that has the
+    /// memory mapped is not in it.
+    written: Option<Pages>,
 }
 
 impl Vram {
@@ -22,7 +28,11 @@ impl Vram {
         // Who maps it must not be able to take it away.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals)?;
-        Ok(Self { file, bytes })
+        Ok(Self {
+            file,
+            bytes,
+            written: None,
+        })
     }
 
     /// How much there is.
@@ -35,8 +45,30 @@ impl Vram {
         &self.file
     }
 
-    /// Makes it all zero, for those who have it mapped, too.
-    pub(super) fn clear(&self) -> io::Result<()> {
+    /// Begins to note what is written: all of it, to begin with.
+    pub(super) fn watch(&mut self) {
+        self.written = Some(Pages::all(self.bytes));
+    }
+
+    /// Nobody asks any more.
+    pub(super) fn forget_writes(&mut self) {
+        self.written = None;
+    }
+
+    /// What was written and not taken since.
+    pub(super) fn written(&mut self) -> Option<&mut Pages> {
+        self.written.as_mut()
+    }
+
+    /// Makes it all zero, for those who have it mapped, too. Where nothing was written, nothing is done.
+    pub(super) fn clear(&mut self) -> io::Result<()> {
+        if let Some(written) = &mut self.written {
+            *written = Pages::all(self.bytes);
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Data(0)) {
+            Err(Errno::NXIO) => return Ok(()),
+            found => found?,
+        };
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(&self.file, hole, 0, self.bytes)?)
     }
@@ -51,14 +83,18 @@ impl Vram {
 
     /// Reads; what lies behind the end reads as 0.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        data.fill(0);
-        let inside = self.inside(offset, data.len());
-        self.file.read_exact_at(&mut data[..inside], offset)
+        let (inside, behind) = data.split_at_mut(self.inside(offset, data.len()));
+        behind.fill(0);
+        self.file.read_exact_at(inside, offset)
     }
 
     /// Writes; what lies behind the end is dropped.
-    pub(super) fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    pub(super) fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         let inside = self.inside(offset, data.len());
+        if let Some(written) = &mut self.written {
+            // Also what is written only in part, and then fails.
+            written.insert(offset, inside as u64);
+        }
         self.file.write_all_at(&data[..inside], offset)
     }
 

@@ -71,20 +71,19 @@ impl Header {
         self.flags & FLAG_NO_REPLY == 0
     }
 
-    /// The whole answer.
-    pub(super) fn reply(&self, outcome: Result<&[u8], Errno>) -> Vec<u8> {
+    /// What stands before an answer of so many bytes, or is all of it.
+    pub(super) fn reply(&self, outcome: Result<usize, Errno>) -> Vec<u8> {
         let (body, flags, error) = match outcome {
             Ok(body) => (body, TYPE_REPLY, 0),
-            Err(errno) => (&[][..], TYPE_REPLY | FLAG_ERROR, errno.raw_os_error()),
+            Err(errno) => (0, TYPE_REPLY | FLAG_ERROR, errno.raw_os_error()),
         };
-        let len = u32::try_from(HEADER_BYTES + body.len()).unwrap_or(MESSAGE_MAX);
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+        let len = u32::try_from(HEADER_BYTES + body).unwrap_or(MESSAGE_MAX);
+        let mut bytes = Vec::with_capacity(HEADER_BYTES);
         bytes.extend(self.id.to_le_bytes());
         bytes.extend(self.command.to_le_bytes());
         bytes.extend(len.to_le_bytes());
         bytes.extend(flags.to_le_bytes());
         bytes.extend(error.to_le_bytes());
-        bytes.extend(body);
         bytes
     }
 }

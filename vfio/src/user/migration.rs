@@ -102,6 +102,7 @@ impl VfioMigration for UserMigration {
         get(&self.connection, FEATURE_MIG_DATA_SIZE)
     }
 
+    /// The protocol has no message for it; [`data_size`](Self::data_size) tells as much.
     fn pre_copy_info(&self) -> Result<PreCopyInfo, BackendError> {
         Err(BackendError::Absent("word for what is left of its state"))
     }
@@ -114,7 +115,15 @@ impl VfioMigration for UserMigration {
             argsz: u32::try_from(room).unwrap_or(u32::MAX),
             size: u32::try_from(wanted).unwrap_or(u32::MAX),
         };
-        let reply = ask(&self.connection, command, request.encode(&[]), room)?;
+        let reply = match ask(&self.connection, command, request.encode(&[]), room) {
+            // As VFIO says it in PRE_COPY; the protocol has no word for it.
+            Err(BackendError::Refused { source, .. })
+                if source.raw_os_error() == Some(libc::ENOMSG) =>
+            {
+                return Ok(0);
+            }
+            reply => reply?,
+        };
         let read = MigData::decode(&reply.payload).and_then(|(answer, data)| {
             let expected = size_of::<MigData>() + answer.size as usize;
             match buf.get_mut(..data.len()) {

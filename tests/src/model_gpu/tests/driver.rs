@@ -15,7 +15,7 @@ use rustix::fs::MemfdFlags;
 use vfio_user::Client;
 
 use crate::harness::scratch::Scratch;
-use crate::model_gpu::{Abilities, DmaLogging, Server, Shape};
+use crate::model_gpu::{Abilities, DmaLogging, Fault, Server, Shape};
 
 pub(super) const MIB: u64 = 1 << 20;
 
@@ -48,16 +48,37 @@ impl Stand {
     }
 
     pub(super) fn with(vram_bytes: u64, dma_log: DmaLogging) -> Self {
+        let abilities = Abilities {
+            dma_log,
+            ..Abilities::default()
+        };
+        Self::able_to(vram_bytes, abilities)
+    }
+
+    pub(super) fn with_pre_copy(vram_bytes: u64) -> Self {
+        let abilities = Abilities {
+            pre_copy: true,
+            ..Abilities::default()
+        };
+        Self::able_to(vram_bytes, abilities)
+    }
+
+    /// One that fails as the program's option says.
+    pub(super) fn with_faults(text: &str) -> Self {
+        let abilities = Abilities {
+            faults: Fault::parse_all(text).unwrap(),
+            ..Abilities::default()
+        };
+        Self::able_to(4 * MIB, abilities)
+    }
+
+    fn able_to(vram_bytes: u64, abilities: Abilities) -> Self {
         let scratch = Scratch::new().unwrap();
         let path = scratch.join("gpu");
         let shape = Shape {
             vram_bytes,
             partition: 0,
             partitions: 1,
-        };
-        let abilities = Abilities {
-            dma_log,
-            ..Abilities::default()
         };
         Self {
             server: Server::start_with(&path, shape, abilities).unwrap(),

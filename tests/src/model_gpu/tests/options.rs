@@ -36,7 +36,15 @@ fn writes_are_logged_as_asked_for() {
         }
     }
     let options = parse("--socket /a --migration off").unwrap().unwrap();
-    assert!(!options.abilities.migration);
+    assert!(!options.abilities.migration && !options.abilities.pre_copy);
+    let words = "--socket /a --pre-copy on --fail stop-to-stop-copy,resuming-to-stop=error,read";
+    let options = parse(words).unwrap().unwrap();
+    assert!(options.abilities.migration && options.abilities.pre_copy);
+    assert_eq!(options.abilities.faults.len(), 3);
+    for wrong in ["stop", "stop-to-nowhere", "read=stop", ""] {
+        let words = format!("--socket /a --fail {wrong}");
+        assert!(parse(&words).is_err(), "{wrong}");
+    }
 }
 
 #[test]

@@ -66,6 +66,26 @@ fn states_are_taken_and_given() {
 }
 
 #[test]
+fn a_server_may_say_as_vfio_does_that_there_is_nothing_at_present() {
+    let says = |errno| Script {
+        fault: Some((Command::MigDataRead, 0, Fault::Refuse(errno))),
+        ..script(MIGRATION_STOP_COPY | MIGRATION_PRE_COPY)
+    };
+    let read = |script| {
+        let function = connect(script);
+        let device = function.migration().unwrap();
+        go_to(device, MigrationState::PreCopy).unwrap();
+        let read = device.read_data(&mut [0; 7]);
+        assert_eq!(function.lost(), None);
+        read
+    };
+    const ENOMSG: u32 = 42;
+    assert_eq!(read(says(ENOMSG)).unwrap(), 0);
+    let error = read(says(5)).unwrap_err();
+    assert!(matches!(error, BackendError::Refused { .. }), "{error}");
+}
+
+#[test]
 fn functions_without_it_are_told_by_their_answer() {
     for script in [Script::default(), script(0), script(MIGRATION_PRE_COPY)] {
         let function = connect(script);
