@@ -279,9 +279,9 @@ fn state_is_read_while_the_device_computes_and_what_it_wrote_since_again() {
     assert!(device.features().pre_copy);
     begin(&first, &memory, MANY_ROUNDS);
     go_to(device, MigrationState::PreCopy).unwrap();
-    let done = register(&first, registers::STEPS_DONE);
     let mut state = read_on(device, 16 * MIB);
     assert!(state.len() as u64 >= 16 * MIB, "{}", state.len());
+    let done = register(&first, registers::STEPS_DONE);
     let deadline = Instant::now() + LIMIT;
     while register(&first, registers::STEPS_DONE) < done + WORDS as u64 {
         assert!(Instant::now() < deadline, "it stands still");
