@@ -10,7 +10,7 @@ MIGRATIONS ?= 100
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo demo-gpu test test-unit test-kvm test-migrate-long test-lab test-fuzz bench bench-migrate fuzz \
+.PHONY: help deps build demo demo-gpu test test-unit test-kvm test-migrate-long test-lab test-fuzz bench bench-migrate bench-gpu-migrate fuzz \
         lint deny doc openapi ci install
 
 help: ## List the commands
@@ -64,6 +64,10 @@ bench: build ## Compare with QEMU and print the ratios
 bench-migrate: build ## Compare live migration with QEMU's; docs/benchmarks.md gets the table
 	$(CARGO) build --locked --package tests --bins
 	target/debug/bench migrate --docs docs/benchmarks.md
+
+bench-gpu-migrate: build ## Move VMs with model GPUs, beside plain sockets; docs/benchmarks.md gets the table
+	$(CARGO) build --release --locked --package tests --bins
+	target/release/bench gpu-migrate --docs docs/benchmarks.md
 
 lint: ## Formatting and clippy, warnings are errors; systemd units
 	$(CARGO) fmt --all --check

@@ -5,6 +5,7 @@
 
 mod block;
 mod figure;
+pub mod gpu;
 mod memory;
 pub mod migrate;
 mod net;
@@ -29,7 +30,7 @@ Usage: bench [--only NAME]... [--rounds N] [--ms N] [--json FILE]
   --ms N        how long each operation of a round runs (default 400)
   --json FILE   write the figures there, too
 
-`bench migrate` compares live migration; see `bench migrate --help`.
+`bench migrate` compares live migration; see `bench migrate --help`. `bench gpu-migrate` moves VMs with model GPUs.
 ";
 
 /// What to measure, and how long.

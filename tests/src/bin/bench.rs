@@ -3,12 +3,15 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-use tests::bench::{Options, USAGE, migrate, print_table, run};
+use tests::bench::{Options, USAGE, gpu, migrate, print_table, run};
 
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1).peekable();
     if words.next_if(|word| word == "migrate").is_some() {
         return bench_migrate(words);
+    }
+    if words.next_if(|word| word == "gpu-migrate").is_some() {
+        return bench_gpu_migrate(words);
     }
     let options = match Options::parse(words) {
         Ok(Some(options)) => options,
@@ -46,6 +49,27 @@ fn bench_migrate(words: impl Iterator<Item = String>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench migrate: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench_gpu_migrate(words: impl Iterator<Item = String>) -> ExitCode {
+    let options = match gpu::Options::parse(words) {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            print!("{}", gpu::USAGE);
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprint!("bench gpu-migrate: {error:#}\n\n{}", gpu::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    match gpu::run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench gpu-migrate: {error:#}");
             ExitCode::FAILURE
         }
     }

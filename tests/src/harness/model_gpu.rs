@@ -128,7 +128,7 @@ impl ModelGpu {
         send_signal(&self.child, signal)
     }
 
-    /// The video memory that the function on the socket has for its client now.
+    /// The video memory that the function on the socket has for its client now, to be read and written.
     ///
     /// # Errors
     /// When it cannot be found.
@@ -142,7 +142,7 @@ impl ModelGpu {
                 .to_string_lossy()
                 .starts_with("/memfd:model-gpu-vram")
             {
-                found.push(File::open(&path)?);
+                found.push(File::options().read(true).write(true).open(&path)?);
             }
         }
         ensure!(found.len() == 1, "{} video memories", found.len());

@@ -25,7 +25,7 @@ const SOCKET_WARM_UP: Duration = Duration::from_millis(200);
 
 /// Which end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(in crate::bench) enum End {
     Source,
     Destination,
 }
@@ -33,7 +33,7 @@ pub(super) enum End {
 /// Two ends that TCP connects: one namespace with its loopback, or two joined by a veth pair that
 /// is limited to a rate.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(in crate::bench) struct Link {
     source: Namespace,
     destination: Option<Namespace>,
 }
@@ -89,7 +89,7 @@ impl Link {
     ///
     /// # Errors
     /// When namespaces cannot be made.
-    pub(super) fn loopback() -> anyhow::Result<Self> {
+    pub(in crate::bench) fn loopback() -> anyhow::Result<Self> {
         Ok(Self {
             source: Namespace::new()?,
             destination: None,
@@ -100,7 +100,7 @@ impl Link {
     ///
     /// # Errors
     /// When namespaces, veth or tbf are not to be had.
-    pub(super) fn limited(gbit: u64) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn limited(gbit: u64) -> anyhow::Result<Self> {
         let (source, destination) = (Namespace::new()?, Namespace::new()?);
         let peer = destination.pid();
         let veth = format!("link add {WIRE} type veth peer name {WIRE} netns {peer}");
@@ -121,7 +121,7 @@ impl Link {
     }
 
     /// Where the destination listens.
-    pub(super) fn address(&self) -> IpAddr {
+    pub(in crate::bench) fn address(&self) -> IpAddr {
         match self.destination {
             Some(_) => DESTINATION.into(),
             None => Ipv4Addr::LOCALHOST.into(),
@@ -136,7 +136,7 @@ impl Link {
     }
 
     /// The program and arguments that run what follows at `end`.
-    pub(super) fn wrapper(&self, end: End) -> Vec<String> {
+    pub(in crate::bench) fn wrapper(&self, end: End) -> Vec<String> {
         let pid = self.namespace(end).pid();
         vec!["nsenter".to_owned(), format!("--net=/proc/{pid}/ns/net")]
     }
@@ -146,7 +146,7 @@ impl Link {
     ///
     /// # Errors
     /// When the kernel does not tell.
-    pub(super) fn sent_bytes(&self) -> anyhow::Result<u64> {
+    pub(in crate::bench) fn sent_bytes(&self) -> anyhow::Result<u64> {
         let device = self.destination.as_ref().map_or("lo", |_| WIRE);
         let path = format!("/proc/{}/net/dev", self.source.pid());
         let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
@@ -168,7 +168,24 @@ impl Link {
     ///
     /// # Errors
     /// When they do not connect.
-    pub(super) fn plain_rate(&self, streams: usize, time: Duration) -> anyhow::Result<f64> {
+    pub(in crate::bench) fn plain_rate(
+        &self,
+        streams: usize,
+        time: Duration,
+    ) -> anyhow::Result<f64> {
+        self.plain_rate_by(streams, time, SOCKET_CALL_BYTES)
+    }
+
+    /// The same with so many bytes at a time.
+    ///
+    /// # Errors
+    /// As [`Link::plain_rate`].
+    pub(in crate::bench) fn plain_rate_by(
+        &self,
+        streams: usize,
+        time: Duration,
+        call_bytes: usize,
+    ) -> anyhow::Result<f64> {
         let bind = || Ok(TcpListener::bind(SocketAddr::new(self.address(), 0))?);
         let listener = netns::within(self.namespace(End::Destination).pid(), bind)?;
         let to = listener.local_addr()?;
@@ -182,8 +199,8 @@ impl Link {
         let received = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for (sender, receiver) in &pairs {
-                scope.spawn(|| send(sender, &stop));
-                scope.spawn(|| receive(receiver, &received));
+                scope.spawn(|| send(sender, &stop, call_bytes));
+                scope.spawn(|| receive(receiver, &received, call_bytes));
             }
             // The buffers are written first, which takes its time on a busy machine.
             let count = || received.load(Ordering::Relaxed);
@@ -204,10 +221,10 @@ impl Link {
 }
 
 /// Sends until it is told to stop; the end of the stream ends the receiver.
-fn send(mut socket: &TcpStream, stop: &AtomicBool) {
+fn send(mut socket: &TcpStream, stop: &AtomicBool, call_bytes: usize) {
     use std::io::Write;
     let data = vec![0x5a_u8; SOCKET_BUFFER_BYTES];
-    for chunk in data.chunks(SOCKET_CALL_BYTES).cycle() {
+    for chunk in data.chunks(call_bytes).cycle() {
         if stop.load(Ordering::Relaxed) || socket.write_all(chunk).is_err() {
             break;
         }
@@ -216,11 +233,11 @@ fn send(mut socket: &TcpStream, stop: &AtomicBool) {
     let _ = socket.shutdown(std::net::Shutdown::Write);
 }
 
-fn receive(mut socket: &TcpStream, received: &AtomicU64) {
+fn receive(mut socket: &TcpStream, received: &AtomicU64, call_bytes: usize) {
     use std::io::Read;
     let mut data = vec![0x5a_u8; SOCKET_BUFFER_BYTES];
     loop {
-        for chunk in data.chunks_mut(SOCKET_CALL_BYTES) {
+        for chunk in data.chunks_mut(call_bytes) {
             match socket.read(chunk) {
                 Ok(count @ 1..) => received.fetch_add(count as u64, Ordering::Relaxed),
                 _ => return,

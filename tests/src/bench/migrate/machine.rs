@@ -6,11 +6,22 @@ use anyhow::Context;
 
 use crate::bench::peer::QEMU;
 
-/// What a reader must know to place absolute numbers.
+/// What a reader must know to place absolute numbers, QEMU's version included.
 ///
 /// # Errors
 /// When the kernel does not tell.
-pub(super) fn describe() -> anyhow::Result<String> {
+pub(in crate::bench) fn describe() -> anyhow::Result<String> {
+    let qemu = Command::new(QEMU).arg("--version").output()?.stdout;
+    let qemu = String::from_utf8_lossy(&qemu).into_owned();
+    let qemu = qemu.split_whitespace().nth(3).unwrap_or("unknown");
+    Ok(format!("{}, QEMU {qemu}.", describe_host()?))
+}
+
+/// The same without QEMU, and without a full stop.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub(in crate::bench) fn describe_host() -> anyhow::Result<String> {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
     let field = |name: &str| {
         let line = cpuinfo.lines().find(|line| line.starts_with(name));
@@ -35,11 +46,8 @@ pub(super) fn describe() -> anyhow::Result<String> {
         .context("/proc/meminfo has no MemTotal")?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let release: Vec<&str> = release.trim().splitn(3, '.').take(2).collect();
-    let qemu = Command::new(QEMU).arg("--version").output()?.stdout;
-    let qemu = String::from_utf8_lossy(&qemu).into_owned();
-    let qemu = qemu.split_whitespace().nth(3).unwrap_or("unknown");
     Ok(format!(
-        "{cpus} CPUs ({model}), {} GiB of memory, {place}, Linux {}, QEMU {qemu}.",
+        "{cpus} CPUs ({model}), {} GiB of memory, {place}, Linux {}",
         (kib + (1 << 19)) >> 20,
         release.join(".")
     ))

@@ -7,13 +7,13 @@
 mod cases;
 mod drover;
 mod guest;
-mod link;
-mod machine;
+pub(super) mod link;
+pub(super) mod machine;
 mod moves;
 mod qemu;
 mod qmp;
-mod table;
-mod watch;
+pub(super) mod table;
+pub(super) mod watch;
 
 use std::path::PathBuf;
 
@@ -126,7 +126,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             "{} Medians of {rounds} rounds.{quick}",
             machine::describe()?
         );
-        table::write_document(path, &head, &rows)?;
+        table::write_document(("bench-migrate", path), &head, &rows)?;
     }
     Ok(())
 }

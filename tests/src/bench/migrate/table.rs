@@ -11,7 +11,7 @@ use crate::bench::figure::median;
 /// What a value should be.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Bar {
+pub(in crate::bench) enum Bar {
     /// Drover's over the other's, at most.
     RatioAtMost(f64),
     /// Drover's own, at most.
@@ -26,37 +26,37 @@ pub(super) enum Bar {
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// The case.
-    pub(super) case: String,
+    pub(in crate::bench) case: String,
     /// What.
-    pub(super) what: String,
+    pub(in crate::bench) what: String,
     /// In what.
-    pub(super) unit: &'static str,
+    pub(in crate::bench) unit: &'static str,
     /// Drover's, the median of all rounds, those without an end the longest; `None`: most came to
     /// none.
-    pub(super) drover: Option<f64>,
+    pub(in crate::bench) drover: Option<f64>,
     /// What it is compared with.
-    pub(super) other: Option<Other>,
+    pub(in crate::bench) other: Option<Other>,
     /// The median of the ratios of neighbouring rounds, 0 where only the other came to no end.
-    pub(super) ratio: Option<f64>,
+    pub(in crate::bench) ratio: Option<f64>,
     /// What it should be.
-    pub(super) bar: Bar,
+    pub(in crate::bench) bar: Bar,
     /// Whether it is; absent without a bar.
-    pub(super) met: Option<bool>,
+    pub(in crate::bench) met: Option<bool>,
 }
 
 /// What Drover's value is compared with.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Other {
+pub(in crate::bench) struct Other {
     /// How it was made.
-    pub(super) name: String,
+    pub(in crate::bench) name: String,
     /// The median of all rounds; `None`: most came to no end.
-    pub(super) value: Option<f64>,
+    pub(in crate::bench) value: Option<f64>,
 }
 
 /// Values of one contender, round by round; `None`: that round came to no end.
-pub(super) struct Series {
-    pub(super) name: String,
-    pub(super) values: Vec<Option<f64>>,
+pub(in crate::bench) struct Series {
+    pub(in crate::bench) name: String,
+    pub(in crate::bench) values: Vec<Option<f64>>,
 }
 
 impl Series {
@@ -91,7 +91,7 @@ fn ended(value: f64) -> Option<f64> {
 impl Row {
     /// Drover's `series` against the best of `others`, the one with the lowest median, if there are
     /// any.
-    pub(super) fn against(
+    pub(in crate::bench) fn against(
         (case, what, unit): (&str, &str, &'static str),
         series: &Series,
         others: &[Series],
@@ -172,7 +172,7 @@ impl Row {
 const HEAD: [&str; 7] = ["", "Drover", "compared with", "ratio", "unit", "bar", ""];
 
 /// Prints all rows, for people.
-pub(super) fn print(rows: &[Row]) {
+pub(in crate::bench) fn print(rows: &[Row]) {
     let lines: Vec<[String; 7]> = std::iter::once(HEAD.map(str::to_owned))
         .chain(rows.iter().map(Row::cells))
         .collect();
@@ -191,28 +191,31 @@ pub(super) fn print(rows: &[Row]) {
     }
 }
 
-/// Marks in a document, between which the table stands.
-const MARKS: [&str; 2] = [
-    "<!-- bench-migrate: begin -->",
-    "<!-- bench-migrate: end -->",
-];
-
-/// Puts `head` and the table where the document at `path` has its marks.
+/// Puts `head` and the table where the document at `path` has the marks of this benchmark.
 ///
 /// # Errors
 /// When it has none, or cannot be written.
-pub(super) fn write_document(path: &Path, head: &str, rows: &[Row]) -> anyhow::Result<()> {
+pub(in crate::bench) fn write_document(
+    (bench, path): (&str, &Path),
+    head: &str,
+    rows: &[Row],
+) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(path);
     let text = text.with_context(|| format!("cannot read {}", path.display()))?;
-    let new = replaced(&text, &format!("{head}\n\n{}", markdown(rows)));
-    let new = new.with_context(|| format!("{} has no {}", path.display(), MARKS[0]))?;
+    let new = replaced(bench, &text, &format!("{head}\n\n{}", markdown(rows)));
+    let new = new.with_context(|| format!("{} has no marks of {bench}", path.display()))?;
     std::fs::write(path, new).with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn replaced(text: &str, table: &str) -> Option<String> {
-    let [begin, end] = MARKS;
-    let (before, rest) = text.split_once(begin)?;
-    let (_, after) = rest.split_once(end)?;
+/// Marks in a document, between which the table stands.
+fn marks(bench: &str) -> [String; 2] {
+    ["begin", "end"].map(|which| format!("<!-- {bench}: {which} -->"))
+}
+
+fn replaced(bench: &str, text: &str, table: &str) -> Option<String> {
+    let [begin, end] = marks(bench);
+    let (before, rest) = text.split_once(&begin)?;
+    let (_, after) = rest.split_once(&end)?;
     Some(format!("{before}{begin}\n{table}{end}{after}"))
 }
 
@@ -236,7 +239,7 @@ fn readable(value: f64) -> String {
 
 /// For arithmetic; what is measured here is far below 2^53.
 #[allow(clippy::cast_precision_loss)]
-pub(super) fn number(value: u64) -> f64 {
+pub(in crate::bench) fn number(value: u64) -> f64 {
     value as f64
 }
 
@@ -313,12 +316,12 @@ mod tests {
 
     #[test]
     fn table_goes_between_the_marks_again_and_again() {
-        let [begin, end] = MARKS;
+        let [begin, end] = marks("bench-this");
         let page = format!("# Title\n{begin}\nold\n{end}\nrest\n");
-        let once = replaced(&page, "new\n").unwrap();
+        let once = replaced("bench-this", &page, "new\n").unwrap();
         assert_eq!(once, format!("# Title\n{begin}\nnew\n{end}\nrest\n"));
-        assert_eq!(replaced(&once, "new\n").as_ref(), Some(&once));
-        assert_eq!(replaced("no marks", "new\n"), None);
+        assert_eq!(replaced("bench-this", &once, "new\n").as_ref(), Some(&once));
+        assert_eq!(replaced("bench-other", &page, "new\n"), None);
         let rows = [Row::against(
             NAMES,
             &series("drover", &[1.0]),

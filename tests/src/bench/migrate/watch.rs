@@ -19,24 +19,26 @@ const VCPU_THREADS: [&str; 2] = ["vcpu", "CPU "];
 const RESUME_LIMIT: Duration = Duration::from_secs(10);
 
 /// Finds the guest's memory in a process.
-pub(super) type Find = Box<dyn Fn(u32) -> anyhow::Result<GuestMemory> + Send>;
+pub(in crate::bench) type Find = Box<dyn Fn(u32) -> anyhow::Result<GuestMemory> + Send>;
 
 /// A thread that watches two processes until it is told that the migration is over.
-pub(super) struct Watch {
+pub(in crate::bench) struct Watch {
     over: Arc<AtomicBool>,
     thread: JoinHandle<anyhow::Result<Seen>>,
 }
 
 /// What it has seen.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Seen {
+pub(in crate::bench) struct Seen {
     /// From the last heartbeat on the source to the first one on the destination; `None`: the
     /// guest did not go on there.
-    pub(super) blackout: Option<Duration>,
+    pub(in crate::bench) blackout: Option<Duration>,
     /// Most memory of the source that no file holds, over what it was before.
-    pub(super) source_growth_bytes: f64,
+    pub(in crate::bench) source_growth_bytes: f64,
+    /// The same of the destination, until the guest went on there.
+    pub(in crate::bench) destination_growth_bytes: f64,
     /// Seconds of CPU on both sides, those of vCPUs excepted.
-    pub(super) cpu_seconds: f64,
+    pub(in crate::bench) cpu_seconds: f64,
 }
 
 impl Watch {
@@ -44,7 +46,11 @@ impl Watch {
     ///
     /// # Errors
     /// When the source has no guest.
-    pub(super) fn start(source: u32, destination: u32, find: Find) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn start(
+        source: u32,
+        destination: u32,
+        find: Find,
+    ) -> anyhow::Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
         let watcher = Watcher {
             over: Arc::clone(&over),
@@ -61,7 +67,7 @@ impl Watch {
     ///
     /// # Errors
     /// When the processes could not be watched.
-    pub(super) fn finish(self) -> anyhow::Result<Seen> {
+    pub(in crate::bench) fn finish(self) -> anyhow::Result<Seen> {
         self.over.store(true, Ordering::Relaxed);
         match self.thread.join() {
             Ok(seen) => seen,
@@ -94,6 +100,7 @@ impl Watcher {
             beats.see(Instant::now(), here, there);
             if look % LOOKS_PER_SAMPLE == 0 {
                 self.source.sample();
+                self.destination.sample();
                 if arrived.is_none() {
                     arrived = (self.find)(self.destination.pid).ok();
                 }
@@ -116,6 +123,7 @@ impl Watcher {
         Ok(Seen {
             blackout: beats.blackout(),
             source_growth_bytes: self.source.growth_bytes(),
+            destination_growth_bytes: self.destination.growth_bytes(),
             cpu_seconds: self.source.cpu_seconds()? + self.destination.cpu_seconds()?,
         })
     }
