@@ -59,8 +59,12 @@ impl AssignedFunction {
         if matches!(error, MoveError::Absent) {
             return;
         }
-        let chain = chain(&error);
-        log::error!(device:% = self.id, error = chain.as_str(); "an assigned device does not run: reset it or the VM");
+        self.has_failed(&chain(&error));
+    }
+
+    /// Whoever listens is told.
+    fn has_failed(&self, why: &str) {
+        log::error!(device:% = self.id, error = why; "an assigned device does not run: reset it or the VM");
         if let Some(hook) = &self.hook {
             hook(HostNotice::Error);
         }
@@ -197,14 +201,23 @@ impl AssignedFunction {
         Ok(self.migration()?.read_data(buf)?)
     }
 
-    /// Its state is not read any more. It runs where it ran, and stands still where it stood still.
+    /// Its state is not read any more. It runs where it ran, and stands still where it stood still; of one
+    /// that has failed meanwhile, whoever listens is told.
     ///
     /// # Errors
     /// [`MoveError`].
     pub fn end_copy(&self) -> Result<(), MoveError> {
         let mut turn = self.turn.lock();
         turn.has_begun = false;
-        Ok(close_session(self.migration()?)?)
+        let device = self.migration()?;
+        close_session(device)?;
+        let state = device.state().map_err(TransitionError::State)?;
+        drop(turn);
+        // Its machine may run on without having been paused: nobody else would say so.
+        if state == MigrationState::Error {
+            self.has_failed("it is in ERROR");
+        }
+        Ok(())
     }
 
     /// Gives it the next part of another's state. The machine has not run yet.
