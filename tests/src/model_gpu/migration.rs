@@ -150,7 +150,8 @@ impl Device {
             State::PreCopy => Migration::PreCopy(self.begin_stream()),
             State::StopCopy => Migration::StopCopy(self.begin_stream()),
             State::Resuming => {
-                self.reset()?;
+                // All of video memory comes with the state.
+                self.state = state::State::new(&self.shape.bars());
                 Migration::Resuming(Incoming::new(&self.vram))
             }
             State::Error => return Err(invalid()),
