@@ -10,11 +10,11 @@ MIGRATIONS ?= 100
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo demo-gpu test test-unit test-kvm test-migrate-long test-lab test-fuzz bench bench-migrate bench-gpu-migrate fuzz \
+.PHONY: help deps build demo demo-gpu test test-unit test-kvm test-migrate-long test-gpu-migrate-long test-lab test-fuzz bench bench-migrate bench-gpu-migrate fuzz \
         lint deny doc openapi ci install
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-23s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that building and testing need
 	@packaging/install-packages.sh packaging/packages-build.txt packaging/packages-test.txt \
@@ -46,6 +46,10 @@ test-kvm: build ## Tests on this machine's /dev/kvm
 test-migrate-long: build ## Migrations by the hundred, and 200 kills of either side (minutes)
 	DROVER_MIGRATIONS=$(MIGRATIONS) DROVER_KILLS=$(KILLS) $(CARGO) test --locked --package tests \
 	    --test kvm_migrate --test kvm_migrate_kill
+
+test-gpu-migrate-long: build ## Moves of VMs with model GPUs by the dozen, and with 2 GiB of video memory (minutes)
+	DROVER_GPU_MIGRATIONS=50 $(CARGO) test --locked --package tests --test kvm_migrate_gpu --test kvm_migrate_gpu_faults
+	DROVER_GPU_MIGRATIONS=5 DROVER_GPU_VRAM_MIB=2048 $(CARGO) test --locked --package tests --test kvm_migrate_gpu many
 
 test-lab: build ## Real Linux guests in a nested lab under QEMU's software emulation
 	$(CARGO) build --locked --package tests --bins

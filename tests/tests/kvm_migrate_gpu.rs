@@ -1,7 +1,7 @@
 //! Live migration of VMs with assigned GPUs (`docs/gpu-migration.md`): the guest computes on, on
 //! another device, with what the first one had.
 //!
-//! `DROVER_GPU_MIGRATIONS=50` makes the chain longer.
+//! `DROVER_GPU_MIGRATIONS=50` makes the chain longer, `DROVER_GPU_VRAM_MIB=2048` its video memory larger.
 
 use std::time::Instant;
 
@@ -60,24 +60,30 @@ fn computations_go_on_through_many_moves() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let first = ModelGpu::on(&ground, "gpu", "64M")?;
-    let mut vm = at_work(&ground, "vm", &[&first])?;
-    // Those before serve nobody any more.
-    let mut gpus = vec![first];
+    let vram_mib = repetitions("DROVER_GPU_VRAM_MIB", 64)?;
+    let vram = format!("{vram_mib}M");
+    let mut gpu = ModelGpu::on(&ground, "gpu", &vram)?;
+    let mut vm = at_work(&ground, "vm", &[&gpu])?;
     for number in 1..=repetitions("DROVER_GPU_MIGRATIONS", 5)? {
-        let next = ModelGpu::on(&ground, &format!("gpu{number}"), "64M")?;
+        let next = ModelGpu::on(&ground, &format!("gpu{number}"), &vram)?;
         let place = place(&ground, &format!("vm{number}"), &[&next]);
-        let (moved, report) = hop(&place, vm).with_context(|| format!("move {number}"))?;
+        let (moved, report) = hop_with(&place, vm, &["--max-downtime", "60s"])
+            .with_context(|| format!("move {number}"))?;
         let pages = report["blackout"]["pages"].as_u64();
         // The device says which it has written.
         ensure!(
             pages.is_some_and(|pages| pages < MEMORY_PAGES / 4),
             "{report}"
         );
-        ensure!(report["device_bytes"].as_u64() > Some(64 << 20), "{report}");
+        let vram_bytes = u64::from(vram_mib) << 20;
+        ensure!(
+            report["device_bytes"].as_u64() > Some(vram_bytes),
+            "{report}"
+        );
         vm = moved;
         works_on(&vm).with_context(|| format!("after move {number}"))?;
-        gpus.push(next);
+        // The one before serves nobody any more.
+        drop(std::mem::replace(&mut gpu, next));
     }
     finish(vm)
 }
