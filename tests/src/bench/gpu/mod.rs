@@ -165,16 +165,25 @@ fn rows_of(case: Case, moves: &[Move]) -> Vec<Row> {
             Bar::None,
         ),
         alone("total", "ms", &|moved| moved.total_ms, Bar::None),
+        alone(
+            "CPU of both sides and of the GPUs' servers, without vCPUs and computations",
+            "s/GiB",
+            &|moved| moved.cpu_seconds / (moved.device_bytes / MIB / 1024.0),
+            Bar::None,
+        ),
     ]
 }
 
+/// Something of a move.
+type Value = fn(&Move) -> f64;
+
 fn growth_rows(pre_copy: &str, small: &[Move], large: &[Move]) -> Vec<Row> {
     let name = format!("pre-copy {pre_copy}");
-    let sides: [(&str, fn(&Move) -> f64); 2] = [
+    let sides: [(&str, Value); 2] = [
         ("source's", |moved| moved.source_growth_bytes),
         ("destination's", |moved| moved.destination_growth_bytes),
     ];
-    let row = |(side, growth): (&str, fn(&Move) -> f64)| {
+    let row = |(side, growth): (&str, Value)| {
         let what = format!("{side} memory besides the guest's, more for the larger video memory");
         let of_pairs = small.iter().zip(large);
         let values = of_pairs.map(|(small, large)| Some((growth(large) - growth(small)) / MIB));
@@ -211,6 +220,7 @@ mod tests {
             blackout_ms: 30.0,
             last_bytes: 10e6,
             plain_rate: 1e9,
+            device_bytes: 10e6,
             ..Move::default()
         };
         let judged = |pre_copy| {

@@ -14,6 +14,7 @@ use crate::harness::computing::{self, LONG_JOB, finish, works_on};
 use crate::harness::ground::Ground;
 use crate::harness::model_gpu::ModelGpu;
 use crate::harness::moving::{Place, migrate};
+use crate::harness::proc::{ProcessView, TICKS_PER_SECOND};
 use crate::harness::ram::GuestMemory;
 use crate::harness::vm::{SOON, Vm};
 
@@ -22,6 +23,7 @@ const PLAIN_TIME: Duration = Duration::from_millis(500);
 const PLAIN_BYTES: usize = 256 << 10;
 /// What the guest has for itself at both ends of video memory.
 const GUESTS_BYTES: u64 = 1 << 20;
+
 /// What is touched besides video memory.
 const VMM_MIB: u64 = 256;
 
@@ -50,6 +52,10 @@ pub(super) struct Move {
     pub(super) last_bytes: f64,
     /// Bytes per second.
     pub(super) plain_rate: f64,
+    /// Seconds of CPU of both VMMs and both model GPUs, without those of the vCPU and of computations.
+    pub(super) cpu_seconds: f64,
+    /// Bytes of the device, all of them.
+    pub(super) device_bytes: f64,
     pub(super) source_growth_bytes: f64,
     pub(super) destination_growth_bytes: f64,
 }
@@ -77,7 +83,7 @@ pub(super) fn measure(ground: &Ground, case: Case, moves: usize) -> anyhow::Resu
         let next = start_gpu(ground, case, number)?;
         let device = format!("device0={}", next.device());
         let place = Place::new(ground, &name(number)).args(&["--device", &device]);
-        let (moved, of_move) = one(&link, case, vm, &place)?;
+        let (moved, of_move) = one(&link, case, vm, &place, [&gpu, &next])?;
         eprintln!(
             "bench:   move {number}: {:.1} ms of blackout, {:.1} by plain sockets",
             of_move.blackout_ms,
@@ -118,14 +124,32 @@ fn fill(gpu: &ModelGpu, case: Case) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn one(link: &Link, case: Case, mut vm: Vm, place: &Place<'_>) -> anyhow::Result<(Vm, Move)> {
+/// Seconds of CPU of model GPUs so far, without those of computations.
+fn serving_seconds(gpus: [&ModelGpu; 2]) -> anyhow::Result<f64> {
+    let mut ticks = 0;
+    for gpu in gpus {
+        let view = ProcessView::of(gpu.pid());
+        ticks += view.cpu_ticks_of(&["gpu-serve"])?;
+    }
+    Ok(number(ticks) / number(TICKS_PER_SECOND))
+}
+
+fn one(
+    link: &Link,
+    case: Case,
+    mut vm: Vm,
+    place: &Place<'_>,
+    gpus: [&ModelGpu; 2],
+) -> anyhow::Result<(Vm, Move)> {
     let there = place.start()?;
-    // See docs/benchmarks.md on warm memory.
+    // The model's video memory is the host's; see docs/benchmarks.md on warm memory.
     touch_memory(case.vram_mib + VMM_MIB)?;
+    let before = serving_seconds(gpus)?;
     let downtime = if case.pre_copy { "20ms" } else { "60s" };
     let watch = Watch::start(vm.pid(), there.vm.pid(), Box::new(GuestMemory::of))?;
     let report = migrate(vm.control(), &there.url, &["--max-downtime", downtime]);
     let seen = watch.finish()?;
+    let gpu_seconds = serving_seconds(gpus)? - before;
     let report = report?;
     vm.wait_exit(SOON)?;
     works_on(&there.vm)?;
@@ -143,6 +167,8 @@ fn one(link: &Link, case: Case, mut vm: Vm, place: &Place<'_>) -> anyhow::Result
         total_ms: number_of(&report["total_ms"])?,
         last_bytes: number_of(&report["blackout"]["device_bytes"])?,
         plain_rate,
+        cpu_seconds: seen.cpu_seconds + gpu_seconds,
+        device_bytes: number_of(&report["device_bytes"])?,
         source_growth_bytes: seen.source_growth_bytes,
         destination_growth_bytes: seen.destination_growth_bytes,
     };
