@@ -235,7 +235,9 @@ fn judge(
         found.blackout = limits.fixed;
     }
     let mut objections = Vec::new();
-    if is_later && options.on_timeout == OnTimeout::Cancel {
+    // Where no downtime is left for pages, that is what there is to be said.
+    let is_of_pages = limits.fixed <= max_downtime || found.prospect != Prospect::Diverges;
+    if is_later && is_of_pages && options.on_timeout == OnTimeout::Cancel {
         objections.push(unfinished(&load, &found));
     }
     if handover.is_beyond(max_downtime) {
