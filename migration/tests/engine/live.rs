@@ -261,7 +261,10 @@ fn a_late_break_does_not_slow_the_guest_down() {
         .iter()
         .map(|round| round.dirty_pages)
         .collect();
-    assert_eq!(rounds, [3000, 1500, 700, 0]);
+    // On a busy machine there may be rounds with nothing left to do.
+    let (written, idle) = rounds.split_at(3);
+    assert_eq!(written, [3000, 1500, 700]);
+    assert!(idle.iter().all(|dirty| *dirty == 0), "{idle:?}");
     let throttled = &world.machine.throttled;
     assert!(
         throttled.iter().all(|percent| *percent == 100),
