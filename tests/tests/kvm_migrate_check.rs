@@ -206,14 +206,15 @@ fn part_of_a_gpu_that_was_claimed_for_a_check_is_free_again() -> Outcome {
     let place = Place::new(&ground, "there")
         .args(&["--gpu", &device])
         .start()?;
-    let limit = ["--max-downtime", "5s"];
+    // Where others use the CPUs, too, what was measured for a moment may be slow.
+    let limit = ["--max-downtime", "120s"];
     for _ in 0..2 {
         let (_, check) = ask(&vm, &place.url, &limit)?;
         ensure!(check["would_move"] == true, "{check}");
         ensure!(check["device_bytes"].as_u64() > Some(32 << 20), "{check}");
         works_on(&vm)?;
         let is_free = || (taken(&ground, &there).ok()? == 0).then_some(());
-        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
         tests::harness::process::wait_until(deadline, is_free).context("it is still claimed")?;
     }
     let moved = moved(vm, place, &limit)?;
