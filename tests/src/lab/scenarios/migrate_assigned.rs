@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use parking_lot::Mutex;
 
 use super::vfio_mediated::Mediated;
 use crate::lab::ctx::Ctx;
@@ -171,30 +172,44 @@ fn run_folder(ctx: &Ctx, moved: u32) -> PathBuf {
     ctx.scratch(["run-a", "run-b"][moved as usize % 2])
 }
 
+/// States that are on the way.
+const STATES: [&str; 5] = [
+    "RUNNING",
+    "PRE_COPY",
+    "PRE_COPY_P2P",
+    "STOP_COPY",
+    "RESUMING",
+];
+
+/// Moves at most until all of them were seen: a card is in some for a moment only.
+const FURTHER_MOVES: u32 = 16;
+
 /// Looks at the cards' states, as VFIO tells them in debugfs, until it is dropped.
 struct States {
     is_over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<anyhow::Result<BTreeSet<String>>>>,
+    seen: Arc<Mutex<BTreeSet<String>>>,
+    thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
 impl States {
     fn watch() -> Self {
         let is_over = Arc::new(AtomicBool::new(false));
-        let ends = Arc::clone(&is_over);
+        let seen = Arc::new(Mutex::new(BTreeSet::new()));
+        let (ends, sees) = (Arc::clone(&is_over), Arc::clone(&seen));
         let thread = std::thread::spawn(move || {
-            let mut seen = BTreeSet::new();
             while !ends.load(Ordering::Relaxed) {
                 for card in [0, 1] {
                     let path = format!("/sys/kernel/debug/vfio/{}/migration/state", uuid(card));
                     let state = std::fs::read_to_string(&path).with_context(|| path.clone())?;
-                    seen.insert(state.trim().to_owned());
+                    sees.lock().insert(state.trim().to_owned());
                 }
                 std::thread::sleep(LOOK);
             }
-            Ok(seen)
+            Ok(())
         });
         Self {
             is_over,
+            seen,
             thread: Some(thread),
         }
     }
@@ -202,8 +217,15 @@ impl States {
     fn seen(mut self) -> anyhow::Result<BTreeSet<String>> {
         self.is_over.store(true, Ordering::Relaxed);
         let thread = self.thread.take().context("it is watched once")?;
-        let seen = thread.join().ok().context("the thread has panicked")?;
-        seen.context("the cards' states in debugfs")
+        let watched = thread.join().ok().context("the thread has panicked")?;
+        watched.context("the cards' states in debugfs")?;
+        Ok(self.seen.lock().clone())
+    }
+
+    /// Whether all that there are on the way were seen.
+    fn has_all(&self) -> bool {
+        let seen = self.seen.lock();
+        STATES.iter().all(|state| seen.contains(*state))
     }
 }
 
@@ -249,18 +271,15 @@ pub(super) fn serial(ctx: &mut Ctx) -> anyhow::Result<()> {
     let moves = ctx.moves().unwrap_or(MOVES);
     let mut guest = Streaming::start(ctx)?;
     let states = States::watch();
-    for _ in 0..moves {
+    for number in 0..moves + FURTHER_MOVES {
+        if number >= moves && states.has_all() {
+            break;
+        }
         guest.hop(ctx)?;
     }
     let seen = states.seen()?;
     ctx.say(format!("states seen: {seen:?}"));
-    for state in [
-        "RUNNING",
-        "PRE_COPY",
-        "PRE_COPY_P2P",
-        "STOP_COPY",
-        "RESUMING",
-    ] {
+    for state in STATES {
         ensure!(seen.contains(state), "{state} was not seen, but {seen:?}");
     }
     guest.refused(ctx)?;
