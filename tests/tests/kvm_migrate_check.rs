@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tests::harness::computing::{self, LONG_JOB, finish, works_on};
 use tests::harness::ground::Ground;
-use tests::harness::model_gpu::{GPU, ModelGpu};
+use tests::harness::model_gpu::ModelGpu;
 use tests::harness::moving::{Place, Waiting, migrate, parse, try_migrate};
 use tests::harness::process::Finished;
 use tests::harness::vm::{SOON, Vm, VmSpec};
@@ -172,37 +172,18 @@ fn reasons_of_both_hosts_are_told_at_once_and_nobody_ends() -> Outcome {
     runs(&moved(plain, place, &["--max-downtime", "2s"])?)
 }
 
-/// A host whose GPU is divided into two parts.
-fn divided(ground: &Ground, name: &str) -> anyhow::Result<ModelGpu> {
-    let model = ModelGpu::tree(&ground.scratch().join(name), "128M")?;
-    let root = model.place().display().to_string();
-    let words = ["gpu", "partition", GPU, "2", "--sysfs-root", &root];
-    ground.run_drover(&words)?.success()?;
-    Ok(model)
-}
-
-/// How many parts of that host's GPU VMs have.
-fn taken(ground: &Ground, model: &ModelGpu) -> anyhow::Result<usize> {
-    let root = model.place().display().to_string();
-    let words = ["gpu", "list", "--json", "--sysfs-root", &root];
-    let gpus: Value = serde_json::from_str(&ground.run_drover(&words)?.success()?)?;
-    let parts = gpus[0]["partitions"].as_array().context("no partitions")?;
-    Ok(parts
-        .iter()
-        .filter(|part| part["owner"].is_string())
-        .count())
-}
-
 #[test]
 fn part_of_a_gpu_that_was_claimed_for_a_check_is_free_again() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let (here, there) = (divided(&ground, "here")?, divided(&ground, "there")?);
-    let free = |model: &ModelGpu| format!("auto,sysfs-root={}", model.place().display());
+    let (here, there) = (
+        ModelGpu::divided(&ground, "here", "128M")?,
+        ModelGpu::divided(&ground, "there", "128M")?,
+    );
     let spec = ground.vm(LONG_JOB).name("vm");
-    let vm = computing::start(&spec.args(&["--gpu", &free(&here)]))?;
-    let device = format!("device0={}", free(&there));
+    let vm = computing::start(&spec.args(&["--gpu", &here.free_part()]))?;
+    let device = format!("device0={}", there.free_part());
     let place = Place::new(&ground, "there")
         .args(&["--gpu", &device])
         .start()?;
@@ -213,12 +194,13 @@ fn part_of_a_gpu_that_was_claimed_for_a_check_is_free_again() -> Outcome {
         ensure!(check["would_move"] == true, "{check}");
         ensure!(check["device_bytes"].as_u64() > Some(32 << 20), "{check}");
         works_on(&vm)?;
-        let is_free = || (taken(&ground, &there).ok()? == 0).then_some(());
+        let is_free = || (there.owners(&ground).ok()?.is_empty()).then_some(());
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         tests::harness::process::wait_until(deadline, is_free).context("it is still claimed")?;
     }
     let moved = moved(vm, place, &limit)?;
-    ensure!(taken(&ground, &there)? == 1 && taken(&ground, &here)? == 0);
+    assert_eq!(there.owners(&ground)?, ["there"]);
+    assert_eq!(here.owners(&ground)?, [""; 0]);
     works_on(&moved)?;
     finish(moved)
 }
@@ -228,17 +210,19 @@ fn another_version_of_the_driver_there_is_named_before_anything_moves() -> Outco
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let (here, there) = (divided(&ground, "here")?, divided(&ground, "there")?);
+    let (here, there) = (
+        ModelGpu::divided(&ground, "here", "128M")?,
+        ModelGpu::divided(&ground, "there", "128M")?,
+    );
     let version = |model: &ModelGpu, text: &str| {
         let module = model.place().join("module/model_gpu/version");
         std::fs::write(module, text).context("the driver's version")
     };
     version(&here, "2.1\n")?;
     version(&there, "2.0\n")?;
-    let free = |model: &ModelGpu| format!("auto,sysfs-root={}", model.place().display());
     let spec = ground.vm(LONG_JOB).name("vm");
-    let vm = computing::start(&spec.args(&["--gpu", &free(&here)]))?;
-    let device = format!("device0={}", free(&there));
+    let vm = computing::start(&spec.args(&["--gpu", &here.free_part()]))?;
+    let device = format!("device0={}", there.free_part());
     let place = Place::new(&ground, "there").args(&["--gpu", &device]);
     let place = place.start()?;
     let limit = ["--max-downtime", "5s"];

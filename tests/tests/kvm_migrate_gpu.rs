@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tests::harness::computing::{self, LONG_JOB, finish, works_on};
 use tests::harness::ground::Ground;
-use tests::harness::model_gpu::{GPU, ModelGpu};
+use tests::harness::model_gpu::ModelGpu;
 use tests::harness::moving::{Place, migrate, reason_not_moved, repetitions, try_migrate};
 use tests::harness::process;
 use tests::harness::vm::{SOON, Vm};
@@ -171,42 +171,24 @@ fn devices_that_do_not_fit_are_refused_before_anything_moves() -> Outcome {
     finish(vm)
 }
 
-/// A host's only GPU, in two parts.
-fn divided(ground: &Ground, name: &str) -> anyhow::Result<ModelGpu> {
-    let model = ModelGpu::tree(&ground.scratch().join(name), "128M")?;
-    let root = model.place().display().to_string();
-    let words = ["gpu", "partition", GPU, "2", "--sysfs-root", &root];
-    ground.run_drover(&words)?.success()?;
-    Ok(model)
-}
-
-/// Which VMs have the parts of that host's GPU.
-fn owners(ground: &Ground, model: &ModelGpu) -> anyhow::Result<Vec<String>> {
-    let root = model.place().display().to_string();
-    let words = ["gpu", "list", "--json", "--sysfs-root", &root];
-    let gpus: Value = serde_json::from_str(&ground.run_drover(&words)?.success()?)?;
-    let parts = gpus[0]["partitions"].as_array().context("no partitions")?;
-    let owners = parts.iter().filter_map(|part| part["owner"].as_str());
-    let names = owners.map(|owner| owner.split(' ').next().unwrap_or_default().to_owned());
-    Ok(names.collect())
-}
-
 #[test]
 fn a_part_that_is_free_there_is_taken_and_the_one_here_given_back() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let (here, there) = (divided(&ground, "here")?, divided(&ground, "there")?);
-    let free = |model: &ModelGpu| format!("auto,sysfs-root={}", model.place().display());
+    let (here, there) = (
+        ModelGpu::divided(&ground, "here", "128M")?,
+        ModelGpu::divided(&ground, "there", "128M")?,
+    );
     let spec = ground.vm(LONG_JOB).name("vm");
-    let vm = computing::start(&spec.args(&["--gpu", &free(&here)]))?;
-    assert_eq!(owners(&ground, &here)?, ["vm"]);
-    let device = format!("device0={}", free(&there));
+    let vm = computing::start(&spec.args(&["--gpu", &here.free_part()]))?;
+    assert_eq!(here.owners(&ground)?, ["vm"]);
+    let device = format!("device0={}", there.free_part());
     let place = Place::new(&ground, "moved").args(&["--gpu", &device]);
     let (moved, _) = hop(&place, vm)?;
     works_on(&moved)?;
-    assert_eq!(owners(&ground, &here)?, [""; 0]);
-    assert_eq!(owners(&ground, &there)?, ["moved"]);
+    assert_eq!(here.owners(&ground)?, [""; 0]);
+    assert_eq!(there.owners(&ground)?, ["moved"]);
     finish(moved)
 }
 

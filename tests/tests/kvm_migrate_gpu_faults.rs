@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use tests::harness::computing::{self, LONG_JOB, finish, works_on};
 use tests::harness::ground::Ground;
-use tests::harness::model_gpu::{GPU, ModelGpu};
+use tests::harness::model_gpu::ModelGpu;
 use tests::harness::moving::{Place, Waiting, migrate, reason_not_moved, try_migrate};
 use tests::harness::process::{self, Finished};
 use tests::harness::vm::{SOON, Vm};
@@ -310,25 +310,18 @@ fn a_gpu_that_dies_there_before_the_blackout_leaves_the_vm_computing_here() -> O
     moves_on(&ground, name, of.vm)
 }
 
-/// A host's only GPU, in two parts.
-fn divided(ground: &Ground, name: &str) -> anyhow::Result<ModelGpu> {
-    let model = ModelGpu::tree(&ground.scratch().join(name), "32M")?;
-    let root = model.place().display().to_string();
-    let words = ["gpu", "partition", GPU, "2", "--sysfs-root", &root];
-    ground.run_drover(&words)?.success()?;
-    Ok(model)
-}
-
 #[test]
 fn a_part_of_a_gpu_is_free_again_when_the_source_was_killed() -> Outcome {
     let Some(ground) = Ground::kvm()? else {
         return Ok(());
     };
-    let (here, there) = (divided(&ground, "here")?, divided(&ground, "there")?);
-    let part = |model: &ModelGpu| format!("auto,sysfs-root={}", model.place().display());
+    let (here, there) = (
+        ModelGpu::divided(&ground, "here", "32M")?,
+        ModelGpu::divided(&ground, "there", "32M")?,
+    );
     let spec = ground.vm(LONG_JOB).name("vm");
-    let mut vm = computing::start(&spec.args(&["--gpu", &part(&here)]))?;
-    let free = part(&there);
+    let mut vm = computing::start(&spec.args(&["--gpu", &here.free_part()]))?;
+    let free = there.free_part();
     let place = Place::new(&ground, "moved").args(&["--gpu", &format!("device0={free}")]);
     let mut place = place.start()?;
     let arguments = ["--max-downtime", "60s", "--bandwidth", "4M"];

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tests::harness::computing::{self, LONG_JOB, finish, works_on};
 use tests::harness::control::Control;
 use tests::harness::ground::Ground;
-use tests::harness::model_gpu::{GPU, ModelGpu};
+use tests::harness::model_gpu::ModelGpu;
 use tests::harness::process;
 use tests::harness::vm::{SOON, Vm};
 
@@ -28,13 +28,9 @@ impl Scene {
         let Some(ground) = Ground::kvm()? else {
             return Ok(None);
         };
-        let host = ModelGpu::tree(&ground.scratch().join("host"), "128M")?;
-        let root = host.place().display().to_string();
-        let words = ["gpu", "partition", GPU, "2", "--sysfs-root", &root];
-        ground.run_drover(&words)?.success()?;
-        let free = format!("auto,sysfs-root={root}");
+        let host = ModelGpu::divided(&ground, "host", "128M")?;
         let spec = ground.vm(LONG_JOB).name("vm");
-        let vm = computing::start(&spec.args(&["--gpu", &free]))?;
+        let vm = computing::start(&spec.args(&["--gpu", &host.free_part()]))?;
         let snapshot = ground.scratch().join("snapshot").display().to_string();
         let text = vm.control().drover("snapshot", &[&snapshot, "--json"])?;
         let report: Value = serde_json::from_str(&text)?;
@@ -76,27 +72,15 @@ impl Scene {
         Ok(())
     }
 
-    /// The parts of the GPU: who has them, and their addresses.
-    fn parts(&self) -> anyhow::Result<Vec<(Option<String>, String)>> {
+    /// The address of the part that the VM has.
+    fn taken(&self) -> anyhow::Result<String> {
         let root = self.host.place().display().to_string();
         let words = ["gpu", "list", "--json", "--sysfs-root", &root];
         let gpus: Value = serde_json::from_str(&self.ground.run_drover(&words)?.success()?)?;
         let parts = gpus[0]["partitions"].as_array().context("no partitions")?;
-        let part = |part: &Value| {
-            let owner = part["owner"].as_str()?.split(' ').next();
-            let address = part["address"].as_str()?;
-            Some((owner.map(str::to_owned), address.to_owned()))
-        };
-        let parts = parts.iter().map(|found| {
-            let address = found["address"].as_str().unwrap_or_default().to_owned();
-            part(found).unwrap_or((None, address))
-        });
-        Ok(parts.collect())
-    }
-
-    fn owners(&self) -> anyhow::Result<Vec<String>> {
-        let parts = self.parts()?.into_iter();
-        Ok(parts.filter_map(|(owner, _)| owner).collect())
+        let taken = parts.iter().find(|part| part["owner"].is_string());
+        let address = taken.and_then(|part| part["address"].as_str());
+        Ok(address.context("the VM has none")?.to_owned())
     }
 }
 
@@ -110,14 +94,11 @@ fn a_vm_computes_on_beside_its_original_on_a_part_of_its_own() -> Outcome {
     ensure!(report["error"].is_null(), "{report}");
     let bytes = report["device_bytes"].as_u64().context("bytes")?;
     ensure!(bytes > 64 << 20, "{bytes} of all video memory of a part");
-    let parts = scene.parts()?;
-    let taken = parts.iter().find(|(owner, _)| owner.is_some());
-    let (_, address) = taken.context("the VM has none")?;
-    let (pci, owned) = (format!("pci={address}"), "vm");
+    let (pci, owned) = (format!("pci={}", scene.taken()?), "vm");
     scene.refused(&pci, &[], owned)?;
     let again = scene.restore("again")?;
     works_on(&again)?;
-    let mut owners = scene.owners()?;
+    let mut owners = scene.host.owners(&scene.ground)?;
     owners.sort();
     assert_eq!(owners, ["again", "vm"]);
     scene.refused("auto", &[], "again")?;
@@ -144,7 +125,11 @@ fn a_damaged_state_never_runs_and_devices_wait_for_no_pages() -> Outcome {
     state[middle] ^= 1;
     std::fs::write(&file, state)?;
     scene.refused("auto", &[], "device-0 has check sum")?;
-    assert_eq!(scene.owners()?, ["vm"], "the part is free again");
+    assert_eq!(
+        scene.host.owners(&scene.ground)?,
+        ["vm"],
+        "the part is free again"
+    );
     works_on(&scene.vm)?;
     finish(scene.vm)
 }

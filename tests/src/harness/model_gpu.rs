@@ -7,6 +7,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use serde_json::Value;
 
 use super::follower::Follower;
 use super::ground::Ground;
@@ -63,6 +64,38 @@ impl ModelGpu {
     /// As [`ModelGpu::socket`].
     pub fn tree(root: &Path, vram: &str) -> anyhow::Result<Self> {
         Self::start("--root", root, &["--vram", vram])
+    }
+
+    /// The same, divided into two parts.
+    ///
+    /// # Errors
+    /// As [`ModelGpu::socket`], and when it cannot be divided.
+    pub fn divided(ground: &Ground, name: &str, vram: &str) -> anyhow::Result<Self> {
+        let model = Self::tree(&ground.scratch().join(name), vram)?;
+        let root = model.place().display().to_string();
+        let words = ["gpu", "partition", GPU, "2", "--sysfs-root", &root];
+        ground.run_drover(&words)?.success()?;
+        Ok(model)
+    }
+
+    /// Whatever part of a tree's GPU is free, for `--gpu`.
+    #[must_use]
+    pub fn free_part(&self) -> String {
+        format!("auto,sysfs-root={}", self.place.display())
+    }
+
+    /// Which VMs have parts of a tree's GPU.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub fn owners(&self, ground: &Ground) -> anyhow::Result<Vec<String>> {
+        let root = self.place.display().to_string();
+        let words = ["gpu", "list", "--json", "--sysfs-root", &root];
+        let gpus: Value = serde_json::from_str(&ground.run_drover(&words)?.success()?)?;
+        let parts = gpus[0]["partitions"].as_array().context("no partitions")?;
+        let owners = parts.iter().filter_map(|part| part["owner"].as_str());
+        let names = owners.map(|owner| owner.split(' ').next().unwrap_or_default().to_owned());
+        Ok(names.collect())
     }
 
     fn start(option: &str, place: &Path, more: &[&str]) -> anyhow::Result<Self> {
