@@ -129,10 +129,9 @@ impl Ioas {
     ) -> io::Result<Option<Arc<PageTables>>> {
         let mut tables = self.tables.lock();
         for known in &*tables {
-            match ioctl::attach(device, known.id) {
-                // It is behind another IOMMU.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-                attached => return attached.map(|()| Some(Arc::clone(known))),
+            // Not if it is behind another IOMMU, or a mediated device, which is behind none.
+            if ioctl::attach(device, known.id).is_ok() {
+                return Ok(Some(Arc::clone(known)));
             }
         }
         match PageTables::new(&self.iommufd, self.id, id) {
